@@ -1,0 +1,729 @@
+package apply
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/conflict"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/wal"
+)
+
+// session is one apply connection with its prepared statements. It belongs to one goroutine.
+type session struct {
+	conn     *pgconn.PgConn
+	prepared map[string]string // SQL -> statement name
+	tables   map[string]*table
+	targets  map[wal.RelationID]*target
+}
+
+// maxPrepared bounds the prepared statements of a session; beyond it all are dropped and made again as needed.
+const maxPrepared = 2000
+
+func newSession(conn *pgconn.PgConn) *session {
+	s := &session{conn: conn}
+	s.forget()
+	return s
+}
+
+// forget drops cached definitions, so that a change of schema is seen.
+func (s *session) forget() {
+	s.prepared = map[string]string{}
+	s.tables = map[string]*table{}
+	s.targets = map[wal.RelationID]*target{}
+}
+
+// reset forgets and tells the server to forget too.
+func (s *session) reset(ctx context.Context) error {
+	s.forget()
+	_, err := pg.Rows(ctx, s.conn, "DEALLOCATE ALL")
+	return err
+}
+
+func (s *session) prepare(ctx context.Context, sql string) (string, error) {
+	if name, ok := s.prepared[sql]; ok {
+		return name, nil
+	}
+	name := "duri_" + strconv.Itoa(len(s.prepared))
+	if _, err := s.conn.Prepare(ctx, name, sql, nil); err != nil {
+		return "", err
+	}
+	s.prepared[sql] = name
+	return name, nil
+}
+
+// call is one prepared statement to run.
+type call struct {
+	sql    string
+	params [][]byte
+}
+
+// run executes calls in one round trip and returns their results. Statements that are new are prepared first.
+func (s *session) run(ctx context.Context, calls []call) ([]*pgconn.Result, error) {
+	b := &pgconn.Batch{}
+	for _, c := range calls {
+		name, err := s.prepare(ctx, c.sql)
+		if err != nil {
+			return nil, fmt.Errorf("prepare: %w", err)
+		}
+		b.ExecPrepared(name, c.params, nil, nil)
+	}
+	return s.conn.ExecBatch(ctx, b).ReadAll()
+}
+
+// item is one row to write: the entry it belongs to and the image (nil for a delete).
+type item struct {
+	e   *entry
+	row wal.Tuple
+}
+
+// op is one set-based statement over items.
+type op struct {
+	kind  netKind
+	tw    *tableWave
+	items []item
+	set   []int // relation columns written, for netInsert and netUpdate
+}
+
+// forever makes the quiet condition true for every row: the row is locked and decided.
+const forever = "infinity"
+
+// execution applies one batch in one transaction.
+type execution struct {
+	s       *session
+	w       *Worker
+	b       *batch
+	origin  string // replication origin's oid, as text
+	before  string // rows older than this need no look (see quiet)
+	xid     string // this transaction's xid, 32 bits, as xmin shows it
+	records []record
+	created []created
+	fresh   bool // the barrier was passed since rows were last locked
+}
+
+// created is a row that this batch made where none was: its key must be checked against tombstones once more, when
+// everything that was committed before is surely decoded (rule 8).
+type created struct {
+	tw *tableWave
+	wv *wave
+	e  *entry
+}
+
+const (
+	beginSQL    = "BEGIN ISOLATION LEVEL READ COMMITTED"
+	originSQL   = "SELECT pg_catalog.pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz)"
+	xidSQL      = "SELECT pg_catalog.pg_current_xact_id()::xid"
+	positionSQL = "SELECT pg_catalog.pg_current_wal_insert_lsn()"
+	commitSQL   = "COMMIT"
+	rollbackSQL = "ROLLBACK"
+)
+
+// apply runs the batch. On success it returns the local WAL position behind the commit. On any error the transaction
+// is rolled back and nothing remains of it.
+func (x *execution) apply(ctx context.Context) (wal.LSN, error) {
+	lsn, err := x.tryApply(ctx)
+	if err != nil && !x.s.conn.IsClosed() {
+		if _, rerr := pg.Rows(ctx, x.s.conn, rollbackSQL); rerr != nil {
+			return 0, errors.Join(err, fmt.Errorf("roll back: %w", rerr))
+		}
+	}
+	return lsn, err
+}
+
+func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
+	head := []call{
+		{beginSQL, nil},
+		{originSQL, [][]byte{[]byte(x.b.to().String()), []byte(x.b.maxTime.String())}},
+		{xidSQL, nil},
+	}
+	for _, wv := range x.b.waves {
+		if err := x.applyWave(ctx, wv, head); err != nil {
+			return 0, err
+		}
+		head = nil
+	}
+	if head != nil { // nothing to write, but progress is
+		if err := x.begin(ctx, head); err != nil {
+			return 0, err
+		}
+	}
+	if err := x.recheck(ctx); err != nil {
+		return 0, err
+	}
+	return x.finish(ctx)
+}
+
+func (x *execution) begin(ctx context.Context, head []call) error {
+	res, err := x.s.run(ctx, head)
+	if err != nil {
+		return err
+	}
+	x.xid = string(res[2].Rows[0][0])
+	return nil
+}
+
+// finish writes records and progress and commits.
+func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
+	var tail []call
+	if len(x.records) > 0 {
+		doc, err := json.Marshal(x.records)
+		if err != nil {
+			return 0, err
+		}
+		tail = append(tail, call{recordSQL, [][]byte{doc}})
+	}
+	last := x.b.txns[len(x.b.txns)-1]
+	tail = append(tail,
+		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, len(x.records), last.SeenOf(x.w.cfg.Site))},
+		call{commitSQL, nil},
+		call{positionSQL, nil})
+	res, err := x.s.run(ctx, tail)
+	if err != nil {
+		return 0, err
+	}
+	if tag := res[len(res)-2].CommandTag.String(); tag != "COMMIT" {
+		return 0, fmt.Errorf("commit of apply transaction ended as %s", tag)
+	}
+	return wal.ParseLSN(string(res[len(res)-1].Rows[0][0]))
+}
+
+// applyWave writes a wave: first every net change in few set-based statements that touch quiet rows only, then, one
+// look closer, what those left.
+func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error {
+	if wv.truncate != nil {
+		if head != nil {
+			if err := x.begin(ctx, head); err != nil {
+				return err
+			}
+		}
+		return x.truncate(ctx, wv)
+	}
+	var ops []op
+	var calls []call
+	for _, tw := range wv.tables {
+		for _, o := range fastOps(tw) {
+			ops = append(ops, o)
+			calls = append(calls, o.call(x.origin, x.before))
+		}
+		if len(tw.appends) > 0 {
+			ops = append(ops, op{kind: netInsert, tw: tw})
+			calls = append(calls, appendCall(tw))
+		}
+	}
+	res, err := x.s.run(ctx, append(head, calls...))
+	if err != nil {
+		return err
+	}
+	if head != nil {
+		x.xid = string(res[2].Rows[0][0])
+		res = res[len(head):]
+	}
+	return x.settle(ctx, wv, ops, res)
+}
+
+// settle looks at what the fast statements did and resolves the rest.
+func (x *execution) settle(ctx context.Context, wv *wave, ops []op, res []*pgconn.Result) error {
+	pending := map[*tableWave][]*entry{}
+	for i, o := range ops {
+		switch {
+		case len(o.items) == 0: // appends
+		case o.kind == netDelete:
+			for _, e := range left(o, res[i]) {
+				pending[o.tw] = append(pending[o.tw], e)
+			}
+		case res[i].CommandTag.RowsAffected() == int64(len(o.items)):
+			if o.kind == netInsert {
+				x.noteCreated(wv, o)
+			}
+		default:
+			for _, it := range o.items {
+				pending[o.tw] = append(pending[o.tw], it.e)
+			}
+		}
+	}
+	for _, tw := range wv.tables {
+		more := pending[tw]
+		if tw.deferrable {
+			more = append(more, insertsOf(tw)...)
+		}
+		if err := x.resolve(ctx, wv, tw, more); err != nil {
+			return err
+		}
+		if err := x.keyless(ctx, wv, tw); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (x *execution) noteCreated(wv *wave, o op) {
+	for _, it := range o.items {
+		x.created = append(x.created, created{o.tw, wv, it.e})
+	}
+}
+
+// left returns the entries whose delete found no quiet row: the statement returns the ordinals of those it removed.
+func left(o op, r *pgconn.Result) []*entry {
+	if len(r.Rows) == len(o.items) {
+		return nil
+	}
+	done := make([]bool, len(o.items))
+	for _, row := range r.Rows {
+		if n, err := strconv.Atoi(string(row[0])); err == nil && n >= 1 && n <= len(done) {
+			done[n-1] = true
+		}
+	}
+	var out []*entry
+	for i, it := range o.items {
+		if !done[i] {
+			out = append(out, it.e)
+		}
+	}
+	return out
+}
+
+func insertsOf(tw *tableWave) []*entry {
+	var out []*entry
+	for _, e := range tw.entries {
+		if e.kind == netInsert {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// fastOps groups a table's net changes: deletes first (they may free unique values), then updates by the set of
+// columns that arrived, then inserts.
+func fastOps(tw *tableWave) []op {
+	var del, ins []item
+	var updates []op
+	bySet := map[string]int{}
+	for _, e := range tw.entries {
+		switch e.kind {
+		case netDelete:
+			del = append(del, item{e, nil})
+		case netInsert:
+			ins = append(ins, item{e, e.row})
+		case netUpdate:
+			updates = addUpdate(updates, bySet, tw, item{e, e.row})
+		}
+	}
+	return assemble(tw, del, updates, ins, !tw.deferrable)
+}
+
+func assemble(tw *tableWave, del []item, updates []op, ins []item, insert bool) []op {
+	var ops []op
+	if len(del) > 0 {
+		ops = append(ops, op{kind: netDelete, tw: tw, items: del})
+	}
+	ops = append(ops, updates...)
+	if len(ins) > 0 && insert {
+		ops = append(ops, op{kind: netInsert, tw: tw, items: ins, set: allColumns(tw)})
+	}
+	return ops
+}
+
+func allColumns(tw *tableWave) []int {
+	set := make([]int, len(tw.rel.Columns))
+	for i := range set {
+		set[i] = i
+	}
+	return set
+}
+
+// addUpdate puts an update into the group of its column set.
+func addUpdate(ops []op, bySet map[string]int, tw *tableWave, it item) []op {
+	set := updateSet(tw, it)
+	name := fmt.Sprint(set)
+	i, ok := bySet[name]
+	if !ok {
+		i = len(ops)
+		bySet[name] = i
+		ops = append(ops, op{kind: netUpdate, tw: tw, set: set})
+	}
+	ops[i].items = append(ops[i].items, it)
+	return ops
+}
+
+// updateSet lists the relation columns an update sets: those that arrived, without the key unless its spelling
+// changed. A table of key columns only still needs one column to set, or the row would not get its new version.
+func updateSet(tw *tableWave, it item) []int {
+	isKey := make([]bool, len(it.row))
+	spelled := true
+	for i, k := range tw.target.key {
+		isKey[k.at] = true
+		spelled = spelled && string(it.e.keyv[i].Data) == string(it.row[k.at].Data)
+	}
+	var set []int
+	for i, v := range it.row {
+		if v.Kind == wal.Unchanged || v.Kind == wal.Omitted || tw.table.columns[tw.cols[i]].always {
+			continue
+		}
+		if !isKey[i] || !spelled {
+			set = append(set, i)
+		}
+	}
+	if len(set) == 0 {
+		set = append(set, tw.target.key[0].at)
+	}
+	return set
+}
+
+// call builds the statement of an op.
+func (o op) call(origin, before string) call {
+	cond := [][]byte{[]byte(origin), []byte(before)}
+	tableCols := make([]int, len(o.set))
+	for i, r := range o.set {
+		tableCols[i] = o.tw.cols[r]
+	}
+	params := make([][]byte, 0, len(o.set)+len(o.tw.target.key)+2)
+	for _, r := range o.set {
+		params = append(params, o.array(func(it item) wal.Value { return it.row[r] }))
+	}
+	if o.kind == netInsert {
+		return call{insertSQL(o.tw.table, tableCols), params}
+	}
+	for k := range o.tw.target.key {
+		params = append(params, o.array(func(it item) wal.Value { return it.e.keyv[k] }))
+	}
+	params = append(params, cond...)
+	if o.kind == netDelete {
+		return call{deleteSQL(o.tw.table), params}
+	}
+	return call{updateSQL(o.tw.table, tableCols), params}
+}
+
+func (o op) array(f func(item) wal.Value) []byte {
+	b := make([]byte, 0, 16*len(o.items))
+	b = append(b, '{')
+	for i, it := range o.items {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = appendElement(b, f(it))
+	}
+	return append(b, '}')
+}
+
+// appendCall inserts rows into a table without a key.
+func appendCall(tw *tableWave) call {
+	o := op{kind: netInsert, tw: tw, set: allColumns(tw)}
+	for _, row := range tw.appends {
+		o.items = append(o.items, item{nil, row})
+	}
+	return o.call("", "")
+}
+
+// appendElement writes one element of an array literal (PostgreSQL manual, "Array Input and Output Syntax").
+func appendElement(b []byte, v wal.Value) []byte {
+	if v.Kind != wal.Text {
+		return append(b, "NULL"...)
+	}
+	if plain(v.Data) {
+		return append(b, v.Data...)
+	}
+	b = append(b, '"')
+	for _, c := range v.Data {
+		if c == '"' || c == '\\' {
+			b = append(b, '\\')
+		}
+		b = append(b, c)
+	}
+	return append(b, '"')
+}
+
+// plain reports whether an element needs no quotes: digits, sign, point.
+func plain(v []byte) bool {
+	if len(v) == 0 {
+		return false
+	}
+	for _, c := range v {
+		if (c < '0' || c > '9') && c != '-' && c != '.' {
+			return false
+		}
+	}
+	return true
+}
+
+// maxResolve bounds how often a key may slip away (created by a client between our look and our write).
+const maxResolve = 8
+
+// errRestless says that clients kept changing the same keys; the batch is tried again.
+var errRestless = errors.New("rows kept changing while they were resolved")
+
+// resolve decides keys whose rows were not quiet: it locks the rows, judges, and writes.
+func (x *execution) resolve(ctx context.Context, wv *wave, tw *tableWave, pending []*entry) error {
+	for range maxResolve {
+		if len(pending) == 0 {
+			return nil
+		}
+		rows, err := x.lock(ctx, tw, pending)
+		if err != nil {
+			return err
+		}
+		if len(rows) < len(pending) { // some are missing: only with every delete decoded is that known to be all
+			if err := x.barrier(ctx); err != nil {
+				return err
+			}
+		}
+		pending, err = x.judgeAll(ctx, wv, tw, pending, rows)
+		if err != nil {
+			return err
+		}
+	}
+	return errRestless
+}
+
+// judgeAll judges each pending key and writes the results; it returns the inserts that met a row after all.
+func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pending []*entry, rows map[int]held) ([]*entry, error) {
+	var del, ins []item
+	var upd []op
+	bySet := map[string]int{}
+	for i, e := range pending {
+		h, ok := rows[i]
+		if ok && h.end == math.MaxUint64 {
+			continue // a fast statement of this wave wrote it
+		}
+		if !ok {
+			h = x.grave(tw, e)
+		}
+		v, err := judge(wv.chain(e), h, x.w.cfg.Site, x.fetch(ctx, tw))
+		if err != nil {
+			return nil, err
+		}
+		x.record(tw, e, v.records)
+		switch {
+		case !v.changed:
+		case !v.live:
+			del = append(del, item{e, nil})
+		case ok:
+			upd = addUpdate(upd, bySet, tw, item{e, v.row})
+		default:
+			ins = append(ins, item{e, v.row})
+		}
+	}
+	return x.write(ctx, wv, assemble(tw, del, upd, ins, true))
+}
+
+// write runs decided operations. Rows that exist are locked, so only an insert can still meet a surprise.
+func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, error) {
+	if len(ops) == 0 {
+		return nil, nil
+	}
+	calls := make([]call, len(ops))
+	for i, o := range ops {
+		calls[i] = o.call(x.origin, forever)
+	}
+	res, err := x.s.run(ctx, calls)
+	if err != nil {
+		return nil, err
+	}
+	var again []*entry
+	for i, o := range ops {
+		n := res[i].CommandTag.RowsAffected()
+		switch {
+		case n == int64(len(o.items)):
+			if o.kind == netInsert {
+				x.noteCreated(wv, o)
+			}
+		case o.kind == netInsert:
+			for _, it := range o.items {
+				again = append(again, it.e)
+			}
+			x.drop(o)
+		default:
+			return nil, fmt.Errorf("table %s: %d of %d locked rows could be written", o.tw.table, n, len(o.items))
+		}
+	}
+	return again, nil
+}
+
+// drop takes back the records of keys that will be judged again.
+func (x *execution) drop(o op) {
+	again := map[*entry]bool{}
+	for _, it := range o.items {
+		again[it.e] = true
+	}
+	x.records = slices.DeleteFunc(x.records, func(r record) bool { return again[r.entry] })
+}
+
+func (x *execution) record(tw *tableWave, e *entry, outs []outcome) {
+	for _, o := range outs {
+		r := newRecord(tw.target, o)
+		r.entry = e
+		x.records = append(x.records, r)
+	}
+}
+
+// lock locks and reads the rows of the pending keys, by their position in pending.
+func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (map[int]held, error) {
+	o := op{tw: tw}
+	for _, e := range pending {
+		o.items = append(o.items, item{e, nil})
+	}
+	var params [][]byte
+	for k := range tw.target.key {
+		params = append(params, o.array(func(it item) wal.Value { return it.e.keyv[k] }))
+	}
+	x.fresh = false
+	res, err := x.s.run(ctx, []call{{lockSQL(tw.table), params}})
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[int]held, len(res[0].Rows))
+	for _, row := range res[0].Rows {
+		n, err := strconv.Atoi(string(row[0]))
+		if err != nil || n < 1 || n > len(pending) {
+			return nil, fmt.Errorf("lock rows of %s: unexpected ordinal %q", tw.table, row[0])
+		}
+		if out[n-1], err = x.heldRow(ctx, tw, row); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// heldRow reads one row of lockSQL.
+func (x *execution) heldRow(ctx context.Context, tw *tableWave, row [][]byte) (held, error) {
+	h := held{State: conflict.State{Existence: conflict.Live}}
+	if string(row[1]) == x.xid {
+		h.end = math.MaxUint64
+		h.Version.Site = x.w.cfg.Origin
+	} else if row[2] != nil {
+		micros, err1 := strconv.ParseInt(string(row[2]), 10, 64)
+		roident, err2 := strconv.ParseUint(string(row[3]), 10, 32)
+		xmin, err3 := strconv.ParseUint(string(row[1]), 10, 32)
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return h, fmt.Errorf("lock rows of %s: %w", tw.table, err)
+		}
+		h.Version.Time = wal.Time(micros)
+		if err := x.attribute(ctx, &h, uint32(roident), uint32(xmin)); err != nil {
+			return h, err
+		}
+	}
+	h.image = make(wal.Tuple, len(tw.rel.Columns))
+	for i, c := range tw.cols {
+		if v := row[4+c]; v != nil {
+			h.image[i] = wal.Value{Kind: wal.Text, Data: v}
+		} else {
+			h.image[i] = wal.Value{Kind: wal.Null}
+		}
+	}
+	return h, nil
+}
+
+// attribute finds out whose a row's version is, and for a local one its exact version and position.
+func (x *execution) attribute(ctx context.Context, h *held, roident, xmin uint32) error {
+	if roident != 0 {
+		site, ok := x.w.siteOf(roident)
+		if !ok {
+			return fmt.Errorf("a row was written under replication origin %d, which is no site of this cluster", roident)
+		}
+		h.Version.Site = site
+		return nil
+	}
+	h.Version.Site = x.w.cfg.Site
+	k, ok := x.w.cfg.Local.lookup(xmin)
+	if !ok && !x.fresh {
+		// Either seen long ago, or committed so lately that it is not decoded yet: reading on tells which.
+		if err := x.barrier(ctx); err != nil {
+			return err
+		}
+		x.fresh = true
+		k, ok = x.w.cfg.Local.lookup(xmin)
+	}
+	if !ok {
+		h.Seen = true
+		return nil
+	}
+	h.Version, h.end = k.version, k.end
+	return nil
+}
+
+// grave is the state of a key that has no row.
+func (x *execution) grave(tw *tableWave, e *entry) held {
+	if s, ok := x.w.cfg.Local.tombstone(tw.table.String(), e.key); ok {
+		return held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+	}
+	return held{}
+}
+
+// barrier waits until the local stream has passed everything that was committed when it is called (rule 8). It holds
+// row locks meanwhile, but needs none, so it cannot deadlock.
+func (x *execution) barrier(ctx context.Context) error {
+	res, err := x.s.run(ctx, []call{{positionSQL, nil}})
+	if err != nil {
+		return err
+	}
+	lsn, err := wal.ParseLSN(string(res[0].Rows[0][0]))
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout)
+	defer cancel()
+	if err := x.w.cfg.Barrier(ctx, lsn); err != nil {
+		return fmt.Errorf("wait for local decoding to pass %s: %w", lsn, err)
+	}
+	return nil
+}
+
+// recheck is the capture barrier: keys that were created are looked up among the tombstones again, now that the rows
+// are in place and every delete that came before them is decoded.
+func (x *execution) recheck(ctx context.Context) error {
+	if len(x.created) == 0 {
+		return nil
+	}
+	if err := x.barrier(ctx); err != nil {
+		return err
+	}
+	for _, c := range x.created {
+		s, ok := x.w.cfg.Local.tombstone(c.tw.table.String(), c.e.key)
+		if !ok {
+			continue
+		}
+		h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+		chain := c.wv.chain(c.e)
+		v, err := judge(chain, h, x.w.cfg.Site, x.fetch(ctx, c.tw))
+		if err != nil {
+			return err
+		}
+		x.drop(op{tw: c.tw, items: []item{{c.e, nil}}})
+		x.record(c.tw, c.e, v.records)
+		if !v.live {
+			del := op{kind: netDelete, tw: c.tw, items: []item{{c.e, nil}}}
+			if _, err := x.write(ctx, c.wv, []op{del}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// fetch completes rows by asking the origin.
+func (x *execution) fetch(ctx context.Context, tw *tableWave) fetcher {
+	return func(r *ref) (wal.Tuple, bool, error) {
+		if x.w.cfg.Fetch == nil {
+			return nil, false, errors.New("an unchanged out-of-line value is needed from the origin, which cannot be asked")
+		}
+		row, ok, err := x.w.cfg.Fetch(ctx, tw.rel, keyNames(tw.target), r.row)
+		if err != nil {
+			err = fmt.Errorf("fetch a row of %s from its origin: %w", tw.table, err)
+		}
+		return row, ok, err
+	}
+}
+
+func keyNames(g *target) []string {
+	var out []string
+	for _, k := range g.key {
+		out = append(out, g.rel.Columns[k.at].Name)
+	}
+	return out
+}

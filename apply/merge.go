@@ -1,0 +1,314 @@
+package apply
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/duri-io/duri/wal"
+)
+
+// netKind is what a batch does to one key in the end.
+type netKind byte
+
+const (
+	netInsert netKind = iota // the first change was an insert: the row is expected to be absent
+	netUpdate                // the row is expected to be there
+	netDelete
+)
+
+// ref points at one change of the batch that touches a key. A primary key change touches two keys: it deletes the old
+// and inserts the new (rule 10).
+type ref struct {
+	txn    *wal.Txn
+	change *wal.Change
+	op     wal.Op    // Insert, Update or Delete, as seen by this key
+	row    wal.Tuple // the image this change gives the key; nil for Delete. May hold Unchanged
+	old    wal.Tuple // the full old image when the origin sent one, else nil
+	prev   int32     // index+1 of the key's previous ref, 0 for none
+}
+
+// entry is the net change of one key over a wave.
+type entry struct {
+	key  string    // normal form
+	keyv wal.Tuple // key values, in the table's key order
+	kind netKind
+	// maybe: the row was inserted and deleted within the wave, so it need not be there
+	maybe bool
+	row   wal.Tuple // net image for insert and update
+	last  int32     // index+1 into wave.refs of the key's last change
+}
+
+// tableWave is the part of a wave that concerns one table.
+type tableWave struct {
+	*target
+	entries []*entry
+	index   map[string]*entry
+	appends []wal.Tuple // inserts into a table without key, in order
+	inOrder []int32     // refs of updates and deletes in a table without key, in order
+}
+
+// wave is a run of changes that can be merged: net changes per key, no TRUNCATE inside, bounded in size.
+type wave struct {
+	tables   []*tableWave // in order of first touch: applications lock in that order, so following it avoids deadlocks
+	refs     []ref
+	truncate *wal.Change // set: the wave is just this
+	txn      *wal.Txn    // of the truncate
+}
+
+// batch is a contiguous run of one origin's transactions that is applied in one transaction here.
+type batch struct {
+	txns             []*wal.Txn
+	waves            []*wave
+	changes          int
+	minTime, maxTime wal.Time
+	merged           bool // false: one wave per change, in the original order
+}
+
+func (b *batch) from() wal.LSN { return b.txns[0].CommitLSN }
+func (b *batch) to() wal.LSN   { return b.txns[len(b.txns)-1].EndLSN }
+
+// resolver finds the local target of an origin's relation.
+type resolver func(*wal.Relation) (*target, error)
+
+// waveChanges bounds a wave, and with it the size of one statement's parameters.
+const waveChanges = 50_000
+
+// planner merges transactions into a batch as they come. It is pure but for the resolver.
+type planner struct {
+	batch   *batch
+	bytes   int
+	resolve resolver
+	wave    *wave
+	byName  map[string]*tableWave         // of the present wave, by local table
+	targets map[wal.RelationID]*tableWave // of the present wave, by origin definition
+	buf     []byte
+}
+
+// newPlanner starts an empty batch. With merged false every change stands in a wave of its own, in the original
+// order: slower, and right where set order and row order differ (unique swaps).
+func newPlanner(resolve resolver, merged bool) *planner {
+	return &planner{batch: &batch{merged: merged}, resolve: resolve}
+}
+
+// planTxns plans given transactions.
+func planTxns(txns []*wal.Txn, resolve resolver, merged bool) (*planner, error) {
+	p := newPlanner(resolve, merged)
+	for _, t := range txns {
+		if err := p.addTxn(t); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// full reports whether the batch has reached a limit.
+func (p *planner) full(c Config) bool {
+	return len(p.batch.txns) >= c.BatchTransactions || p.bytes >= c.BatchBytes
+}
+
+// addTxn adds a transaction. After an error the planner must not be used, except to read the transactions before.
+func (p *planner) addTxn(t *wal.Txn) error {
+	b := p.batch
+	for i := range t.Changes {
+		if err := p.add(t, &t.Changes[i]); err != nil {
+			return err
+		}
+		for _, v := range t.Changes[i].New {
+			p.bytes += len(v.Data)
+		}
+	}
+	if len(b.txns) == 0 {
+		b.minTime, b.maxTime = t.VersionTime, t.VersionTime
+	}
+	b.minTime, b.maxTime = min(b.minTime, t.VersionTime), max(b.maxTime, t.VersionTime)
+	b.txns = append(b.txns, t)
+	b.changes += len(t.Changes)
+	return nil
+}
+
+// cut closes the present wave.
+func (p *planner) cut() {
+	if p.wave == nil {
+		return
+	}
+	for _, t := range p.wave.tables {
+		slices.SortFunc(t.entries, func(a, b *entry) int { return strings.Compare(a.key, b.key) })
+	}
+	p.batch.waves = append(p.batch.waves, p.wave)
+	p.wave = nil
+}
+
+func (p *planner) add(t *wal.Txn, c *wal.Change) error {
+	if c.Op == wal.Truncate {
+		p.cut()
+		p.batch.waves = append(p.batch.waves, &wave{truncate: c, txn: t})
+		return nil
+	}
+	if p.wave != nil && (!p.batch.merged || len(p.wave.refs) >= waveChanges) {
+		p.cut()
+	}
+	tw, err := p.table(c.Relation)
+	if err != nil {
+		return err
+	}
+	if len(tw.table.key) == 0 {
+		return p.addKeyless(tw, t, c)
+	}
+	return p.addKeyed(tw, t, c)
+}
+
+// table returns the wave's part for the relation, opening wave and part as needed. A second definition of the same
+// table in one wave (the schema changed) begins a new wave, because the two have other columns.
+func (p *planner) table(rel *wal.Relation) (*tableWave, error) {
+	if p.wave == nil {
+		p.open()
+	}
+	if tw := p.targets[rel.ID]; tw != nil {
+		return tw, nil
+	}
+	g, err := p.resolve(rel)
+	if err != nil {
+		return nil, err
+	}
+	if p.byName[g.table.String()] != nil {
+		p.cut()
+		p.open()
+	}
+	tw := &tableWave{target: g, index: map[string]*entry{}}
+	p.wave.tables = append(p.wave.tables, tw)
+	p.byName[g.table.String()], p.targets[rel.ID] = tw, tw
+	return tw, nil
+}
+
+func (p *planner) open() {
+	p.wave = &wave{}
+	p.byName, p.targets = map[string]*tableWave{}, map[wal.RelationID]*tableWave{}
+}
+
+func (p *planner) addKeyless(tw *tableWave, t *wal.Txn, c *wal.Change) error {
+	if c.Op == wal.Insert {
+		// An insert after an update or delete in the same wave may be what they must not see: keep the order.
+		if len(tw.inOrder) == 0 {
+			tw.appends = append(tw.appends, c.New)
+			p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op})
+			return nil
+		}
+	} else if c.OldKind != wal.OldFull {
+		return &TableError{tw.table.String(), "UPDATE or DELETE in a table without a primary key", "give it a primary key or ALTER TABLE ... REPLICA IDENTITY FULL at the origin"}
+	}
+	p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op})
+	tw.inOrder = append(tw.inOrder, int32(len(p.wave.refs)))
+	return nil
+}
+
+func (p *planner) addKeyed(tw *tableWave, t *wal.Txn, c *wal.Change) error {
+	var full wal.Tuple
+	if c.OldKind == wal.OldFull {
+		full = c.Old
+	}
+	switch c.Op {
+	case wal.Insert:
+		return p.touch(tw, ref{txn: t, change: c, op: wal.Insert, row: c.New}, c.New)
+	case wal.Delete:
+		return p.touch(tw, ref{txn: t, change: c, op: wal.Delete, old: full}, c.Old)
+	}
+	row := c.New
+	if full != nil {
+		row = fill(row, full) // FULL brings the untouched out-of-line values along (rule 9)
+	}
+	if c.OldKind != wal.OldNone && !p.sameKey(tw, c.Old, row) {
+		if err := p.touch(tw, ref{txn: t, change: c, op: wal.Delete, old: full}, c.Old); err != nil {
+			return err
+		}
+		return p.touch(tw, ref{txn: t, change: c, op: wal.Insert, row: row}, row)
+	}
+	return p.touch(tw, ref{txn: t, change: c, op: wal.Update, row: row, old: full}, row)
+}
+
+// sameKey reports whether two tuples have the same key values. It compares texts: a key that changes in spelling only
+// (1.0 to 1.00) is then deleted and inserted under one normal form, which nets to an update.
+func (p *planner) sameKey(tw *tableWave, a, b wal.Tuple) bool {
+	for _, k := range tw.target.key {
+		if string(a[k.at].Data) != string(b[k.at].Data) {
+			return false
+		}
+	}
+	return true
+}
+
+// touch folds one change into the net change of its key.
+func (p *planner) touch(tw *tableWave, r ref, keyTuple wal.Tuple) error {
+	var ok bool
+	if p.buf, ok = keyOf(p.buf[:0], tw.target.key, keyTuple); !ok {
+		return &TableError{tw.table.String(), fmt.Sprintf("%s arrives without its key", r.op), "its replica identity at the origin must include the primary key"}
+	}
+	e := tw.index[string(p.buf)]
+	fresh := e == nil
+	if fresh {
+		e = &entry{key: string(p.buf), keyv: make(wal.Tuple, len(tw.target.key))}
+		for i, k := range tw.target.key {
+			e.keyv[i] = keyTuple[k.at]
+		}
+		tw.index[e.key] = e
+		tw.entries = append(tw.entries, e)
+	}
+	r.prev = e.last
+	p.wave.refs = append(p.wave.refs, r)
+	e.last = int32(len(p.wave.refs))
+	fold(e, r, fresh)
+	return nil
+}
+
+// fold is the table of net changes (peers.md section 5): insert+update -> insert, update+update -> last,
+// delete+insert -> update by the full image, insert+delete -> delete of a row that need not be there.
+func fold(e *entry, r ref, fresh bool) {
+	switch r.op {
+	case wal.Insert:
+		if fresh {
+			e.kind = netInsert
+		} else if e.kind == netDelete && !e.maybe {
+			e.kind = netUpdate
+		} else if e.kind == netDelete {
+			e.kind, e.maybe = netInsert, false
+		}
+		e.row = r.row
+	case wal.Update:
+		if fresh || e.kind == netDelete {
+			e.kind = netUpdate
+			e.row = r.row
+			return
+		}
+		e.row = fill(r.row, e.row)
+	case wal.Delete:
+		e.maybe = e.kind == netInsert && !fresh
+		e.kind, e.row = netDelete, nil
+	}
+}
+
+// fill returns row with its Unchanged columns taken from base, where base has them.
+func fill(row, base wal.Tuple) wal.Tuple {
+	for i := range row {
+		if row[i].Kind != wal.Unchanged || i >= len(base) || base[i].Kind == wal.Omitted {
+			continue
+		}
+		out := slices.Clone(row)
+		for j := i; j < len(out); j++ {
+			if out[j].Kind == wal.Unchanged && j < len(base) && base[j].Kind != wal.Omitted {
+				out[j] = base[j]
+			}
+		}
+		return out
+	}
+	return row
+}
+
+// chain returns the refs of an entry in order.
+func (w *wave) chain(e *entry) []*ref {
+	var out []*ref
+	for i := e.last; i != 0; i = w.refs[i-1].prev {
+		out = append(out, &w.refs[i-1])
+	}
+	slices.Reverse(out)
+	return out
+}

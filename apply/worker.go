@@ -1,0 +1,632 @@
+// Package apply writes one origin's transactions into the local database: in the origin's order, exactly once, many
+// merged into one local transaction, resolving conflicts by the rules of replication.md section 2. Whatever did not
+// simply apply is recorded with both images in schema duri, in the same transaction.
+//
+// Progress is PostgreSQL's own replication origin progress, written by the commit that carries the data, so a crash at
+// any moment neither loses nor repeats a transaction (rule 18). Apply sessions are ordinary clients with
+// session_replication_role = replica; what they write carries the origin and is never sent again (rule 20).
+package apply
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/wal"
+)
+
+// Reader delivers an origin's journal from a position on. *journal.Reader is one.
+type Reader interface {
+	Next(ctx context.Context) (journal.Record, error)
+	Close() error
+}
+
+// Config of a Worker.
+type Config struct {
+	Site       wal.SiteID // this site
+	Origin     wal.SiteID // whose transactions are applied
+	OriginName string     // replication origin, see OriginName
+	SiteOf     func(originName string) (wal.SiteID, bool)
+	DSN        string
+	Database   string
+	// Open returns a reader of the origin's journal behind a position.
+	Open func(from wal.LSN) (Reader, error)
+	// Local is the index of this site's own transactions.
+	Local *Local
+	// Barrier waits until local decoding has passed a WAL position, hurrying it if need be (rule 8).
+	Barrier func(ctx context.Context, lsn wal.LSN) error
+	// Fetch asks the origin for the present row with row's key (rule 9). Nil: it cannot be asked.
+	Fetch func(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error)
+	// Clock is the local PostgreSQL server's clock (rule 1).
+	Clock func() wal.Time
+
+	BatchTransactions int           // default 2000
+	BatchBytes        int           // default 8 MiB
+	LockTimeout       time.Duration // default 200 ms; below deadlock_timeout, so that a client is never the victim
+	BarrierTimeout    time.Duration // default 10 s
+	Logger            *slog.Logger
+}
+
+func (c *Config) defaults() {
+	if c.BatchTransactions == 0 {
+		c.BatchTransactions = 2000
+	}
+	if c.BatchBytes == 0 {
+		c.BatchBytes = 8 << 20
+	}
+	if c.LockTimeout == 0 {
+		c.LockTimeout = 200 * time.Millisecond
+	}
+	if c.BarrierTimeout == 0 {
+		c.BarrierTimeout = 10 * time.Second
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+// OriginName is the replication origin under which a site's transactions in a database are applied. Origins are
+// shared by all databases of a server and admit one session each, so the name carries the database.
+func OriginName(database, site string) string { return "duri_" + database + "_" + site }
+
+// Status is what a Worker tells of itself.
+type Status struct {
+	Applied      wal.LSN   `json:"applied"`      // committed here
+	Durable      wal.LSN   `json:"durable"`      // and flushed here
+	AppliedTime  wal.Time  `json:"-"`            // version time of the last transaction applied
+	Seen         wal.LSN   `json:"seen"`         // of this site, by the last transaction applied
+	Transactions int64     `json:"transactions"` // applied since start
+	Changes      int64     `json:"changes"`      // applied since start
+	Conflicts    int64     `json:"conflicts"`    // recorded since start
+	Retries      int64     `json:"retries"`      // batches tried again since start
+	HeldUntil    time.Time `json:"held_until"`   // clock rule: nothing is applied before this
+	LastError    string    `json:"last_error"`   // why nothing is being applied
+	LastHint     string    `json:"last_hint"`
+	LastErrorAt  time.Time `json:"last_error_at"`
+}
+
+// Worker applies one origin. Run it once at a time; it may be run again after it ended.
+type Worker struct {
+	cfg Config
+
+	mu     sync.Mutex // guards status, marks, done
+	status Status
+	done   int    // batches executed in this run
+	marks  []mark // commits whose local flush is not confirmed yet
+
+	session *session
+	aux     *pgconn.PgConn // catalog reads and flush polling
+	auxMu   sync.Mutex     // guards aux and targets
+	targets map[wal.RelationID]*target
+	tables  map[string]*table
+	origins atomic.Pointer[map[uint32]wal.SiteID]
+	roident string
+}
+
+type mark struct{ source, local wal.LSN }
+
+// New returns a worker that is not running.
+func New(cfg Config) *Worker {
+	cfg.defaults()
+	return &Worker{cfg: cfg}
+}
+
+// Status returns a snapshot.
+func (w *Worker) Status() Status {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.status
+}
+
+// TransactionError says which transaction could not be applied, and why. Nothing of it was written, and nothing
+// behind it will be until it can be.
+type TransactionError struct {
+	Origin wal.SiteID
+	LSN    wal.LSN
+	XID    uint32
+	Err    error
+}
+
+// Error gives the sentence that is printed.
+func (e *TransactionError) Error() string {
+	return fmt.Sprintf("apply transaction %s (xid %d) of site %d: %v", e.LSN, e.XID, e.Origin, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *TransactionError) Unwrap() error { return e.Err }
+
+// HintText is the advice that goes with the error.
+func (e *TransactionError) HintText() string {
+	var t *TableError
+	if errors.As(e.Err, &t) {
+		return t.Hint
+	}
+	if pg.SQLState(e.Err) == "23505" {
+		return "another unique value collides; free it at this site, apply then goes on by itself"
+	}
+	return "remove the cause at this site; apply then goes on by itself"
+}
+
+// Run applies until ctx ends (nil) or something stops it (the error). The caller runs it again after a pause.
+func (w *Worker) Run(ctx context.Context) error {
+	err := w.run(ctx)
+	if ctx.Err() != nil {
+		return nil
+	}
+	w.mu.Lock()
+	w.status.LastError, w.status.LastHint, w.status.LastErrorAt = err.Error(), hintOf(err), time.Now()
+	w.mu.Unlock()
+	return err
+}
+
+// hintOf finds the advice in an error's chain.
+func hintOf(err error) string {
+	var h interface{ HintText() string }
+	if errors.As(err, &h) {
+		return h.HintText()
+	}
+	return pg.Hint(err)
+}
+
+func (w *Worker) run(ctx context.Context) error {
+	if err := w.connect(ctx); err != nil {
+		return err
+	}
+	defer func() {
+		pg.Close(w.session.conn)
+		pg.Close(w.aux)
+	}()
+	from, err := w.progress(ctx)
+	if err != nil {
+		return fmt.Errorf("read progress of origin %s: %w", w.cfg.OriginName, err)
+	}
+	r, err := w.cfg.Open(from)
+	if err != nil {
+		return fmt.Errorf("read the journal of site %d from %s: %w", w.cfg.Origin, from, err)
+	}
+	defer func() { _ = r.Close() }()
+	g, ctx := errgroup.WithContext(ctx)
+	records := make(chan journal.Record, 4096)
+	batches := make(chan *planner)
+	g.Go(func() error { return read(ctx, r, records) })
+	g.Go(func() error { return w.gather(ctx, records, batches) })
+	g.Go(func() error { return w.execute(ctx, batches) })
+	g.Go(func() error { return w.pollFlush(ctx) })
+	return g.Wait()
+}
+
+// connect opens both sessions and takes the replication origin.
+func (w *Worker) connect(ctx context.Context) error {
+	conn, err := pg.Connect(ctx, w.cfg.DSN, w.cfg.Database, w.settings("duri_apply_"+strconv.Itoa(int(w.cfg.Origin))))
+	if err != nil {
+		return fmt.Errorf("connect to apply: %w", err)
+	}
+	aux, err := pg.Connect(ctx, w.cfg.DSN, w.cfg.Database, map[string]string{"application_name": "duri_apply_aux"})
+	if err != nil {
+		pg.Close(conn)
+		return fmt.Errorf("connect to apply: %w", err)
+	}
+	w.session, w.aux = newSession(conn), aux
+	w.auxMu.Lock()
+	w.targets, w.tables = map[wal.RelationID]*target{}, map[string]*table{}
+	w.auxMu.Unlock()
+	if err = w.takeOrigin(ctx); err != nil {
+		pg.Close(conn)
+		pg.Close(aux)
+	}
+	return err
+}
+
+// settings of an apply session. It commits asynchronously: progress is in the same transaction, and what is reported
+// as applied waits for the flush (peers.md section 5).
+func (w *Worker) settings(name string) map[string]string {
+	ms := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) + "ms" }
+	return map[string]string{
+		"application_name":                    name,
+		"session_replication_role":            "replica",
+		"synchronous_commit":                  "off",
+		"search_path":                         "pg_catalog",
+		"plan_cache_mode":                     "force_generic_plan",
+		"lock_timeout":                        ms(w.cfg.LockTimeout),
+		"deadlock_timeout":                    ms(min(w.cfg.LockTimeout/2, 100*time.Millisecond)),
+		"jit":                                 "off",
+		"row_security":                        "off",
+		"idle_in_transaction_session_timeout": "60s",
+	}
+}
+
+func (w *Worker) takeOrigin(ctx context.Context) error {
+	_, err := pg.Query(ctx, w.session.conn, `SELECT pg_catalog.pg_replication_origin_create($1)
+		WHERE pg_catalog.pg_replication_origin_oid($1) IS NULL`, w.cfg.OriginName)
+	if err == nil {
+		_, err = pg.Query(ctx, w.session.conn, "SELECT pg_catalog.pg_replication_origin_session_setup($1)", w.cfg.OriginName)
+	}
+	if err != nil {
+		return fmt.Errorf("take replication origin %s: %w", w.cfg.OriginName, err)
+	}
+	return w.loadOrigins(ctx)
+}
+
+// loadOrigins maps replication origins to sites.
+func (w *Worker) loadOrigins(ctx context.Context) error {
+	rows, err := pg.Rows(ctx, w.session.conn, "SELECT roident, roname FROM pg_catalog.pg_replication_origin")
+	if err != nil {
+		return fmt.Errorf("read replication origins: %w", err)
+	}
+	m := map[uint32]wal.SiteID{}
+	for _, r := range rows {
+		id, err := strconv.ParseUint(r[0], 10, 32)
+		if err != nil {
+			return fmt.Errorf("read replication origins: %w", err)
+		}
+		if site, ok := w.cfg.SiteOf(r[1]); ok {
+			m[uint32(id)] = site
+		}
+		if r[1] == w.cfg.OriginName {
+			w.roident = r[0]
+		}
+	}
+	w.origins.Store(&m)
+	return nil
+}
+
+func (w *Worker) siteOf(roident uint32) (wal.SiteID, bool) {
+	site, ok := (*w.origins.Load())[roident]
+	return site, ok
+}
+
+// progress reads how far this origin has been applied, and what the last transaction had seen.
+func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
+	rows, err := pg.Rows(ctx, w.session.conn, "SELECT pg_catalog.pg_replication_origin_session_progress(true)")
+	if err != nil {
+		return 0, err
+	}
+	var from wal.LSN
+	if rows[0][0] != "" {
+		if from, err = wal.ParseLSN(rows[0][0]); err != nil {
+			return 0, err
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.status.Applied, w.status.Durable = from, from
+	w.marks, w.done = nil, 0
+	return from, nil
+}
+
+// read moves records from the journal into the channel.
+func read(ctx context.Context, r Reader, out chan<- journal.Record) error {
+	for {
+		rec, err := r.Next(ctx)
+		if err != nil {
+			return err
+		}
+		select {
+		case out <- rec:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// gather builds batches from what is there and hands one over whenever the executor is free: it never waits to fill
+// one, and a batch grows while the executor is busy. A transaction from the future is held (rule 1).
+func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<- *planner) error {
+	p := w.newPlanner()
+	sent := 0
+	var heldTxn *wal.Txn
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		if heldTxn != nil && w.cfg.Clock() > heldTxn.VersionTime {
+			if err := w.add(ctx, &p, heldTxn, out); err != nil {
+				return err
+			}
+			heldTxn = nil
+			w.hold(time.Time{})
+		}
+		source, sink := in, out
+		if heldTxn != nil || p.full(w.cfg) {
+			source = nil
+		}
+		if len(p.batch.txns) == 0 {
+			sink = nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+		case sink <- p:
+			p = w.newPlanner()
+			sent++
+		case rec := <-source:
+			if rec.Txn == nil {
+				if len(p.batch.txns) == 0 {
+					w.passPosition(rec.Position, sent)
+				}
+				continue
+			}
+			if ahead := rec.Txn.VersionTime.Sub(w.cfg.Clock()); ahead >= 0 {
+				heldTxn = rec.Txn
+				w.hold(rec.Txn.VersionTime.Std())
+				timer.Reset(ahead + time.Millisecond)
+				continue
+			}
+			if err := w.add(ctx, &p, rec.Txn, out); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// add puts a transaction into the batch. One that cannot be planned stops the stream, but only after everything
+// before it has been handed over.
+func (w *Worker) add(ctx context.Context, p **planner, t *wal.Txn, out chan<- *planner) error {
+	err := (*p).addTxn(t)
+	if err == nil {
+		return nil
+	}
+	good := (*p).batch.txns
+	if len(good) > 0 {
+		prefix, perr := planTxns(good, w.resolve, true)
+		if perr != nil {
+			return perr
+		}
+		select {
+		case out <- prefix:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		select { // the executor takes the next one only when it has finished that
+		case out <- w.newPlanner():
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return &TransactionError{w.cfg.Origin, t.CommitLSN, t.XID, err}
+}
+
+func (w *Worker) hold(until time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.status.HeldUntil = until
+}
+
+// passPosition notes that the origin has nothing up to a position: with no batch under way it counts as applied. With
+// one it must not, because what that batch had not seen is still needed to judge it.
+func (w *Worker) passPosition(pos *journal.Position, sent int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if pos == nil || sent != w.done {
+		return
+	}
+	w.status.Applied = max(w.status.Applied, pos.To)
+	for _, s := range pos.Seen {
+		if s.Site == w.cfg.Site {
+			w.status.Seen = max(w.status.Seen, s.LSN)
+		}
+	}
+}
+
+func (w *Worker) newPlanner() *planner { return newPlanner(w.resolve, true) }
+
+// resolve finds the target of a relation, reading the catalog once per definition.
+func (w *Worker) resolve(rel *wal.Relation) (*target, error) {
+	w.auxMu.Lock()
+	defer w.auxMu.Unlock()
+	if g := w.targets[rel.ID]; g != nil {
+		return g, nil
+	}
+	t, err := w.table(rel.Namespace, rel.Name)
+	if err != nil {
+		return nil, err
+	}
+	g, err := bind(t, rel)
+	if err == nil {
+		w.targets[rel.ID] = g
+	}
+	return g, err
+}
+
+func (w *Worker) table(schema, name string) (*table, error) {
+	if t := w.tables[schema+"."+name]; t != nil {
+		return t, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	t, err := loadTable(ctx, w.aux, schema, name)
+	if err == nil {
+		w.tables[schema+"."+name] = t
+	}
+	return t, err
+}
+
+// execute applies batches as they come.
+func (w *Worker) execute(ctx context.Context, in <-chan *planner) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case p := <-in:
+			p.cut()
+			if len(p.batch.txns) == 0 {
+				continue
+			}
+			if err := w.applyBatch(ctx, p.batch); err != nil {
+				return err
+			}
+			w.mu.Lock()
+			w.done++
+			w.mu.Unlock()
+		}
+	}
+}
+
+// maxTries is how often a batch is tried again whole before it is split.
+const maxTries = 3
+
+// applyBatch applies a batch, trying again what other sessions disturbed and halving what fails, so that an error
+// names one transaction (rule 17) and a unique swap finds its original order.
+func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
+	for try := 1; ; try++ {
+		err := w.applyOnce(ctx, b)
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil || w.session.conn.IsClosed() || pg.IsConnectionError(err):
+			return err
+		case len(b.txns) == 1 && disturbed(err):
+			if try%maxTries == 0 {
+				w.blocked(b, err)
+			}
+		case disturbed(err) && try < maxTries:
+		case len(b.txns) > 1:
+			return w.applyHalves(ctx, b)
+		case b.merged:
+			p, perr := planTxns(b.txns, w.resolve, false)
+			if perr != nil {
+				return &TransactionError{w.cfg.Origin, b.from(), b.txns[0].XID, perr}
+			}
+			p.cut()
+			b = p.batch
+		default:
+			return &TransactionError{w.cfg.Origin, b.from(), b.txns[0].XID, err}
+		}
+		w.mu.Lock()
+		w.status.Retries++
+		w.mu.Unlock()
+		if err := pause(ctx, time.Duration(1+rand.IntN(5*min(try, 20)))*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// blocked shows in the status that a client's locks hold a transaction up.
+func (w *Worker) blocked(b *batch, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.status.LastError = fmt.Sprintf("transaction %s waits for locks of this site's clients: %v", b.from(), err)
+	w.status.LastHint = "end or commit the sessions that hold the locks; apply goes on by itself"
+	w.status.LastErrorAt = time.Now()
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (w *Worker) applyHalves(ctx context.Context, b *batch) error {
+	half := len(b.txns) / 2
+	for _, txns := range [][]*wal.Txn{b.txns[:half], b.txns[half:]} {
+		p, err := planTxns(txns, w.resolve, true)
+		if err != nil {
+			return err
+		}
+		p.cut()
+		if err := w.applyBatch(ctx, p.batch); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// disturbed reports an error that other sessions caused and that passes.
+func disturbed(err error) bool {
+	switch pg.SQLState(err) {
+	case "40P01", "55P03", "40001": // deadlock, lock timeout, serialization
+		return true
+	}
+	return errors.Is(err, errRestless)
+}
+
+func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
+	if len(w.session.prepared) > maxPrepared {
+		if err := w.session.reset(ctx); err != nil {
+			return err
+		}
+	}
+	seen := b.txns[0].SeenOf(w.cfg.Site)
+	x := &execution{
+		s: w.session, w: w, b: b, origin: w.roident,
+		before: min(w.cfg.Local.safeBefore(seen), b.minTime).String(),
+	}
+	local, err := x.apply(ctx)
+	if err != nil {
+		return err
+	}
+	last := b.txns[len(b.txns)-1]
+	conflicts := int64(0)
+	for _, r := range x.records {
+		if r.Kind != "" {
+			conflicts++
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := &w.status
+	s.Applied, s.AppliedTime = b.to(), b.maxTime
+	s.Seen = max(s.Seen, last.SeenOf(w.cfg.Site))
+	s.Transactions += int64(len(b.txns))
+	s.Changes += int64(b.changes)
+	s.Conflicts += conflicts
+	s.LastError, s.LastHint = "", ""
+	w.marks = append(w.marks, mark{b.to(), local})
+	return nil
+}
+
+// flushInterval is how often the local flush position is asked for while commits wait for it.
+const flushInterval = 50 * time.Millisecond
+
+// pollFlush moves Durable: an apply commit counts as durable when the local flush has passed it.
+func (w *Worker) pollFlush(ctx context.Context) error {
+	for {
+		if err := pause(ctx, flushInterval); err != nil {
+			return err
+		}
+		w.mu.Lock()
+		waiting := len(w.marks) > 0
+		w.mu.Unlock()
+		if !waiting {
+			continue
+		}
+		w.auxMu.Lock()
+		rows, err := pg.Rows(ctx, w.aux, "SELECT pg_catalog.pg_current_wal_flush_lsn()")
+		w.auxMu.Unlock()
+		if err != nil {
+			return fmt.Errorf("read the flush position: %w", err)
+		}
+		lsn, err := wal.ParseLSN(rows[0][0])
+		if err != nil {
+			return err
+		}
+		w.flushed(lsn)
+	}
+}
+
+func (w *Worker) flushed(local wal.LSN) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := 0
+	for n < len(w.marks) && w.marks[n].local <= local {
+		w.status.Durable = w.marks[n].source
+		n++
+	}
+	w.marks = w.marks[n:]
+}

@@ -1,0 +1,169 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/duri-io/duri/internal/term"
+	"github.com/duri-io/duri/server"
+)
+
+func newStatusCmd(a *app) *cobra.Command {
+	var watch bool
+	var interval time.Duration
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Tell in one sentence and a table how the cluster is",
+		Long: `Asks the agent of this site, and through it the other sites' agents. The exit code tells health: 0 all is well,
+3 something needs attention, 4 the agent of this site does not answer.`,
+		Example: `  duri status -c seoul/duri.yaml
+  duri status -w`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			control := server.NewControl(cfg.DataDir)
+			if watch {
+				return a.watchStatus(cmd.Context(), control, interval)
+			}
+			s, err := control.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if err := a.print(s, func(w io.Writer) error { return printStatus(w, s, a.style()) }); err != nil {
+				return err
+			}
+			if text, ok := summary(s); !ok {
+				return &term.Error{Msg: text, Code: term.ExitPartial}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "print again and again until interrupted")
+	cmd.Flags().DurationVar(&interval, "interval", 2*time.Second, "`time` between two prints with --watch")
+	return cmd
+}
+
+// watchStatus prints until ctx ends. An agent that does not answer is shown and asked again.
+func (a *app) watchStatus(ctx context.Context, c *server.Control, interval time.Duration) error {
+	t := time.NewTicker(max(interval, 100*time.Millisecond))
+	defer t.Stop()
+	for {
+		s, err := c.Status(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			term.PrintError(a.stderr, err, term.StyleFor(a.stderr, a.noColour))
+		default:
+			if term.IsTerminal(a.stdout) && !a.json() {
+				fmt.Fprint(a.stdout, "\x1b[H\x1b[2J")
+			}
+			if err := a.print(s, func(w io.Writer) error { return printStatus(w, s, a.style()) }); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+	}
+}
+
+// summary is the one sentence, and whether all is well.
+func summary(s server.ClusterStatus) (string, bool) {
+	var bad []string
+	for _, m := range s.Unreachable {
+		bad = append(bad, fmt.Sprintf("site %s does not answer", m.Site))
+	}
+	conflicts := int64(0)
+	worst := 0.0
+	for _, site := range s.Sites {
+		for _, d := range site.Databases {
+			if d.Health != server.HealthOK {
+				bad = append(bad, fmt.Sprintf("database %s at %s is %s", d.Name, site.Site, d.State))
+			}
+			for _, l := range d.Links {
+				conflicts += l.Apply.Conflicts
+				worst = max(worst, l.LagS)
+				if l.Health != server.HealthOK {
+					bad = append(bad, fmt.Sprintf("%s -> %s %s", l.From, site.Site, l.Health))
+				}
+			}
+		}
+	}
+	if len(bad) > 0 {
+		return "needs attention: " + strings.Join(bad, "; "), false
+	}
+	return fmt.Sprintf("%d sites, all writable, connected both ways, lag %.1f s, %d conflicts recorded since the agents started", len(s.Sites), worst, conflicts), true
+}
+
+func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
+	text, ok := summary(s)
+	if ok {
+		text = style.Good(text)
+	} else {
+		text = style.Bad(text)
+	}
+	if _, err := fmt.Fprintln(w, text); err != nil {
+		return err
+	}
+	t := term.NewTable("DATABASE", "FROM", "TO", "STATE", "LAG", "BEHIND", "APPLIED", "CONFLICTS", "JOURNAL").Right(4, 5, 6, 7, 8)
+	var problems []string
+	for _, site := range s.Sites {
+		for _, d := range site.Databases {
+			if d.Problem != nil {
+				problems = append(problems, problem(d.Name+" at "+site.Site, d.Problem.Text, d.Problem.Hint))
+			}
+			for _, l := range d.Links {
+				t.Row(d.Name, l.From, site.Site, linkState(d, l, style), fmt.Sprintf("%.1f s", l.LagS), term.Size(l.LagBytes),
+					term.Count(l.Apply.Transactions), term.Count(l.Apply.Conflicts), term.Size(l.Received.Bytes))
+				if l.Problem != nil {
+					problems = append(problems, problem(l.From+" -> "+site.Site, l.Problem.Text, l.Problem.Hint))
+				}
+			}
+		}
+	}
+	if err := t.Write(w, style); err != nil {
+		return err
+	}
+	for _, m := range s.Unreachable {
+		problems = append(problems, problem(m.Site, m.Error, ""))
+	}
+	for _, p := range problems {
+		if _, err := fmt.Fprintln(w, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func problem(subject, text, hint string) string {
+	s := subject + ": " + term.Clean(text)
+	if hint != "" {
+		s += "\n  hint: " + hint
+	}
+	return s
+}
+
+func linkState(d server.DatabaseStatus, l server.LinkStatus, style term.Style) string {
+	switch {
+	case d.State != "ready":
+		return style.Warn(d.State)
+	case l.Apply.LastError != "":
+		return style.Bad("held")
+	case !l.Connected:
+		return style.Bad("disconnected")
+	case l.Health != server.HealthOK:
+		return style.Warn(l.Health)
+	}
+	return style.Good("streaming")
+}

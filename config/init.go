@@ -1,0 +1,357 @@
+package config
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"text/template"
+
+	"github.com/duri-io/duri/internal/pki"
+	"github.com/duri-io/duri/wal"
+)
+
+// DefaultDSN is the connection string that a new site gets when none is given.
+const DefaultDSN = "host=127.0.0.1 port=5432 user=duri"
+
+// InitSpec describes a new cluster.
+type InitSpec struct {
+	Name      string
+	Sites     []InitSite // their ids are 1, 2, ... in this order
+	Databases []Database
+	Seed      string // site whose content all begin with; empty: the first
+	Out       string // folder to make; may exist if it is empty
+	ClusterID string // UUID; empty: a new one
+}
+
+// InitSite describes a site of a new cluster.
+type InitSite struct {
+	Name     string
+	Address  string // host:port for the other agents
+	Listen   string // empty: the port of Address on all interfaces
+	DSN      string // empty: DefaultDSN
+	SetupDSN string // may be empty
+}
+
+// Files lists what InitCluster makes, relative to Out.
+func (s InitSpec) Files() []string {
+	files := []string{"ca/ca.crt", "ca/ca.key"}
+	for _, site := range s.Sites {
+		for _, f := range []string{FileName, "ca.crt", "site.crt", "site.key"} {
+			files = append(files, site.Name+"/"+f)
+		}
+	}
+	return files
+}
+
+// SeedSite is the name of the site whose content all begin with.
+func (s InitSpec) SeedSite() string {
+	if s.Seed == "" && len(s.Sites) > 0 {
+		return s.Sites[0].Name
+	}
+	return s.Seed
+}
+
+// Check reports whether InitCluster would refuse, and why: all problems of the spec, or a target that is in use.
+// It changes nothing.
+func (s InitSpec) Check() error {
+	if s.ClusterID == "" {
+		s.ClusterID = "00000000-0000-4000-8000-000000000000"
+	}
+	if _, err := s.configs(); err != nil {
+		return err
+	}
+	return checkTarget(s.Out)
+}
+
+// InitCluster makes the files of a new cluster in Out: the authority in ca/, and for each site a folder named after it
+// that is moved to the site as a whole. All or nothing: everything is made beside Out and then moved. An Out that
+// holds anything is refused. Errors of the spec are an *Error.
+func InitCluster(s InitSpec) error {
+	if s.ClusterID == "" {
+		s.ClusterID = newUUID()
+	}
+	files, err := s.configs()
+	if err != nil {
+		return err
+	}
+	if err := checkTarget(s.Out); err != nil {
+		return err
+	}
+	out, err := filepath.Abs(s.Out)
+	if err != nil {
+		return fmt.Errorf("make cluster: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
+		return fmt.Errorf("make cluster: %w", err)
+	}
+	tmp, err := os.MkdirTemp(filepath.Dir(out), ".duri-init-")
+	if err != nil {
+		return fmt.Errorf("make cluster: %w", err)
+	}
+	defer os.RemoveAll(tmp)
+	if err := s.write(tmp, files); err != nil {
+		return fmt.Errorf("make cluster: %w", err)
+	}
+	return install(tmp, out)
+}
+
+// configs gives each site's duri.yaml, and is an *Error when one of them would not be valid.
+func (s InitSpec) configs() (map[string][]byte, error) {
+	if err := s.shape(); err != nil {
+		return nil, &Error{Problems: []*Problem{err}}
+	}
+	files := map[string][]byte{}
+	var all Error
+	for _, site := range s.Sites {
+		files[site.Name] = s.render(site, false)
+		_, err := Parse(FileName, files[site.Name])
+		var e *Error
+		if errors.As(err, &e) {
+			all.add(e.Problems)
+		}
+	}
+	if len(all.Problems) > 0 {
+		return nil, &all
+	}
+	return files, nil
+}
+
+// shape checks what cannot be seen in a single site's file.
+func (s InitSpec) shape() *Problem {
+	if len(s.Sites) == 0 {
+		return &Problem{Msg: "a cluster needs at least two sites", Hint: "for example: --site seoul=10.1.0.5:7400 --site busan=10.2.0.5:7400"}
+	}
+	known := slices.ContainsFunc(s.Sites, func(site InitSite) bool { return site.Name == s.SeedSite() })
+	if !known {
+		return &Problem{Msg: fmt.Sprintf("seed %q is not a site of the cluster", s.Seed), Hint: "name one of the sites"}
+	}
+	for _, site := range s.Sites {
+		if site.Name == "ca" { // the authority's folder
+			return &Problem{Msg: `a site cannot be called "ca"`, Hint: "choose another name"}
+		}
+	}
+	return nil
+}
+
+// add takes problems over without their position (the file does not exist yet) and without repeating them.
+func (e *Error) add(problems []*Problem) {
+	for _, p := range problems {
+		if !slices.ContainsFunc(e.Problems, func(q *Problem) bool { return q.Msg == p.Msg }) {
+			e.Problems = append(e.Problems, &Problem{Key: p.Key, Msg: p.Msg, Hint: p.Hint})
+		}
+	}
+}
+
+// checkTarget refuses a folder that holds anything, and what is not a folder.
+func checkTarget(out string) error {
+	if out == "" {
+		return &Problem{Msg: "no folder is named for the new cluster", Hint: "for example: --out demo"}
+	}
+	entries, err := os.ReadDir(out)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("look at the target folder: %w", err)
+	case len(entries) > 0:
+		return &Problem{Msg: fmt.Sprintf("folder %s is not empty", out), Hint: "name another folder: keys that are in use are never overwritten"}
+	}
+	return nil
+}
+
+func (s InitSpec) write(dir string, files map[string][]byte) error {
+	ca, err := pki.NewCA(s.ClusterID, s.Name)
+	if err != nil {
+		return err
+	}
+	caDir := filepath.Join(dir, "ca")
+	if err := os.Mkdir(caDir, 0o700); err != nil {
+		return err
+	}
+	own, err := ca.Pair()
+	if err != nil {
+		return err
+	}
+	if err := own.Write(filepath.Join(caDir, "ca.crt"), filepath.Join(caDir, "ca.key")); err != nil {
+		return err
+	}
+	for _, site := range s.Sites {
+		if err := writeSite(filepath.Join(dir, site.Name), ca, site, files[site.Name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeSite(dir string, ca *pki.CA, site InitSite, file []byte) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	pair, err := ca.Issue(site.Name, site.Address)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		pair.Write(filepath.Join(dir, "site.crt"), filepath.Join(dir, "site.key")),
+		ca.WriteCert(filepath.Join(dir, "ca.crt")),
+		// The connection string may hold a password.
+		os.WriteFile(filepath.Join(dir, FileName), file, 0o600),
+	)
+}
+
+// install moves the finished folders to out. A folder that exists is kept, as it may be the current one of a shell.
+func install(tmp, out string) error {
+	err := os.Rename(tmp, out)
+	if err == nil || !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	entries, err := os.ReadDir(tmp)
+	if err != nil {
+		return fmt.Errorf("make cluster: %w", err)
+	}
+	for i, e := range entries {
+		if err := os.Rename(filepath.Join(tmp, e.Name()), filepath.Join(out, e.Name())); err != nil {
+			for _, moved := range entries[:i] {
+				err = errors.Join(err, os.RemoveAll(filepath.Join(out, moved.Name())))
+			}
+			return fmt.Errorf("make cluster: %w", err)
+		}
+	}
+	return nil
+}
+
+// newUUID makes a random UUID (version 4).
+func newUUID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails: crypto/rand stops the program instead
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// Example is a commented duri.yaml with every key; it is valid.
+func Example() string {
+	s := InitSpec{
+		Name:      "demo",
+		ClusterID: "4f2c9a1e-7c1d-4b5e-9a55-0d7f6c1e2b3a",
+		Sites: []InitSite{
+			{Name: "seoul", Address: "10.1.0.5:7400", Listen: ":7400"},
+			{Name: "busan", Address: "10.2.0.5:7400"},
+		},
+		Databases: []Database{{Name: "app", Schemas: []string{"public"}}},
+	}
+	return string(s.render(s.Sites[0], true))
+}
+
+// page is what the template of duri.yaml sees.
+type page struct {
+	Spec      InitSpec
+	Site      InitSite
+	Bootstrap Bootstrap
+	Default   *Config
+	All       bool // write every key
+}
+
+// ID is the number of the i-th site.
+func (page) ID(i int) wal.SiteID { return wal.SiteID(i + 1) }
+
+func (s InitSpec) render(site InitSite, all bool) []byte {
+	p := page{Spec: s, Site: site, Bootstrap: BootstrapCopy, Default: defaults(), All: all}
+	if site.Name == s.SeedSite() {
+		p.Bootstrap = BootstrapSeed
+	}
+	if p.Site.DSN == "" {
+		p.Site.DSN = DefaultDSN
+	}
+	var b strings.Builder
+	if err := fileTemplate.Execute(&b, p); err != nil {
+		panic(err) // the template and its data are ours: a test renders both forms
+	}
+	return []byte(b.String())
+}
+
+var fileTemplate = template.Must(template.New(FileName).Funcs(template.FuncMap{
+	// Go's quoted form is also YAML's double-quoted one.
+	"q": strconv.Quote,
+}).Parse(`# {{.Site.Name}}: configuration of this site's duri agent. Each key is described in docs/reference/config.md;
+# see them all with "duri config example", check this file with "duri config check".
+
+cluster:
+  id: {{q .Spec.ClusterID}}   # the same at every site
+  name: {{q .Spec.Name}}
+site: {{q .Site.Name}}   # which of the sites below this agent is
+
+sites:   # all sites of the cluster, the same at every site; an id is never changed or used again
+{{- range $i, $s := .Spec.Sites}}
+  - id: {{$.ID $i}}
+    name: {{q $s.Name}}
+    address: {{q $s.Address}}   # where the other agents reach this one
+{{- end}}
+
+# seed: the present content of the databases here is the cluster's first content.
+# copy: the databases here start empty and are copied from the seed site.
+bootstrap: {{.Bootstrap}}
+{{- if .Site.Listen}}
+
+listen: {{q .Site.Listen}}   # default: the port of the own address, on all interfaces
+{{- end}}
+{{- if .All}}
+
+data_dir: {{q .Default.DataDir}}   # journals and control socket; relative to this file
+{{- end}}
+
+databases:{{if not .Spec.Databases}} []{{end}}
+{{- range .Spec.Databases}}
+  - name: {{q .Name}}
+{{- if .Schemas}}
+    schemas:   # default: all user schemas
+{{- range .Schemas}}
+      - {{q .}}
+{{- end}}
+{{- end}}
+{{- end}}
+
+postgres:
+  # Connection of the run-time role that "duri grants" prepares; no database in it. Leave the password to pgpass
+  # (~/.pgpass) or a service file.
+  dsn: {{q .Site.DSN}}
+{{- if or .All .Site.SetupDSN}}
+  # Superuser, used only to enrol (schema duri, publication, first copy); remove it afterwards.
+  setup_dsn: {{q .Site.SetupDSN}}
+{{- end}}
+{{- if .All}}
+  bin_dir: ""   # where pg_dump is; default: PATH, then /usr/lib/postgresql/*/bin
+{{- end}}
+{{- if .All}}
+
+tls:   # PEM files made by "duri init"; relative to this file
+  ca: {{.Default.TLS.CA}}
+  cert: {{.Default.TLS.Cert}}
+  key: {{.Default.TLS.Key}}
+
+journal:
+  keep: {{.Default.Journal.Keep}}   # at least this long after every site has applied it
+  budget: {{.Default.Journal.Budget}}   # of disk, for all journals of this site
+  segment: {{.Default.Journal.Segment}}   # one file
+
+apply:   # bounds of one apply transaction
+  batch_transactions: {{.Default.Apply.BatchTransactions}}
+  batch_bytes: {{.Default.Apply.BatchBytes}}
+  lock_timeout: {{.Default.Apply.LockTimeout}}   # then the blocked keys are set aside while the rest flows
+
+conflict:
+  keep: {{.Default.Conflict.Keep}}   # records of conflicts, with both images
+
+max_clock_skew: {{.Default.MaxClockSkew}}   # beyond it the direction from the faster site is held
+heartbeat: {{.Default.Heartbeat}}
+
+log:
+  level: {{.Default.Log.Level}}   # debug, info, warn, error
+  format: {{.Default.Log.Format}}   # text, json
+{{- end}}
+`))

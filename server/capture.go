@@ -1,0 +1,220 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/duri-io/duri/apply"
+	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/wal"
+)
+
+// capture moves one database's decoded stream into the own journal and the local index. It is decode's Handler.
+type capture struct {
+	site   wal.SiteID
+	siteOf func(origin string) (wal.SiteID, bool)
+	j      *journal.Journal
+	local  *apply.Local
+	now    func() wal.Time
+	step   func(t *wal.Txn) // told of a backward clock step
+
+	seen    []wal.Seen
+	maxTime wal.Time // greatest version time so far
+
+	pending   wal.LSN // passed, but not yet in the journal as a position
+	positions time.Time
+
+	dirty   chan struct{}
+	durable atomic.Uint64          // what may be reported to PostgreSQL
+	report  atomic.Pointer[func()] // asks the running stream to report at once
+}
+
+func newCapture(site wal.SiteID, siteOf func(string) (wal.SiteID, bool), j *journal.Journal, local *apply.Local, now func() wal.Time) *capture {
+	st := j.State()
+	c := &capture{
+		site: site, siteOf: siteOf, j: j, local: local, now: now, step: func(*wal.Txn) {},
+		seen: st.Seen, maxTime: st.MaxVersionTime, dirty: make(chan struct{}, 1),
+	}
+	c.durable.Store(uint64(j.Durable()))
+	return c
+}
+
+// Commit journals a local transaction; of one applied from elsewhere only its position counts (rule 20).
+func (c *capture) Commit(m *decode.Commit) error {
+	t := m.Txn
+	if m.Origin != "" {
+		site, ok := c.siteOf(m.Origin)
+		if !ok {
+			return &originError{m.Origin}
+		}
+		c.see(site, m.OriginLSN)
+		return c.Advance(t.EndLSN)
+	}
+	t.Changes = slices.DeleteFunc(t.Changes, func(ch wal.Change) bool { return ch.Relation.Namespace == "duri" })
+	if len(t.Changes) == 0 {
+		return c.Advance(t.EndLSN)
+	}
+	t.Origin, t.Seen, t.Received = c.site, slices.Clone(c.seen), c.now()
+	stepped := false
+	if t.VersionTime, stepped = stamp(t.CommitTime, c.maxTime); stepped {
+		c.step(t)
+	}
+	// The index first: should the journal fail, the transaction is delivered again and the index drops it.
+	if err := c.local.Add(t); err != nil {
+		return fmt.Errorf("index transaction %s: %w", t.CommitLSN, err)
+	}
+	if err := c.j.AppendTxn(t); err != nil {
+		return fmt.Errorf("journal transaction %s: %w", t.CommitLSN, err)
+	}
+	c.maxTime = max(c.maxTime, t.VersionTime) // only now: a transaction delivered again must get the same stamp
+	c.pending = 0
+	return nil
+}
+
+// originError: a transaction of a replication origin that is no site of the cluster.
+type originError struct{ name string }
+
+func (e *originError) Error() string {
+	return fmt.Sprintf("a transaction was written here under replication origin %q, which is no site of this cluster", e.name)
+}
+
+// HintText is the advice that goes with the error.
+func (e *originError) HintText() string {
+	return "another replication tool feeds this database; end its subscription, because its rows would not reach the other sites"
+}
+
+// clockStep is the regress of commit times beyond which the clock has stepped back (rule 3).
+const clockStep = 100 * time.Millisecond
+
+// stamp gives the version time of a commit: its commit time, or, after a backward step of the clock and until it has
+// caught up, the greatest time so far plus a microsecond (rule 3).
+func stamp(commit, greatest wal.Time) (t wal.Time, stepped bool) {
+	if commit < greatest.Add(-clockStep) {
+		return greatest + 1, true
+	}
+	return commit, false
+}
+
+func (c *capture) see(site wal.SiteID, lsn wal.LSN) {
+	i, ok := slices.BinarySearchFunc(c.seen, site, func(s wal.Seen, id wal.SiteID) int { return int(s.Site) - int(id) })
+	switch {
+	case !ok:
+		c.seen = slices.Insert(c.seen, i, wal.Seen{Site: site, LSN: lsn})
+	case lsn > c.seen[i].LSN:
+		c.seen[i].LSN = lsn
+	}
+}
+
+// Advance notes a position that nothing lies before.
+func (c *capture) Advance(to wal.LSN) error {
+	c.pending = max(c.pending, to)
+	c.local.Advance(to)
+	return nil
+}
+
+// positionEvery bounds how often coverage without transactions is journalled.
+const positionEvery = 200 * time.Millisecond
+
+// Idle hands what was appended to the readers, and now and then writes down how far the stream has been read.
+func (c *capture) Idle() error {
+	if c.pending > c.j.End() && time.Since(c.positions) >= positionEvery {
+		if err := c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.now()); err != nil {
+			return fmt.Errorf("journal position %s: %w", c.pending, err)
+		}
+		c.positions, c.pending = time.Now(), 0
+	}
+	if err := c.j.Flush(); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	select {
+	case c.dirty <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// syncLoop fsyncs the journal whenever something was appended, one group at a time, and lets the new position be
+// reported.
+func (c *capture) syncLoop(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-c.dirty:
+		}
+		if err := c.j.Sync(); err != nil {
+			return fmt.Errorf("fsync journal: %w", err)
+		}
+		if d := uint64(c.j.Durable()); d > c.durable.Load() {
+			c.durable.Store(d)
+			if f := c.report.Load(); f != nil {
+				(*f)()
+			}
+		}
+	}
+}
+
+func (c *capture) setReport(f func()) { c.report.Store(&f) }
+
+// Positions are what PostgreSQL is told. PostgreSQL forgets WAL up to the flush position, so only what the own journal
+// holds durably may be reported.
+func (c *capture) Positions() decode.Positions {
+	d := wal.LSN(c.durable.Load())
+	return decode.Positions{Write: d, Flush: d, Apply: d}
+}
+
+// rebuild fills the local index from the own journal, from the lowest position that a peer has not seen.
+func rebuild(ctx context.Context, j *journal.Journal, local *apply.Local, from wal.LSN) error {
+	r, err := j.NewReader(max(from, j.Start()))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = r.Close() }()
+	for {
+		rec, ok, err := r.TryNext()
+		if err != nil || !ok {
+			local.Advance(j.End())
+			return err
+		}
+		if rec.Txn != nil {
+			if err := local.Add(rec.Txn); err != nil {
+				return err
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+}
+
+// serverClock follows the clock of the local PostgreSQL server, which gives the commit times (rule 1). It errs to the
+// early side by at most the round trip of a query.
+type serverClock struct {
+	mu     sync.Mutex
+	offset time.Duration
+	known  bool
+}
+
+func (c *serverClock) set(server wal.Time, received time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.offset, c.known = server.Sub(wal.TimeOf(received)), true
+}
+
+// Now is the server's time. Before the first measurement it is long ago, so that nothing is applied.
+func (c *serverClock) Now() wal.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.known {
+		return 0
+	}
+	return wal.TimeOf(time.Now()).Add(c.offset)
+}
+
+var errNotReady = errors.New("this site's database is not ready yet")

@@ -1,0 +1,147 @@
+package server
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/verify"
+)
+
+// Control talks to a running agent through its control socket. Safe for concurrent use.
+type Control struct {
+	socket string
+	http   *http.Client
+}
+
+// NewControl makes a client for the agent of a data directory; it connects with each call.
+func NewControl(dataDir string) *Control {
+	socket := ControlSocket(dataDir)
+	var d net.Dialer
+	return &Control{socket: socket, http: &http.Client{Transport: &http.Transport{
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },
+		DisableKeepAlives: true,
+	}}}
+}
+
+// UnreachableError says that no agent answers.
+type UnreachableError struct {
+	Socket string
+	Err    error
+}
+
+// Error gives the sentence that is printed.
+func (e *UnreachableError) Error() string { return "no agent answers at " + e.Socket }
+
+// HintText is the advice that goes with the error.
+func (e *UnreachableError) HintText() string {
+	return "start it with `duri agent -c duri.yaml`, or name the right file with -c"
+}
+
+// ExitCode is the command line's code for it.
+func (e *UnreachableError) ExitCode() int { return 4 }
+
+// Unwrap returns the cause.
+func (e *UnreachableError) Unwrap() error { return e.Err }
+
+// remoteError is a problem that the agent reported.
+type remoteError struct{ p Problem }
+
+func (e *remoteError) Error() string    { return e.p.Error }
+func (e *remoteError) HintText() string { return e.p.Hint }
+
+func (c *Control) do(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
+	var rd io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		rd = bytes.NewReader(b)
+	}
+	u := url.URL{Scheme: "http", Host: "agent", Path: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), rd)
+	if err != nil {
+		return nil, err
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, &UnreachableError{c.socket, err}
+	}
+	if res.StatusCode == http.StatusOK {
+		return res, nil
+	}
+	defer func() { _ = res.Body.Close() }()
+	var p Problem
+	if err := json.NewDecoder(res.Body).Decode(&p); err != nil || p.Error == "" {
+		return nil, fmt.Errorf("the agent answered %s", res.Status)
+	}
+	return nil, &remoteError{p}
+}
+
+func (c *Control) get(ctx context.Context, path string, query url.Values, v any) error {
+	res, err := c.do(ctx, http.MethodGet, path, query, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = res.Body.Close() }()
+	return json.NewDecoder(res.Body).Decode(v)
+}
+
+// Status asks the agent for all sites as it sees them.
+func (c *Control) Status(ctx context.Context) (ClusterStatus, error) {
+	var s ClusterStatus
+	err := c.get(ctx, "/v1/status", nil, &s)
+	return s, err
+}
+
+// Conflicts lists recorded conflicts; the filter's names are the query's: database, table, kind, since, limit.
+func (c *Control) Conflicts(ctx context.Context, filter url.Values) ([]catalog.Conflict, error) {
+	var out []catalog.Conflict
+	err := c.get(ctx, "/v1/conflicts", filter, &out)
+	return out, err
+}
+
+// Verify compares the sites and reports progress on the way. An empty database name means the only one.
+func (c *Control) Verify(ctx context.Context, database string, req VerifyRequest, progress func(verify.Progress)) (verify.Report, error) {
+	var rep verify.Report
+	q := url.Values{}
+	if database != "" {
+		q.Set("database", database)
+	}
+	res, err := c.do(ctx, http.MethodPost, "/v1/verify", q, req)
+	if err != nil {
+		return rep, err
+	}
+	defer func() { _ = res.Body.Close() }()
+	lines := bufio.NewReader(res.Body)
+	for {
+		b, err := lines.ReadBytes('\n')
+		if err != nil {
+			return rep, errors.Join(errors.New("the agent ended before the comparison was finished"), err)
+		}
+		var l VerifyLine
+		if err := json.Unmarshal(b, &l); err != nil {
+			return rep, err
+		}
+		switch {
+		case l.Report != nil:
+			return *l.Report, nil
+		case l.Problem != nil:
+			return rep, &remoteError{*l.Problem}
+		case l.Progress != nil && progress != nil:
+			progress(*l.Progress)
+		}
+	}
+}

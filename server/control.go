@@ -1,0 +1,264 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/verify"
+	"github.com/duri-io/duri/wal"
+)
+
+// ControlSocket is the Unix socket in data_dir through which the command line talks to the agent. Who may open the
+// file may give orders.
+func ControlSocket(dataDir string) string { return filepath.Join(dataDir, "control.sock") }
+
+// listenControl takes the socket, and with it the data directory: a second agent is refused.
+func (a *Agent) listenControl() (net.Listener, error) {
+	path := ControlSocket(a.cfg.DataDir)
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		_ = c.Close()
+		return nil, &hinted{"an agent already runs on " + a.cfg.DataDir, "end it first, or give this one another data_dir"}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove a stale control socket: %w", err)
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen for the command line: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	return ln, nil
+}
+
+func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", a.getStatus)
+	mux.HandleFunc("GET /v1/conflicts", a.getConflicts)
+	mux.HandleFunc("POST /v1/verify", a.postVerify)
+	srv := &http.Server{
+		Handler: mux, ReadHeaderTimeout: 5 * time.Second,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	stop := context.AfterFunc(ctx, func() {
+		shut, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if srv.Shutdown(shut) != nil {
+			_ = srv.Close()
+		}
+	})
+	defer stop()
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// ClusterStatus is all sites as one of them sees them.
+type ClusterStatus struct {
+	Sites       []SiteStatus `json:"sites"`
+	Unreachable []Missing    `json:"unreachable"`
+}
+
+// Missing is a site whose agent did not answer.
+type Missing struct {
+	Site  string `json:"site"`
+	Error string `json:"error"`
+}
+
+// askPeer bounds how long a status waits for another agent.
+const askPeer = 2 * time.Second
+
+func (a *Agent) getStatus(w http.ResponseWriter, r *http.Request) {
+	out := ClusterStatus{Sites: []SiteStatus{a.Status()}, Unreachable: []Missing{}}
+	for name, c := range a.clients {
+		ctx, cancel := context.WithTimeout(r.Context(), askPeer)
+		b, err := c.Status(ctx)
+		cancel()
+		var s SiteStatus
+		if err == nil {
+			err = json.Unmarshal(b, &s)
+		}
+		if err != nil {
+			out.Unreachable = append(out.Unreachable, Missing{name, err.Error()})
+			continue
+		}
+		out.Sites = append(out.Sites, s)
+	}
+	writeJSON(w, http.StatusOK, out)
+}
+
+// Problem is how the control API reports an error.
+type Problem struct {
+	Error string `json:"error"`
+	Hint  string `json:"hint,omitempty"`
+}
+
+func writeJSON(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(v) // the client is gone, then
+}
+
+func writeError(w http.ResponseWriter, code int, err error) {
+	writeJSON(w, code, Problem{err.Error(), hintOf(err)})
+}
+
+// pick finds the database a request names; without a name there must be just one.
+func (a *Agent) pick(r *http.Request) (*node, error) {
+	name := r.URL.Query().Get("database")
+	if name == "" && len(a.nodes) == 1 {
+		return a.nodes[0], nil
+	}
+	if n, ok := a.node(name); ok {
+		return n, nil
+	}
+	if name == "" {
+		return nil, &hinted{"several databases are replicated", "name one with --database"}
+	}
+	return nil, &hinted{fmt.Sprintf("database %q is not replicated", name), "see databases in duri.yaml"}
+}
+
+func (a *Agent) getConflicts(w http.ResponseWriter, r *http.Request) {
+	n, err := a.pick(r)
+	if err != nil {
+		writeError(w, http.StatusBadRequest, err)
+		return
+	}
+	q := r.URL.Query()
+	f := catalog.ConflictFilter{Table: q.Get("table"), Kind: q.Get("kind")}
+	if f.Limit, err = strconv.Atoi(q.Get("limit")); err != nil {
+		f.Limit = 100
+	}
+	if s := q.Get("since"); s != "" {
+		if f.Since, err = time.Parse(time.RFC3339, s); err != nil {
+			writeError(w, http.StatusBadRequest, &hinted{fmt.Sprintf("%q is not a time", s), "use RFC 3339, for example 2026-11-25T12:00:00Z"})
+			return
+		}
+	}
+	var out []catalog.Conflict
+	err = n.withSQL(r.Context(), func(c *pgconn.PgConn) error {
+		out, err = catalog.Conflicts(r.Context(), c, f)
+		return err
+	})
+	if err != nil {
+		writeError(w, http.StatusServiceUnavailable, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, out)
+}
+
+// VerifyLine is one line of the verify stream: progress, then the report or a problem.
+type VerifyLine struct {
+	Progress *verify.Progress `json:"progress,omitempty"`
+	Report   *verify.Report   `json:"report,omitempty"`
+	Problem  *Problem         `json:"problem,omitempty"`
+}
+
+// VerifyRequest asks for a comparison of this site with its peer.
+type VerifyRequest struct {
+	Tables   []string `json:"tables"`
+	Parallel int      `json:"parallel"`
+}
+
+func (a *Agent) postVerify(w http.ResponseWriter, r *http.Request) {
+	n, err := a.pick(r)
+	var req VerifyRequest
+	if err == nil {
+		err = json.NewDecoder(r.Body).Decode(&req)
+	}
+	if err != nil {
+		writeError(w, http.StatusBadRequest, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/jsonl")
+	enc := json.NewEncoder(w)
+	flush := http.NewResponseController(w)
+	send := func(l VerifyLine) {
+		_ = enc.Encode(l)
+		_ = flush.Flush()
+	}
+	rep, err := n.verify(r.Context(), req, func(p verify.Progress) { send(VerifyLine{Progress: &p}) })
+	if err != nil {
+		send(VerifyLine{Problem: &Problem{err.Error(), hintOf(err)}})
+		return
+	}
+	send(VerifyLine{Report: &rep})
+}
+
+// verify compares this site's database with its peer's.
+func (n *node) verify(ctx context.Context, req VerifyRequest, progress func(verify.Progress)) (verify.Report, error) {
+	c := n.ready.Load()
+	if c == nil {
+		return verify.Report{}, errNotReady
+	}
+	p := n.peers[0]
+	remote := verify.NewRemote(p.site.Name, func(ctx context.Context, b []byte) ([]byte, error) {
+		return p.client.Compare(ctx, n.database.Name, b)
+	})
+	return verify.Run(ctx, n.db, remote, verify.Options{
+		Tables: req.Tables, Parallel: req.Parallel, Progress: progress,
+		Settle: func(ctx context.Context) error { return n.settle(ctx, c, p) },
+	})
+}
+
+// settle waits until each site has applied what the other had committed when it was called: here by the local
+// position, there by what the peer's agent says of itself.
+func (n *node) settle(ctx context.Context, c *captured, p *peer) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := n.emit(ctx, "settle"); err != nil {
+		return err
+	}
+	mine := c.local.Position()
+	theirs := wal.LSN(0)
+	for {
+		s, err := n.peerStatus(ctx, p)
+		if err != nil {
+			return err
+		}
+		if theirs == 0 {
+			theirs = s.Journal.End
+		}
+		here := p.worker.Load().Status().Applied >= theirs
+		for _, l := range s.Links {
+			if l.From == n.self.Name && l.Apply.Applied >= mine && here {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the sites to apply each other's changes: %w", ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (n *node) peerStatus(ctx context.Context, p *peer) (DatabaseStatus, error) {
+	b, err := p.client.Status(ctx)
+	if err != nil {
+		return DatabaseStatus{}, err
+	}
+	var s SiteStatus
+	if err := json.Unmarshal(b, &s); err != nil {
+		return DatabaseStatus{}, err
+	}
+	for _, d := range s.Databases {
+		if d.Name == n.database.Name {
+			return d, nil
+		}
+	}
+	return DatabaseStatus{}, fmt.Errorf("site %s does not replicate database %s", p.site.Name, n.database.Name)
+}

@@ -1,0 +1,444 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/duri-io/duri/apply"
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/verify"
+	"github.com/duri-io/duri/wal"
+)
+
+// Publication is the publication that `duri grants` makes in every replicated database.
+const Publication = "duri"
+
+// node is one database at this site: its capture, its journals, and one peer per other site.
+type node struct {
+	cfg      *config.Config
+	database config.Database
+	self     config.Site
+	log      *slog.Logger
+	clock    *serverClock
+	peers    []*peer
+	ready    atomic.Pointer[captured] // set once journal and index are open
+	over     atomic.Bool              // the journal budget is used up
+
+	mu    sync.Mutex // guards state, fault, stepped
+	state string
+	fault fault
+	sql   *pgconn.PgConn // the utility session: clock, heartbeat, barrier, maintenance
+	sqlMu sync.Mutex     // one user of sql at a time; taken before mu
+
+	stepped time.Time // last backward clock step seen
+	keys    *apply.Keys
+
+	emitted time.Time // last heartbeat message; used by the heartbeat loop alone
+	ages    []age     // used by the maintenance loop alone
+	db      *verify.DB
+}
+
+// captured is what exists once a database has been opened.
+type captured struct {
+	journal *journal.Journal
+	local   *apply.Local
+	capture *capture
+}
+
+// fault is why a part does not work just now.
+type fault struct {
+	Text string    `json:"text"`
+	Hint string    `json:"hint,omitempty"`
+	At   time.Time `json:"at"`
+}
+
+// age pairs a moment with the journal's end at that moment.
+type age struct {
+	at  time.Time
+	end wal.LSN
+}
+
+// Slot is the name of a database's replication slot.
+func Slot(database string) string { return "duri_" + slotPart(database) }
+
+// slotPart makes a database name fit a slot's name: lower-case letters, digits and underscores.
+func slotPart(s string) string {
+	out := []byte{}
+	for _, c := range []byte(s) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '_':
+			out = append(out, c)
+		default:
+			out = fmt.Appendf(out, "_%02x", c)
+		}
+	}
+	if len(out) > 50 {
+		out = out[:50]
+	}
+	return string(out)
+}
+
+func (n *node) dir(parts ...string) string {
+	return filepath.Join(append([]string{n.cfg.DataDir, "journal", slotPart(n.database.Name)}, parts...)...)
+}
+
+func (n *node) setState(s string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.state != s {
+		n.log.Info("database "+s, "database", n.database.Name)
+	}
+	n.state = s
+	if s == stateReady {
+		n.fault = fault{}
+	}
+}
+
+// States of a database at a site.
+const (
+	stateStarting = "starting"
+	stateWaiting  = "waiting" // for its server, a peer, or a person
+	stateJoining  = "joining"
+	stateReady    = "ready"
+)
+
+// failed notes why something does not work and logs it when it is news.
+func (n *node) failed(what string, err error) {
+	f := fault{Text: what + ": " + err.Error(), Hint: hintOf(err), At: time.Now()}
+	n.mu.Lock()
+	news := n.fault.Text != f.Text
+	n.fault = f
+	n.mu.Unlock()
+	if news {
+		n.log.Warn(f.Text, "database", n.database.Name, "hint", f.Hint)
+	}
+}
+
+// siteOf maps a replication origin's name to a site.
+func (n *node) siteOf(origin string) (wal.SiteID, bool) {
+	for _, s := range n.cfg.Sites {
+		if origin == apply.OriginName(n.database.Name, s.Name) {
+			return s.ID, true
+		}
+	}
+	return 0, false
+}
+
+// Run opens the database, joining the cluster first if need be, and works until ctx ends. Whatever fails is tried
+// again and shown in the status meanwhile; only a damaged journal ends it.
+func (n *node) Run(ctx context.Context) error {
+	err := retry(ctx, n.failed, "open database "+n.database.Name, func() error { return n.open(ctx) })
+	if err != nil {
+		return err
+	}
+	c := n.ready.Load()
+	defer func() {
+		if err := c.journal.Close(); err != nil {
+			n.log.Error("close journal", "database", n.database.Name, "error", err)
+		}
+	}()
+	n.setState(stateReady)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return n.captureLoop(ctx, c) })
+	g.Go(func() error { return c.capture.syncLoop(ctx) })
+	g.Go(func() error { return n.heartbeatLoop(ctx, c) })
+	g.Go(func() error { return n.maintainLoop(ctx, c) })
+	for _, p := range n.peers {
+		g.Go(func() error { return p.run(ctx) })
+	}
+	err = g.Wait()
+	n.closeSQL()
+	n.keys.Close()
+	n.db.Close()
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return nil
+	}
+	return err
+}
+
+// retry runs f until it succeeds or ctx ends, pausing longer each time, up to two seconds.
+func retry(ctx context.Context, failed func(string, error), what string, f func() error) error {
+	pause := 100 * time.Millisecond
+	for {
+		err := f()
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		failed(what, err)
+		if permanent(err) {
+			pause = 10 * time.Second
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, 2*time.Second)
+	}
+}
+
+// permanent reports an error that only a person can mend; it is looked at again less often.
+func permanent(err error) bool {
+	var gap *decode.GapError
+	return errors.As(err, &gap)
+}
+
+// captureLoop keeps the decode stream running.
+func (n *node) captureLoop(ctx context.Context, c *captured) error {
+	for {
+		err := retry(ctx, n.failed, "decode", func() error { return n.stream(ctx, c) })
+		if err != nil {
+			return err
+		}
+	}
+}
+
+var errBudget = &hinted{
+	"the journal's disk budget is used up, so decoding is paused; PostgreSQL keeps its WAL meanwhile",
+	"bring the site that is behind back, or raise journal.budget",
+}
+
+// hinted is an error sentence with advice.
+type hinted struct{ text, hint string }
+
+func (e *hinted) Error() string    { return e.text }
+func (e *hinted) HintText() string { return e.hint }
+
+// stream opens the replication connection, checks that the slot continues the journal, and streams until something
+// breaks.
+func (n *node) stream(ctx context.Context, c *captured) error {
+	if n.over.Load() {
+		return errBudget
+	}
+	slot := Slot(n.database.Name)
+	conn, err := decode.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, slot)
+	if err != nil {
+		return err
+	}
+	ok := false
+	defer func() {
+		if !ok {
+			pg.Close(conn)
+		}
+	}()
+	got, err := decode.Observe(ctx, conn, slot)
+	if err != nil {
+		return err
+	}
+	inc := c.journal.Header().Incarnation
+	want := decode.Expected{SystemID: inc.SystemID, Timeline: inc.Timeline, Slot: slot, End: c.journal.End()}
+	if err := decode.CheckSlot(want, got); err != nil {
+		return err
+	}
+	if err := n.measureClock(ctx, conn); err != nil {
+		return err
+	}
+	st, err := decode.Open(ctx, conn, decode.Config{
+		DSN: n.cfg.Postgres.DSN, Database: n.database.Name, Slot: slot, Publication: Publication,
+		Report: c.capture.Positions, Name: slot,
+	}, c.journal.End())
+	if err != nil {
+		return err
+	}
+	ok = true
+	c.capture.setReport(st.Report)
+	n.setState(stateReady)
+	err = st.Run(ctx, c.capture)
+	if err == nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+func (n *node) measureClock(ctx context.Context, conn *pgconn.PgConn) error {
+	rows, err := pg.Rows(ctx, conn, "SELECT (extract(epoch from clock_timestamp()) * 1000000)::int8 - 946684800000000")
+	if err != nil {
+		return fmt.Errorf("read the server's clock: %w", err)
+	}
+	var t int64
+	if _, err := fmt.Sscan(rows[0][0], &t); err != nil {
+		return err
+	}
+	n.clock.set(wal.Time(t), time.Now())
+	return nil
+}
+
+// withSQL lends the utility session; it is opened when needed and dropped after an error of the connection.
+func (n *node) withSQL(ctx context.Context, f func(*pgconn.PgConn) error) error {
+	n.sqlMu.Lock()
+	defer n.sqlMu.Unlock()
+	if n.sql == nil || n.sql.IsClosed() {
+		conn, err := pg.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, map[string]string{
+			"application_name":   "duri_agent",
+			"synchronous_commit": "local", // its commits exist to flush the WAL, and wait for nobody else
+			"statement_timeout":  "30s",
+		})
+		if err != nil {
+			return err
+		}
+		n.sql = conn
+	}
+	err := f(n.sql)
+	if err != nil && pg.IsConnectionError(err) {
+		pg.Close(n.sql)
+		n.sql = nil
+	}
+	return err
+}
+
+func (n *node) closeSQL() {
+	n.sqlMu.Lock()
+	defer n.sqlMu.Unlock()
+	pg.Close(n.sql)
+	n.sql = nil
+}
+
+// emit writes a message into the WAL and flushes it: the walsender then delivers everything before it.
+func (n *node) emit(ctx context.Context, what string) error {
+	return n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		_, err := pg.Query(ctx, c, "SELECT pg_catalog.pg_logical_emit_message(true, $1, '')", decode.MessagePrefix+"."+what)
+		return err
+	})
+}
+
+// barrier is the capture barrier of rule 8.
+func (n *node) barrier(ctx context.Context, c *captured, lsn wal.LSN) error {
+	if c.local.Position() >= lsn {
+		return nil
+	}
+	if err := n.emit(ctx, "barrier"); err != nil {
+		return err
+	}
+	return c.local.WaitFor(ctx, lsn)
+}
+
+// heartbeatEvery is how often an idle database gets a message of its own.
+const heartbeatEvery = 10 * time.Second
+
+// heartbeatLoop follows the server's clock, and moves the stream on in a database that is idle while others write, so
+// that its slot does not hold their WAL.
+func (n *node) heartbeatLoop(ctx context.Context, c *captured) error {
+	t := time.NewTicker(n.cfg.Heartbeat.Std())
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+		if err := n.beat(ctx, c); err != nil && ctx.Err() == nil {
+			n.log.Debug("heartbeat", "database", n.database.Name, "error", err)
+		}
+	}
+}
+
+func (n *node) beat(ctx context.Context, c *captured) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var flush wal.LSN
+	err := n.withSQL(ctx, func(conn *pgconn.PgConn) error {
+		if err := n.measureClock(ctx, conn); err != nil {
+			return err
+		}
+		rows, err := pg.Rows(ctx, conn, "SELECT pg_catalog.pg_current_wal_flush_lsn()")
+		if err == nil {
+			flush, err = wal.ParseLSN(rows[0][0])
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	behind := flush > c.local.Position()
+	if time.Since(n.emitted) < heartbeatEvery && !(behind && time.Since(n.emitted) > time.Second) {
+		return nil
+	}
+	n.emitted = time.Now()
+	return n.emit(ctx, "heartbeat")
+}
+
+// maintainEvery is how often retention is looked at.
+const maintainEvery = time.Second
+
+func (n *node) maintainLoop(ctx context.Context, c *captured) error {
+	t := time.NewTicker(maintainEvery)
+	defer t.Stop()
+	var tables time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+		if err := n.retain(c); err != nil {
+			return err
+		}
+		if time.Since(tables) < time.Hour {
+			continue
+		}
+		err := n.withSQL(ctx, func(conn *pgconn.PgConn) error {
+			return catalog.Maintain(ctx, conn, n.cfg.Conflict.Keep.Std(), time.Now())
+		})
+		if err != nil {
+			n.log.Debug("maintain schema duri", "database", n.database.Name, "error", err)
+			continue
+		}
+		tables = time.Now()
+	}
+}
+
+// retain prunes journals by watermark and age, forgets local history that everybody has seen, and watches the budget.
+func (n *node) retain(c *captured) error {
+	now := time.Now()
+	n.ages = append(n.ages, age{now, c.journal.End()})
+	keep := n.cfg.Journal.Keep.Std()
+	old := wal.LSN(0)
+	for len(n.ages) > 1 && now.Sub(n.ages[1].at) >= keep {
+		n.ages = n.ages[1:]
+	}
+	if now.Sub(n.ages[0].at) >= keep {
+		old = n.ages[0].end
+	}
+	bytes := c.journal.State().DiskBytes
+	needed, seen := c.journal.Durable(), c.journal.End()
+	for _, p := range n.peers {
+		needed = min(needed, p.acked().Durable, p.seen())
+		seen = min(seen, p.seen())
+		size, err := p.retain(now, keep)
+		if err != nil {
+			return err
+		}
+		bytes += size
+	}
+	c.local.Prune(seen, n.clock.Now())
+	if err := c.journal.Prune(min(needed, old)); err != nil {
+		return fmt.Errorf("prune journal: %w", err)
+	}
+	n.over.Store(bytes > n.cfg.Journal.Budget.Bytes())
+	return nil
+}
+
+// forgetJournals removes what an interrupted enrolment left. Only a database that was never enrolled may do so.
+func (n *node) forgetJournals() error {
+	if err := os.RemoveAll(n.dir()); err != nil {
+		return fmt.Errorf("remove the journal of an interrupted enrolment: %w", err)
+	}
+	return nil
+}

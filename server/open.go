@@ -1,0 +1,301 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/apply"
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/enrol"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/preflight"
+	"github.com/duri-io/duri/wal"
+)
+
+// Keys of duri.meta.
+const (
+	metaCluster  = "cluster"
+	metaSite     = "site"
+	metaEnrolled = "enrolled_at"
+)
+
+// open brings the database into the cluster, or back into it: checks, schema duri, slot and journal, first content,
+// local index. It may be called again after it failed at any step.
+func (n *node) open(ctx context.Context) error {
+	n.setState(stateWaiting)
+	var enrolled bool
+	err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		var err error
+		enrolled, err = n.prepare(ctx, c)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if !enrolled {
+		n.setState(stateJoining)
+		if err := n.enrol(ctx); err != nil {
+			return err
+		}
+	}
+	return n.openJournal(ctx)
+}
+
+// prepare checks the database and makes duri's own tables; it tells whether the database was enrolled before.
+func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, err error) {
+	findings, err := preflight.Run(ctx, c, preflight.Spec{
+		Database: n.database.Name, Schemas: n.database.Schemas, Sites: len(n.cfg.Sites),
+		Databases: len(n.cfg.Databases), Publication: Publication,
+	})
+	if err != nil {
+		return false, err
+	}
+	for _, f := range findings {
+		if f.Severity == preflight.Warning {
+			n.log.Warn(f.Text, "database", n.database.Name, "object", f.Object, "hint", f.Hint)
+		}
+	}
+	if err := preflight.Err(findings); err != nil {
+		return false, err
+	}
+	if err := catalog.Migrate(ctx, c); err != nil {
+		return false, err
+	}
+	if err := catalog.Maintain(ctx, c, n.cfg.Conflict.Keep.Std(), time.Now()); err != nil {
+		return false, err
+	}
+	for key, want := range map[string]string{metaCluster: n.cfg.Cluster.ID, metaSite: n.self.Name} {
+		if err := n.claim(ctx, c, key, want); err != nil {
+			return false, err
+		}
+	}
+	_, enrolled, err = catalog.Meta(ctx, c, metaEnrolled)
+	return enrolled, err
+}
+
+// claim writes an identity once and refuses another one later.
+func (n *node) claim(ctx context.Context, c *pgconn.PgConn, key, want string) error {
+	got, ok, err := catalog.Meta(ctx, c, key)
+	switch {
+	case err != nil:
+		return err
+	case !ok:
+		return catalog.SetMeta(ctx, c, key, want)
+	case got != want:
+		return &hinted{
+			fmt.Sprintf("database %s belongs to %s %s, not to %s", n.database.Name, key, got, want),
+			"check postgres.dsn and site in duri.yaml; a database is never moved between clusters or sites in place",
+		}
+	}
+	return nil
+}
+
+// enrol makes slot and journal and, unless this site is the seed, copies the content. A step that was interrupted is
+// begun again from the start, which is safe because nothing of it counts before enrolled_at is written.
+func (n *node) enrol(ctx context.Context) error {
+	slot := Slot(n.database.Name)
+	conn, err := decode.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, slot+"_enrol")
+	if err != nil {
+		return err
+	}
+	defer pg.Close(conn)
+	got, err := decode.Observe(ctx, conn, slot)
+	if err != nil {
+		return err
+	}
+	if got.Exists {
+		if err := decode.DropSlot(ctx, conn, slot); err != nil {
+			return fmt.Errorf("drop the slot of an interrupted enrolment: %w", err)
+		}
+	}
+	if err := n.forgetJournals(); err != nil {
+		return err
+	}
+	seen, err := n.progress(ctx)
+	if err != nil {
+		return err
+	}
+	at, err := decode.CreateSlot(ctx, conn, slot)
+	if err != nil {
+		return fmt.Errorf("create slot %s: %w", slot, err)
+	}
+	if err := n.createJournal(ctx, conn, got, slot, at, seen); err != nil {
+		return err
+	}
+	if n.cfg.Bootstrap == config.BootstrapCopy && len(seen) == 0 {
+		if err := n.copyFromSeed(ctx); err != nil {
+			return err
+		}
+	}
+	return n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		if err := catalog.SetMeta(ctx, c, metaEnrolled, time.Now().UTC().Format(time.RFC3339)); err != nil {
+			return err
+		}
+		return catalog.Event(ctx, c, "enrolled", fmt.Sprintf("database %s joined cluster %s as site %s", n.database.Name, n.cfg.Cluster.Name, n.self.Name), nil)
+	})
+}
+
+// progress reads how far every other site had been applied here: what this site's next transactions have seen.
+func (n *node) progress(ctx context.Context) (seen []wal.Seen, err error) {
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		seen = nil
+		for _, s := range n.cfg.Peers() {
+			rows, err := pg.Query(ctx, c, `SELECT coalesce(pg_catalog.pg_replication_origin_progress(roname, false)::text, '')
+				FROM pg_catalog.pg_replication_origin WHERE roname = $1`, apply.OriginName(n.database.Name, s.Name))
+			if err != nil {
+				return err
+			}
+			if len(rows) == 0 || rows[0][0] == "" {
+				continue
+			}
+			lsn, err := wal.ParseLSN(rows[0][0])
+			if err != nil {
+				return err
+			}
+			seen = append(seen, wal.Seen{Site: s.ID, LSN: lsn})
+		}
+		return nil
+	})
+	return seen, err
+}
+
+func (n *node) createJournal(ctx context.Context, conn *pgconn.PgConn, id decode.Identity, slot string, at wal.LSN, seen []wal.Seen) error {
+	version, err := pg.ServerVersion(ctx, conn)
+	if err != nil {
+		return err
+	}
+	encoding, err := pg.Rows(ctx, conn, "SHOW server_encoding")
+	if err != nil {
+		return err
+	}
+	if err := n.measureClock(ctx, conn); err != nil {
+		return err
+	}
+	j, err := journal.Create(n.dir(n.self.Name), journal.Header{
+		Cluster: n.cfg.Cluster.ID, Site: n.self.ID, SiteName: n.self.Name,
+		Incarnation: journal.Incarnation{
+			SystemID: id.SystemID, Timeline: id.Timeline, Database: n.database.Name, Slot: slot, CreatedLSN: at,
+		},
+		ServerVersion: version, Encoding: encoding[0][0], Settings: pg.WireSettings(),
+		From: at, MaxVersionTime: n.clock.Now(), Seen: seen,
+	}, n.journalOptions())
+	if err != nil {
+		return err
+	}
+	return j.Close()
+}
+
+func (n *node) journalOptions() journal.Options {
+	return journal.Options{
+		SegmentBytes: n.cfg.Journal.Segment.Bytes(),
+		Logger:       n.log,
+	}
+}
+
+// copyFromSeed takes the first content from whichever site offers it.
+func (n *node) copyFromSeed(ctx context.Context) error {
+	var errs []error
+	for _, p := range n.peers {
+		r, err := p.client.Copy(ctx, n.database.Name)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("copy from %s: %w", p.site.Name, err))
+			continue
+		}
+		res, err := enrol.Receive(ctx, enrol.TargetConfig{
+			DSN: n.cfg.Postgres.DSN, SetupDSN: n.cfg.Postgres.SetupDSN, Database: n.database.Name,
+			Origin: apply.OriginName(n.database.Name, p.site.Name), Schemas: n.database.Schemas,
+		}, r, func(pr enrol.Progress) { n.copying(p.site.Name, pr) })
+		cerr := r.Close()
+		if err != nil {
+			return fmt.Errorf("copy from %s: %w", p.site.Name, err)
+		}
+		if cerr != nil {
+			n.log.Debug("close the copy stream", "error", cerr)
+		}
+		n.log.Info("copied", "database", n.database.Name, "from", p.site.Name, "tables", res.Tables, "rows", res.Rows, "bytes", res.Bytes, "lsn", res.At)
+		return nil
+	}
+	return errors.Join(errs...)
+}
+
+func (n *node) copying(from string, p enrol.Progress) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.state = fmt.Sprintf("%s: %d rows of %d tables copied from %s", stateJoining, p.Rows, p.Tables, from)
+}
+
+// openJournal opens the own journal, rebuilds the local index from it, and makes the capture.
+func (n *node) openJournal(ctx context.Context) error {
+	j, err := openJournal(n.dir(n.self.Name), n.journalOptions())
+	if err != nil {
+		return err
+	}
+	if j == nil {
+		return &decode.GapError{
+			Slot: Slot(n.database.Name), Reason: "the journal directory " + n.dir(n.self.Name) + " is gone",
+			Hint: "put the directory back, or re-join this site",
+		}
+	}
+	seen, err := n.lowestSeen(ctx)
+	if err != nil {
+		return errors.Join(err, j.Close())
+	}
+	n.keys = apply.NewKeys(n.cfg.Postgres.DSN, n.database.Name)
+	local := apply.NewLocal(n.self.ID, seen, j.State().MaxVersionTime, n.keys)
+	if err := rebuild(ctx, j, local, seen); err != nil {
+		n.keys.Close()
+		return errors.Join(fmt.Errorf("rebuild the index of local changes: %w", err), j.Close())
+	}
+	c := &captured{journal: j, local: local}
+	c.capture = newCapture(n.self.ID, n.siteOf, j, local, n.clock.Now)
+	c.capture.step = func(t *wal.Txn) { n.clockStepped(t) }
+	for _, p := range n.peers {
+		p.worker.Store(p.newWorker(c))
+	}
+	n.ready.Store(c)
+	return nil
+}
+
+// lowestSeen reads how far the last applied transaction of each peer had seen this site; what came later is needed in
+// the local index. A peer of which nothing was applied has seen nothing.
+func (n *node) lowestSeen(ctx context.Context) (lowest wal.LSN, err error) {
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		for i, s := range n.cfg.Peers() {
+			rows, err := pg.Query(ctx, c, "SELECT seen FROM duri.applied WHERE origin = $1::int2 ORDER BY to_lsn DESC LIMIT 1", fmt.Sprint(s.ID))
+			if err != nil {
+				return err
+			}
+			lsn := wal.LSN(0)
+			if len(rows) > 0 {
+				if lsn, err = wal.ParseLSN(rows[0][0]); err != nil {
+					return err
+				}
+			}
+			if i == 0 || lsn < lowest {
+				lowest = lsn
+			}
+		}
+		return nil
+	})
+	return lowest, err
+}
+
+// clockStepped makes a backward clock step known (rule 3).
+func (n *node) clockStepped(t *wal.Txn) {
+	n.mu.Lock()
+	news := time.Since(n.stepped) > time.Minute
+	n.stepped = time.Now()
+	n.mu.Unlock()
+	if news {
+		n.log.Error("this site's clock stepped back; versions are corrected until it has caught up",
+			"database", n.database.Name, "commit_time", t.CommitTime, "version_time", t.VersionTime,
+			"hint", "let the clock be disciplined by NTP without steps")
+	}
+}

@@ -1,0 +1,139 @@
+// Package server composes a site's agent from configuration: for each database capture, journal, links and apply; the
+// listener for other agents; the control socket for the command line. It is the one place that knows every package;
+// `duri agent`, `duri demo` and the end-to-end tests all go through it. It holds no rules of its own.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/internal/pki"
+	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/verify"
+	"github.com/duri-io/duri/wal"
+)
+
+// Agent is a site's agent, composed but not running.
+type Agent struct {
+	cfg     *config.Config
+	self    config.Site
+	log     *slog.Logger
+	nodes   []*node
+	clients map[string]*link.Client
+	serverT *tls.Config
+	started time.Time
+	version string
+}
+
+// New composes the agent. It reads the certificates and touches nothing else.
+func New(cfg *config.Config, version string, log *slog.Logger) (*Agent, error) {
+	server, client, err := pki.TLS(pki.Files{CA: cfg.TLS.CA, Cert: cfg.TLS.Cert, Key: cfg.TLS.Key}, cfg.Cluster.ID, cfg.Site)
+	if err != nil {
+		return nil, err
+	}
+	if len(cfg.Sites) != 2 {
+		return nil, &hinted{
+			fmt.Sprintf("duri.yaml names %d sites; this version joins exactly two", len(cfg.Sites)),
+			"list two sites; more follow in a later version",
+		}
+	}
+	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, serverT: server, version: version}
+	for _, s := range cfg.Peers() {
+		a.clients[s.Name] = link.NewClient(link.ClientConfig{
+			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
+			Now: now, Logger: log.With("peer", s.Name),
+		})
+	}
+	for _, d := range cfg.Databases {
+		a.nodes = append(a.nodes, a.newNode(d))
+	}
+	return a, nil
+}
+
+func now() wal.Time { return wal.TimeOf(time.Now()) }
+
+func (a *Agent) newNode(d config.Database) *node {
+	n := &node{
+		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, state: stateStarting,
+		db: verify.NewDB(a.self.Name, a.cfg.Postgres.DSN, d.Name, d.Schemas),
+	}
+	for _, s := range a.cfg.Peers() {
+		log := a.log.With("database", d.Name, "peer", s.Name)
+		n.peers = append(n.peers, &peer{
+			n: n, site: s, client: a.clients[s.Name], log: log,
+			copy: link.NewCopyWriter(n.dir(s.Name), n.journalOptions(), log),
+		})
+	}
+	return n
+}
+
+// Run works until ctx ends. Nothing half-started remains when it returns.
+func (a *Agent) Run(ctx context.Context) error {
+	a.started = time.Now()
+	if err := os.MkdirAll(a.cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("create data_dir: %w", err)
+	}
+	ln, err := net.Listen("tcp", a.cfg.Listen)
+	if err != nil {
+		return &hinted{fmt.Sprintf("listen for other agents: %v", err), "another process uses this port; change listen in duri.yaml, or end it"}
+	}
+	control, err := a.listenControl()
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	a.log.Info("agent starts", "site", a.self.Name, "listen", ln.Addr().String(), "version", a.version)
+	g, ctx := errgroup.WithContext(ctx)
+	srv := link.NewServer(link.ServerConfig{
+		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
+		Status: a.statusJSON, Now: now, Logger: a.log,
+	})
+	g.Go(func() error { return srv.Serve(ctx, ln) })
+	g.Go(func() error { return a.serveControl(ctx, control) })
+	for _, n := range a.nodes {
+		g.Go(func() error { return n.Run(ctx) })
+	}
+	err = g.Wait()
+	for _, c := range a.clients {
+		c.Close()
+	}
+	a.log.Info("agent ended", "site", a.self.Name)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+func (a *Agent) node(database string) (*node, bool) {
+	for _, n := range a.nodes {
+		if n.database.Name == database {
+			return n, true
+		}
+	}
+	return nil, false
+}
+
+func (a *Agent) offer(database string) (link.Database, bool) {
+	n, ok := a.node(database)
+	if !ok {
+		return nil, false
+	}
+	return offered{n}, true
+}
+
+// hintOf finds the advice in an error's chain.
+func hintOf(err error) string {
+	var h interface{ HintText() string }
+	if errors.As(err, &h) {
+		return h.HintText()
+	}
+	return pgHint(err)
+}

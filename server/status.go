@@ -1,0 +1,159 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/duri-io/duri/apply"
+	"github.com/duri-io/duri/wal"
+)
+
+// Health of a part, worst last.
+const (
+	HealthOK       = "ok"
+	HealthDegraded = "degraded" // works, but somebody should look
+	HealthDown     = "down"     // does not work
+)
+
+// SiteStatus is what an agent says of itself: `duri status` prints it. Durations are seconds, sizes bytes. Fields are
+// only added (docs/reference/json.md).
+type SiteStatus struct {
+	Cluster   string           `json:"cluster"`
+	ClusterID string           `json:"cluster_id"`
+	Site      string           `json:"site"`
+	Version   string           `json:"version"`
+	At        time.Time        `json:"at"`
+	UptimeS   float64          `json:"uptime_s"`
+	Databases []DatabaseStatus `json:"databases"`
+}
+
+// DatabaseStatus is one database at a site.
+type DatabaseStatus struct {
+	Name       string        `json:"name"`
+	State      string        `json:"state"`
+	Health     string        `json:"health"`
+	Problem    *fault        `json:"problem,omitempty"`
+	Journal    JournalStatus `json:"journal"`
+	Local      apply.Stats   `json:"local"`
+	OverBudget bool          `json:"over_budget"`
+	Links      []LinkStatus  `json:"links"`
+}
+
+// JournalStatus describes a journal at this site.
+type JournalStatus struct {
+	Start        wal.LSN `json:"start"`
+	End          wal.LSN `json:"end"`
+	Durable      wal.LSN `json:"durable"`
+	Transactions uint64  `json:"transactions"`
+	Bytes        int64   `json:"bytes"`
+}
+
+// LinkStatus is the direction from a peer to this site.
+type LinkStatus struct {
+	From      string        `json:"from"`
+	Health    string        `json:"health"`
+	Connected bool          `json:"connected"`
+	Problem   *fault        `json:"problem,omitempty"`
+	Origin    wal.LSN       `json:"origin"`   // where the peer's journal ends, as last heard
+	Received  JournalStatus `json:"received"` // this site's copy of it
+	Apply     apply.Status  `json:"apply"`
+	LagS      float64       `json:"lag_s"`     // age of the oldest transaction that is not applied here
+	LagBytes  int64         `json:"lag_bytes"` // of the peer's WAL
+	SkewS     float64       `json:"skew_s"`    // the peer's clock minus this site's
+	PeerHas   wal.LSN       `json:"peer_has"`  // durable at the peer, of this site's journal
+}
+
+// Status assembles the agent's view. It never waits for PostgreSQL or a peer.
+func (a *Agent) Status() SiteStatus {
+	s := SiteStatus{
+		Cluster: a.cfg.Cluster.Name, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Version: a.version,
+		At: time.Now().UTC(), UptimeS: time.Since(a.started).Seconds(),
+	}
+	for _, n := range a.nodes {
+		s.Databases = append(s.Databases, n.status())
+	}
+	return s
+}
+
+func (a *Agent) statusJSON(context.Context) ([]byte, error) { return json.Marshal(a.Status()) }
+
+func (n *node) status() DatabaseStatus {
+	n.mu.Lock()
+	d := DatabaseStatus{Name: n.database.Name, State: n.state, Health: HealthOK, OverBudget: n.over.Load()}
+	if n.fault.Text != "" {
+		f := n.fault
+		d.Problem, d.Health = &f, HealthDown
+	}
+	n.mu.Unlock()
+	if d.State != stateReady && d.Health == HealthOK {
+		d.Health = HealthDegraded
+	}
+	if d.OverBudget {
+		d.Health = HealthDown
+	}
+	if c := n.ready.Load(); c != nil {
+		st := c.journal.State()
+		d.Journal = JournalStatus{st.Start, st.End, st.Durable, st.Txns, st.DiskBytes}
+		d.Local = c.local.Stats()
+	}
+	for _, p := range n.peers {
+		d.Links = append(d.Links, p.status(n.cfg.MaxClockSkew.Std()))
+	}
+	return d
+}
+
+func (p *peer) status(maxSkew time.Duration) LinkStatus {
+	l := LinkStatus{From: p.site.Name, Health: HealthOK}
+	if w := p.worker.Load(); w != nil {
+		l.Apply = w.Status()
+	}
+	if j := p.copy.Journal(); j != nil {
+		st := j.State()
+		l.Received = JournalStatus{st.Start, st.End, st.Durable, st.Txns, st.DiskBytes}
+	}
+	h, connected := p.copy.Heard()
+	l.Connected, l.Origin, l.SkewS = connected, max(h.Appended, l.Received.End), h.Skew.Seconds()
+	p.mu.Lock()
+	l.PeerHas = p.ack.Durable
+	if p.linkFault.Text != "" && !connected {
+		f := p.linkFault
+		l.Problem = &f
+	}
+	p.mu.Unlock()
+	l.lag(time.Now())
+	l.judge(maxSkew)
+	return l
+}
+
+// lag measures how far apply is behind. Without anything unapplied it is zero, however long ago the last was.
+func (l *LinkStatus) lag(now time.Time) {
+	if l.Origin <= l.Apply.Applied {
+		return
+	}
+	l.LagBytes = int64(l.Origin - l.Apply.Applied)
+	if l.Apply.AppliedTime != 0 {
+		l.LagS = max(0, now.Sub(l.Apply.AppliedTime.Std()).Seconds())
+	}
+}
+
+// judge sets health and the most telling problem.
+func (l *LinkStatus) judge(maxSkew time.Duration) {
+	switch {
+	case l.Apply.LastError != "":
+		l.Health = HealthDown
+		l.Problem = &fault{Text: l.Apply.LastError, Hint: l.Apply.LastHint, At: l.Apply.LastErrorAt}
+	case !l.Connected:
+		l.Health = HealthDown
+		if l.Problem == nil {
+			l.Problem = &fault{Text: "not connected to " + l.From}
+		}
+	case l.SkewS > maxSkew.Seconds() || l.SkewS < -maxSkew.Seconds():
+		l.Health = HealthDegraded
+		l.Problem = &fault{
+			Text: fmt.Sprintf("the clock of %s differs by %.3f s (max_clock_skew %s); its changes are held until this site's clock has passed them", l.From, l.SkewS, maxSkew),
+			Hint: "discipline both clocks by NTP",
+		}
+	}
+}
