@@ -120,7 +120,7 @@ func (d *decoder) sequence(n *yaml.Node, v reflect.Value, key string) {
 
 // setText sets a leaf from text, the same for file and environment.
 func setText(v reflect.Value, text string) error {
-	if u, ok := v.Addr().Interface().(encoding.TextUnmarshaler); ok {
+	if u, ok := reflect.TypeAssert[encoding.TextUnmarshaler](v.Addr()); ok {
 		return u.UnmarshalText([]byte(text))
 	}
 	switch v.Kind() {
@@ -145,7 +145,7 @@ func setText(v reflect.Value, text string) error {
 }
 
 func isLeaf(v reflect.Value) bool {
-	_, text := v.Addr().Interface().(encoding.TextUnmarshaler)
+	_, text := reflect.TypeAssert[encoding.TextUnmarshaler](v.Addr())
 	return text || v.Kind() != reflect.Struct && v.Kind() != reflect.Slice
 }
 
@@ -209,8 +209,8 @@ func field(v reflect.Value, key string) (reflect.Value, bool) {
 // fieldNames are the keys of a struct in order. Fields without a key (they have no tag) come last in it.
 func fieldNames(t reflect.Type) []string {
 	var names []string
-	for i := range t.NumField() {
-		if tag := t.Field(i).Tag.Get("yaml"); tag != "" {
+	for field := range t.Fields() {
+		if tag := field.Tag.Get("yaml"); tag != "" {
 			names = append(names, tag)
 		}
 	}
@@ -225,7 +225,7 @@ type leaf struct {
 
 // text prints the value as the file would spell it, without quotes.
 func (l leaf) text() string {
-	if list, ok := l.value.Interface().([]string); ok {
+	if list, ok := reflect.TypeAssert[[]string](l.value); ok {
 		return strings.Join(list, ", ")
 	}
 	return fmt.Sprint(l.value.Interface())

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"net/url"
+	"slices"
 	"strings"
 )
 
@@ -168,8 +169,8 @@ func Redact(dsn string) string {
 	if err != nil {
 		return redacted
 	}
-	for i := len(pairs) - 1; i >= 0; i-- {
-		if p := pairs[i]; isSecret(p.key) {
+	for _, pair := range slices.Backward(pairs) {
+		if p := pair; isSecret(p.key) {
 			dsn = dsn[:p.start] + redacted + dsn[p.end:]
 		}
 	}

@@ -111,8 +111,7 @@ func (s InitSpec) configs() (map[string][]byte, error) {
 	for _, site := range s.Sites {
 		files[site.Name] = s.render(site, false)
 		_, err := Parse(FileName, files[site.Name])
-		var e *Error
-		if errors.As(err, &e) {
+		if e, ok := errors.AsType[*Error](err); ok {
 			all.add(e.Problems)
 		}
 	}

@@ -195,7 +195,7 @@ func TestInitNeverTouchesAUsedFolder(t *testing.T) {
 
 func TestUUIDsDiffer(t *testing.T) {
 	a, b := newUUID(), newUUID()
-	if a == b || !uuidPattern.MatchString(a) || a[14] != '4' || !strings.Contains("89ab", a[19:20]) {
+	if a == b || !uuidPattern.MatchString(a) || a[14] != '4' || !slices.Contains([]byte("89ab"), a[19]) {
 		t.Errorf("%s, %s", a, b)
 	}
 }

@@ -38,8 +38,7 @@ func problemsOf(t *testing.T, text string) []string {
 	if err == nil {
 		return nil
 	}
-	var e *Error
-	if !errors.As(err, &e) {
+	if _, ok := errors.AsType[*Error](err); !ok {
 		t.Fatalf("error is a %T, want *Error: %v", err, err)
 	}
 	return strings.Split(err.Error(), "\n")
@@ -204,7 +203,9 @@ func clearEnv(t *testing.T) {
 		name, _, _ := strings.Cut(kv, "=")
 		if strings.HasPrefix(name, "DURI_") {
 			t.Setenv(name, "") // so that it is put back afterwards
-			os.Unsetenv(name)
+			if err := os.Unsetenv(name); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }

@@ -5,6 +5,9 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"reflect"
+	"slices"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -33,7 +36,7 @@ func testHeader() Header {
 }
 
 // testRelations are three tables of different shape.
-func testRelations() []*wal.Relation {
+var testRelations = sync.OnceValue(func() []*wal.Relation {
 	return []*wal.Relation{
 		(&wal.Relation{OID: 16384, Namespace: "public", Name: "account", Identity: wal.IdentityDefault, Columns: []wal.Column{
 			{Name: "id", TypeOID: 20, TypeMod: -1, Key: true}, {Name: "balance", TypeOID: 1700, TypeMod: 655366},
@@ -44,7 +47,7 @@ func testRelations() []*wal.Relation {
 		}}).Seal(),
 		(&wal.Relation{OID: 16400, Namespace: "s", Name: "nothing", Identity: wal.IdentityNothing}).Seal(),
 	}
-}
+})
 
 func genTuple(t *rapid.T, columns int) wal.Tuple {
 	out := make(wal.Tuple, columns)
@@ -139,8 +142,31 @@ func simpleTxn(i int) *wal.Txn {
 	}
 }
 
-// sameTxns compares transactions; nil and empty slices are the same.
-func sameTxns(want, have any) string { return cmp.Diff(want, have, cmpopts.EquateEmpty()) }
+// diffTxns compares transactions; nil and empty slices are the same. cmp is slow on long values: it only explains.
+func diffTxns(want, have []*wal.Txn) string {
+	if slices.EqualFunc(want, have, equalTxn) {
+		return ""
+	}
+	return "transactions differ: " + cmp.Diff(want, have, cmpopts.EquateEmpty())
+}
+
+func diffTxn(want, have *wal.Txn) string { return diffTxns([]*wal.Txn{want}, []*wal.Txn{have}) }
+
+func equalTxn(a, b *wal.Txn) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	x, y := *a, *b
+	x.Changes, y.Changes, x.Seen, y.Seen = nil, nil, nil, nil
+	return reflect.DeepEqual(x, y) && slices.Equal(a.Seen, b.Seen) && slices.EqualFunc(a.Changes, b.Changes, equalChange)
+}
+
+func equalChange(a, b wal.Change) bool {
+	value := func(x, y wal.Value) bool { return x.Kind == y.Kind && bytes.Equal(x.Data, y.Data) }
+	return a.Op == b.Op && a.OldKind == b.OldKind && a.Options == b.Options &&
+		(a.Relation == b.Relation || reflect.DeepEqual(a.Relation, b.Relation)) &&
+		slices.EqualFunc(a.Old, b.Old, value) && slices.EqualFunc(a.New, b.New, value)
+}
 
 // failer is the part of testing.TB that rapid.T has as well.
 type failer interface {

@@ -26,7 +26,7 @@ func TestWhatIsAppendedIsReadBack(t *testing.T) {
 		must(t, j.Flush())
 		have, err := readAll(j, 0x100)
 		must(t, err)
-		if d := sameTxns(txns, have); d != "" {
+		if d := diffTxns(txns, have); d != "" {
 			t.Fatal("before closing: ", d)
 		}
 		before := j.State()
@@ -36,7 +36,7 @@ func TestWhatIsAppendedIsReadBack(t *testing.T) {
 		if have, err = readAll(j, 0x100); err != nil {
 			t.Fatal(err)
 		}
-		if d := sameTxns(txns, have); d != "" {
+		if d := diffTxns(txns, have); d != "" {
 			t.Fatal("after opening: ", d)
 		}
 		after := j.State()
@@ -66,7 +66,7 @@ func TestReaderBeginsAtTheFirstRecordBeyondAnyPosition(t *testing.T) {
 		rec, ok, err := r.TryNext()
 		must(t, err)
 		want := simpleTxn(int(from-0x100) / 100)
-		if d := sameTxns(want, rec.Txn); !ok || d != "" {
+		if d := diffTxn(want, rec.Txn); !ok || d != "" {
 			t.Fatalf("from %s: %v %s", from, ok, d)
 		}
 		if rec.From != from || rec.To != want.EndLSN {
@@ -185,7 +185,7 @@ func TestTransactionsThatCannotBeEncodedLeaveNoTrace(t *testing.T) {
 	must(t, j.Flush())
 	have, err := readAll(j, 0x100)
 	must(t, err)
-	if d := sameTxns([]*wal.Txn{simpleTxn(0)}, have); d != "" {
+	if d := diffTxns([]*wal.Txn{simpleTxn(0)}, have); d != "" {
 		t.Fatal(d)
 	}
 }
@@ -334,7 +334,7 @@ func followTxns(ctx context.Context, r *Reader, n int) error {
 		if err != nil {
 			return err
 		}
-		if d := sameTxns(simpleTxn(i), rec.Txn); d != "" {
+		if d := diffTxn(simpleTxn(i), rec.Txn); d != "" {
 			return errors.New(d)
 		}
 	}
@@ -527,7 +527,7 @@ func TestFullDiskAndShortWriteAreErrorsAndLoseNothingDurable(t *testing.T) {
 		j = open(t, fsys, Options{})
 		have, err := readAll(j, 0x100)
 		must(t, err)
-		if d := sameTxns([]*wal.Txn{simpleTxn(0)}, have); d != "" {
+		if d := diffTxns([]*wal.Txn{simpleTxn(0)}, have); d != "" {
 			t.Fatalf("%s: %s", name, d)
 		}
 		appendAll(t, j, simpleTxn(1))

@@ -119,7 +119,7 @@ func TestCopyOfACopyHoldsTheSame(t *testing.T) {
 			have, err = readAll(c, 0x100)
 		}
 		must(t, err)
-		if d := sameTxns(txns, have); d != "" {
+		if d := diffTxns(txns, have); d != "" {
 			t.Fatal(d)
 		}
 	})

@@ -301,7 +301,7 @@ func TestNothingDurableIsLostWithThePower(t *testing.T) {
 			must(t, err)
 			next = len(have)
 			for i, txn := range have {
-				if d := sameTxns(simpleTxn(i), txn); d != "" {
+				if d := diffTxn(simpleTxn(i), txn); d != "" {
 					t.Fatalf("transaction %d: %s", i, d)
 				}
 			}
@@ -359,7 +359,7 @@ func TestKilledAppenderLosesNothingDurable(t *testing.T) {
 		have, err := readAll(j, 0x100)
 		must(t, err)
 		for i, txn := range have {
-			if d := sameTxns(simpleTxn(i), txn); d != "" {
+			if d := diffTxn(simpleTxn(i), txn); d != "" {
 				t.Fatalf("transaction %d: %s", i, d)
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -81,10 +82,8 @@ func TestFindBinDirHintsAtTheInstallation(t *testing.T) {
 func TestRootRunsServersAsAnotherUser(t *testing.T) {
 	lookup := func(known ...string) func(string) (*user.User, error) {
 		return func(name string) (*user.User, error) {
-			for _, k := range known {
-				if k == name {
-					return &user.User{Username: name, Uid: "101", Gid: "104"}, nil
-				}
+			if slices.Contains(known, name) {
+				return &user.User{Username: name, Uid: "101", Gid: "104"}, nil
 			}
 			return nil, errors.New("unknown")
 		}

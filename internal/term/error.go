@@ -112,8 +112,9 @@ func PrintError(w io.Writer, err error, style Style) {
 		}
 		return
 	}
-	fmt.Fprintf(w, "%s %s\n", style.Bad("duri:"), Clean(err.Error()))
+	text := style.Bad("duri:") + " " + Clean(err.Error()) + "\n"
 	if hint := hintOf(err); hint != "" {
-		fmt.Fprintf(w, "%s %s\n", style.Dim("hint:"), Clean(hint))
+		text += style.Dim("hint:") + " " + Clean(hint) + "\n"
 	}
+	_, _ = io.WriteString(w, text) // there is nowhere left to report to
 }

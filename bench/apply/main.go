@@ -1,0 +1,288 @@
+// Command apply measures how fast a backlog of pgbench TPC-B transactions is drained: by duri (decode, journal, link,
+// apply, both agents as processes) and by PostgreSQL's native logical replication, on the same two servers, in turn.
+// Run it by `make bench ASK=apply`.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/internal/pgcluster"
+)
+
+func main() {
+	var b bench
+	flag.IntVar(&b.txns, "n", 100_000, "transactions to drain")
+	flag.IntVar(&b.runs, "runs", 3, "drains of each kind")
+	flag.IntVar(&b.scale, "scale", 10, "pgbench scale")
+	flag.StringVar(&b.fsync, "fsync", "off", "fsync of both servers")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := b.run(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "bench apply:", err)
+		os.Exit(1)
+	}
+}
+
+type bench struct {
+	txns, runs, scale int
+	fsync             string
+	p                 *pair.Pair
+	marks             int
+}
+
+// drain is one measurement.
+type drain struct {
+	wall                   time.Duration
+	source, target, agents float64 // CPU seconds
+}
+
+const (
+	native = "native" // database of the native subscription
+	duri   = "app"
+)
+
+func (b *bench) run(ctx context.Context) (err error) {
+	dir, err := os.MkdirTemp("", "duri-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	binary, err := pair.Build(ctx, dir)
+	if err != nil {
+		return err
+	}
+	b.p, err = pair.Start(ctx, pair.Options{Binary: binary, Database: duri, Settings: b.settings(), Seed: func(ctx context.Context, a *pair.Site) error {
+		return b.pgbench(ctx, a.Cluster, duri, "-i", "-q", "-s", strconv.Itoa(b.scale))
+	}})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.p.Close()) }()
+	wait, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	if err := b.p.WaitReady(wait); err != nil {
+		return err
+	}
+	if err := b.prepareNative(ctx); err != nil {
+		return err
+	}
+	version, err := b.p.Sites[0].Cluster.Version(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("PostgreSQL %s, %d CPUs, pgbench scale %d, %d transactions a drain, fsync %s\n", version, runtime.NumCPU(), b.scale, b.txns, b.fsync)
+	results := map[string][]drain{}
+	for i := range b.runs {
+		for _, kind := range []string{native, duri} {
+			d, err := b.drain(ctx, kind)
+			if err != nil {
+				return fmt.Errorf("%s, run %d: %w", kind, i+1, err)
+			}
+			fmt.Printf("  %-6s %6.2f s  %7.0f tx/s\n", kind, d.wall.Seconds(), float64(b.txns)/d.wall.Seconds())
+			results[kind] = append(results[kind], d)
+		}
+	}
+	return b.report(results)
+}
+
+func (b *bench) settings() map[string]string {
+	return map[string]string{
+		"fsync": b.fsync, "shared_buffers": "512MB", "max_wal_size": "4GB", "wal_retrieve_retry_interval": "100ms",
+	}
+}
+
+func (b *bench) pgbench(ctx context.Context, c *pgcluster.Cluster, db string, args ...string) error {
+	args = append([]string{"-h", "127.0.0.1", "-p", strconv.Itoa(c.Port()), "-U", c.Superuser()}, append(args, db)...)
+	out, err := exec.CommandContext(ctx, filepath.Join(c.BinDir(), "pgbench"), args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("pgbench: %w: %s", err, out)
+	}
+	return nil
+}
+
+// prepareNative makes the same database with a native subscription, copied and then disabled.
+func (b *bench) prepareNative(ctx context.Context) error {
+	src, dst := b.p.Sites[0].Cluster, b.p.Sites[1].Cluster
+	for _, c := range []*pgcluster.Cluster{src, dst} {
+		if err := c.Exec(ctx, "postgres", "CREATE DATABASE "+native); err != nil {
+			return err
+		}
+	}
+	if err := b.pgbench(ctx, src, native, "-i", "-q", "-s", strconv.Itoa(b.scale)); err != nil {
+		return err
+	}
+	if err := b.pgbench(ctx, dst, native, "-i", "-q", "-I", "dtp", "-s", strconv.Itoa(b.scale)); err != nil {
+		return err
+	}
+	for _, c := range []*pgcluster.Cluster{src, dst} {
+		if err := c.Exec(ctx, native, "CREATE TABLE mark (id int PRIMARY KEY)"); err != nil {
+			return err
+		}
+	}
+	if err := src.Exec(ctx, native, "CREATE PUBLICATION native FOR ALL TABLES"); err != nil {
+		return err
+	}
+	conn := fmt.Sprintf("host=127.0.0.1 port=%d user=%s dbname=%s", src.Port(), src.Superuser(), native)
+	if err := dst.Exec(ctx, native, "CREATE SUBSCRIPTION native CONNECTION '"+conn+"' PUBLICATION native"); err != nil {
+		return err
+	}
+	if err := b.p.Wait(ctx, "the native subscription has copied", func(ctx context.Context) (bool, error) {
+		rows, err := dst.QueryText(ctx, native, "SELECT count(*) FROM pg_subscription_rel WHERE srsubstate <> 'r'")
+		return err == nil && rows[0][0] == "0", err
+	}); err != nil {
+		return err
+	}
+	if err := dst.Exec(ctx, native, "ALTER SUBSCRIPTION native DISABLE"); err != nil {
+		return err
+	}
+	// The marker table joins duri's databases at both sites the way a DBA would make it.
+	for _, c := range []*pgcluster.Cluster{src, dst} {
+		if err := c.Exec(ctx, duri, "CREATE TABLE IF NOT EXISTS mark (id int PRIMARY KEY)"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drain writes the backlog while nobody replicates and measures until its last row is visible at the target.
+func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
+	var d drain
+	src, dst := b.p.Sites[0].Cluster, b.p.Sites[1].Cluster
+	if kind == duri {
+		for _, s := range b.p.Sites {
+			if err := s.SignalAgent(syscall.SIGTERM); err != nil {
+				return d, err
+			}
+		}
+	}
+	if err := b.pgbench(ctx, src, kind, "-n", "-c", "4", "-t", strconv.Itoa(b.txns/4), "-M", "prepared"); err != nil {
+		return d, err
+	}
+	b.marks++
+	if err := src.Exec(ctx, kind, fmt.Sprintf("INSERT INTO mark VALUES (%d)", b.marks)); err != nil {
+		return d, err
+	}
+	for _, c := range []*pgcluster.Cluster{src, dst} {
+		if err := c.Exec(ctx, "postgres", "CHECKPOINT"); err != nil {
+			return d, err
+		}
+	}
+	s0, t0 := treeCPU(src.PID()), treeCPU(dst.PID())
+	start := time.Now()
+	if kind == duri {
+		for _, s := range b.p.Sites {
+			if err := s.StartAgent(); err != nil {
+				return d, err
+			}
+		}
+	} else if err := dst.Exec(ctx, kind, "ALTER SUBSCRIPTION native ENABLE"); err != nil {
+		return d, err
+	}
+	wait, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	if err := b.p.Wait(wait, "the last transaction is visible", func(ctx context.Context) (bool, error) {
+		rows, err := dst.QueryText(ctx, kind, fmt.Sprintf("SELECT count(*) FROM mark WHERE id = %d", b.marks))
+		return err == nil && rows[0][0] == "1", err
+	}); err != nil {
+		return d, err
+	}
+	d.wall = time.Since(start)
+	d.source, d.target = treeCPU(src.PID())-s0, treeCPU(dst.PID())-t0
+	if kind == duri {
+		for _, s := range b.p.Sites {
+			d.agents += treeCPU(s.AgentPID())
+		}
+	} else if err := dst.Exec(ctx, kind, "ALTER SUBSCRIPTION native DISABLE"); err != nil {
+		return d, err
+	}
+	return d, b.checkEqual(ctx, kind)
+}
+
+// checkEqual compares the pgbench tables by content.
+func (b *bench) checkEqual(ctx context.Context, kind string) error {
+	for _, t := range []string{"pgbench_accounts", "pgbench_tellers", "pgbench_branches", "pgbench_history"} {
+		sql := "SELECT md5(string_agg(r, ',' ORDER BY r)) FROM (SELECT md5(t::text) AS r FROM " + t + " t) x"
+		var sums [2]string
+		for i, s := range b.p.Sites {
+			rows, err := s.Cluster.QueryText(ctx, kind, sql)
+			if err != nil {
+				return err
+			}
+			sums[i] = rows[0][0]
+		}
+		if sums[0] != sums[1] {
+			return fmt.Errorf("table %s differs between the sites after the drain", t)
+		}
+	}
+	return nil
+}
+
+func (b *bench) report(results map[string][]drain) error {
+	median := func(kind string, f func(drain) float64) float64 {
+		ds := results[kind]
+		v := make([]float64, len(ds))
+		for i, d := range ds {
+			v[i] = f(d)
+		}
+		slices.SortFunc(v, cmp.Compare)
+		return v[len(v)/2]
+	}
+	fmt.Printf("\nmedians of %d runs, contents compared equal after each\n\n", b.runs)
+	fmt.Println("| | drain s | tx/s | target CPU s | source CPU s | agents CPU s | total CPU s |")
+	fmt.Println("| --- | --- | --- | --- | --- | --- | --- |")
+	for _, kind := range []string{native, duri} {
+		wall := median(kind, func(d drain) float64 { return d.wall.Seconds() })
+		t, s, a := median(kind, func(d drain) float64 { return d.target }), median(kind, func(d drain) float64 { return d.source }), median(kind, func(d drain) float64 { return d.agents })
+		name := map[string]string{native: "native", duri: "duri"}[kind]
+		fmt.Printf("| %s | %.2f | %.0f | %.1f | %.1f | %.1f | %.1f |\n", name, wall, float64(b.txns)/wall, t, s, a, t+s+a)
+	}
+	var ratios []float64
+	for i := range results[native] {
+		ratios = append(ratios, results[native][i].wall.Seconds()/results[duri][i].wall.Seconds())
+	}
+	slices.Sort(ratios)
+	fmt.Printf("\nduri / native, run by run: median %.2fx (%.2f .. %.2f)\n", ratios[len(ratios)/2], ratios[0], ratios[len(ratios)-1])
+	return nil
+}
+
+// treeCPU is the CPU time, in seconds, of a process, its children and the children it has waited for.
+func treeCPU(pid int) float64 {
+	const ticks = 100 // USER_HZ on Linux
+	total := 0.0
+	var walk func(pid int)
+	walk = func(pid int) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			return
+		}
+		f := strings.Fields(string(b)[strings.LastIndexByte(string(b), ')')+1:])
+		for _, i := range []int{11, 12, 13, 14} { // utime, stime, cutime, cstime
+			n, _ := strconv.ParseFloat(f[i], 64)
+			total += n / ticks
+		}
+		kids, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+		for _, k := range strings.Fields(string(kids)) {
+			if n, err := strconv.Atoi(k); err == nil {
+				walk(n)
+			}
+		}
+	}
+	walk(pid)
+	return total
+}
