@@ -90,7 +90,7 @@ bench: ## run a benchmark: make bench ASK=apply [ARGS=...]
 prove: ## run a long proof: make prove CASE=pgbench [ARGS=...]
 	@$(call run_one,prove,CASE,$(CASE),test/prove)
 
-generate: ## write the generated files again (go generate; buf or protoc for .proto)
+generate: ## write the generated files again (go generate; protoc for .proto)
 	@go generate ./...
 	protos=$$($(find_protos))
 	[ -z "$$protos" ] || { $(proto_tools); generate_protos "$$PWD"; }
@@ -133,17 +133,18 @@ define find_protos
 find . -name '*.proto' -not -path '*/node_modules/*' -not -path './.*' | sort
 endef
 
-# proto_tools defines generate_protos OUT, which writes the Go code of all .proto files below OUT. protoc-gen-go comes from
-# the version in go.mod.
+# proto_tools defines generate_protos OUT, which writes the Go code of all .proto files below OUT, each as seen from its own
+# folder. protoc-gen-go comes from the version in go.mod.
 define proto_tools
 tools="$$PWD/bin/tools"; mkdir -p "$$tools"; export PATH="$$tools:$$PATH"
-command -v protoc >/dev/null || command -v buf >/dev/null || \
-	{ echo 'generate: neither buf nor protoc is installed (apt-get install protobuf-compiler)' >&2; exit 1; }
+command -v protoc >/dev/null || { echo 'generate: protoc is not installed (apt-get install protobuf-compiler)' >&2; exit 1; }
 go build -o "$$tools/protoc-gen-go" google.golang.org/protobuf/cmd/protoc-gen-go
-[ -x "$$tools/protoc-gen-go-grpc" ] || GOBIN="$$tools" go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+command -v protoc-gen-go-grpc >/dev/null || GOBIN="$$tools" go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
 generate_protos() {
-	if command -v buf >/dev/null && [ -f buf.gen.yaml ]; then buf generate -o "$$1"; return; fi
-	protoc -I . --go_out="$$1" --go_opt=paths=source_relative --go-grpc_out="$$1" --go-grpc_opt=paths=source_relative $$protos
+	for p in $$protos; do
+		dir=$$(dirname "$$p"); out="$$1/$$dir"; mkdir -p "$$out"
+		protoc -I "$$dir" --go_out="$$out" --go_opt=paths=source_relative --go-grpc_out="$$out" --go-grpc_opt=paths=source_relative "$$p"
+	done
 }
 endef
 
@@ -152,7 +153,7 @@ define generated_current
 protos=$$($(find_protos))
 if [ -z "$$protos" ]; then
 	echo 'check: no generated protocol code'
-elif ! command -v protoc >/dev/null && ! command -v buf >/dev/null; then
+elif ! command -v protoc >/dev/null; then
 	for p in $$protos; do
 		[ -f "$${p%.proto}.pb.go" ] || { echo "check: $$p has no generated code; run make generate" >&2; exit 1; }
 	done
@@ -161,8 +162,10 @@ else
 	$(proto_tools)
 	fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT
 	generate_protos "$$fresh"
-	(cd "$$fresh" && find . -name '*.pb.go') | while read -r f; do
-		diff -u <(grep -v '^//' "$$f") <(grep -v '^//' "$$fresh/$$f") || { echo "check: $$f is stale; run make generate" >&2; exit 1; }
+	for f in $$(cd "$$fresh" && find . -name '*.pb.go'); do
+		if ! diff -q <(grep -v '^//' "$$f") <(grep -v '^//' "$$fresh/$$f") >/dev/null; then
+			echo "check: $$f is stale; run make generate" >&2; exit 1
+		fi
 	done
 	echo 'check: generated protocol code is current'
 fi

@@ -44,7 +44,7 @@ func cleanLine(line string, known func(string) bool) string {
 }
 
 // lexer follows PostgreSQL's lexical structure far enough to know whether a position is inside a string, a quoted name
-// or a comment. Strings are standard-conforming (pg_dump sets that), E'' strings have backslash escapes.
+// or a comment. Strings are standard-conforming (pg_dump sets that), E” strings have backslash escapes.
 type lexer struct {
 	state   lexState
 	tag     string // of the dollar quote, with both dollars
@@ -92,7 +92,7 @@ func (l *lexer) feed(s string) {
 	l.word = false
 }
 
-// isE reports whether s[i] is the E of an E'' string: not the end of a longer word.
+// isE reports whether s[i] is the E of an E” string: not the end of a longer word.
 func isE(s string, i int) bool {
 	return (s[i] == 'E' || s[i] == 'e') && (i == 0 || !wordByte(s[i-1]))
 }

@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -14,7 +15,8 @@ const changesLimit = 256 << 10
 // relationState is what the appender knows of a relation.
 type relationState struct {
 	rel   *wal.Relation
-	segID uint64 // the segment that holds its schema record; 0 is none
+	frame []byte // its schema record as it came: fields of a later version travel on
+	segID uint64 // the segment that holds this record; 0 is none
 	mark  uint64 // the last transaction that counted it
 	count uint64 // changes of that transaction
 }
@@ -38,16 +40,20 @@ func (c *catalog) get(id wal.RelationID) *relationState {
 	return *slot
 }
 
-// add makes a relation known.
-func (c *catalog) add(rel *wal.Relation) *relationState {
-	if s := c.byID[rel.ID]; s != nil {
-		return s
+// learn makes a relation known by its schema record, which it copies. A record that says more about a known relation
+// replaces the one before, and is to be written again.
+func (c *catalog) learn(rel *wal.Relation, frame []byte) *relationState {
+	s := c.byID[rel.ID]
+	if s == nil {
+		if c.byID == nil {
+			c.byID = map[wal.RelationID]*relationState{}
+		}
+		s = &relationState{rel: rel}
+		c.byID[rel.ID] = s
 	}
-	if c.byID == nil {
-		c.byID = map[wal.RelationID]*relationState{}
+	if !bytes.Equal(s.frame, frame) {
+		s.frame, s.segID = bytes.Clone(frame), 0
 	}
-	s := &relationState{rel: rel}
-	c.byID[rel.ID] = s
 	return s
 }
 
@@ -172,7 +178,7 @@ func (e *encoder) state(rel *wal.Relation) (*relationState, error) {
 	if again.ID != rel.ID {
 		return nil, fmt.Errorf("relation %s has ID %s, its content gives %s: call Seal before use", rel, rel.ID, again.ID)
 	}
-	return e.rels.add(again), nil
+	return e.rels.learn(again, appendSchema(nil, again)), nil
 }
 
 // buildCore builds the chained part of the txn record. Every byte of it is a function of the WAL and of the version

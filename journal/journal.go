@@ -177,10 +177,7 @@ func (j *Journal) createFirst(h Header) error {
 func (j *Journal) setCheck() {
 	j.in.check = true
 	j.in.visit = func(rel *wal.Relation) {
-		st := j.catalog.get(rel.ID)
-		if st == nil {
-			st = j.catalog.add(rel)
-		}
+		st := j.catalog.get(rel.ID) // appendFrames and open see to it that the catalog knows what the intake does
 		if st.mark != j.enc.serial {
 			st.mark = j.enc.serial
 			j.used = append(j.used, st)
@@ -381,7 +378,7 @@ func (j *Journal) appendSchemas(used []*relationState) {
 			continue
 		}
 		off := j.pos()
-		j.buf = appendSchema(j.buf, st.rel)
+		j.buf = append(j.buf, st.frame...)
 		j.seg.schemas = append(j.seg.schemas, schemaAt{off, int(j.pos() - off)})
 		st.segID = j.seg.id
 	}

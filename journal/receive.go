@@ -33,7 +33,9 @@ func (j *Journal) appendFrames(b []byte) error {
 		if err != nil {
 			return err
 		}
-		if f.typ != TypeSchema { // those are written where this copy's files need them
+		if f.typ == TypeSchema { // written where this copy's files need it
+			j.catalog.learn(j.in.schema, f.raw)
+		} else {
 			j.frames = append(j.frames, f.raw)
 		}
 		if !done {

@@ -1,8 +1,10 @@
 package journal
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -291,5 +293,51 @@ func TestFramesKeepToTheSizeAskedFor(t *testing.T) {
 			t.Fatalf("limit %d: %d transactions", limit, txns)
 		}
 		must(t, r.Close())
+	}
+}
+
+// TestSchemaFieldsOfALaterVersionTravel: this version does not know the field, but its copy must keep it, in each file.
+func TestSchemaFieldsOfALaterVersionTravel(t *testing.T) {
+	j := create(t, newMemFS(), Options{})
+	defer j.Close()
+	for i := range 12 {
+		appendAll(t, j, simpleTxn(i))
+	}
+	later := bytes.Repeat([]byte("later"), 3)
+	fsys := newMemFS()
+	to := create(t, fsys, Options{SegmentBytes: 1200})
+	for _, fr := range framesOf(t, j, 0x100) {
+		var out []byte
+		for b := fr.Data; len(b) > 0; {
+			f, rest, err := parseFrame(b)
+			must(t, err)
+			raw := f.raw
+			if f.typ == TypeSchema {
+				raw = appendFrame(nil, f.typ, f.flags, appendBytes(slices.Clone(f.body), 2, 0, later))
+			}
+			out, b = append(out, raw...), rest
+		}
+		must(t, to.AppendFrames(out))
+		if to.End() == simpleTxn(5).EndLSN { // what recovery learns counts, too
+			must(t, to.Close())
+			to = open(t, fsys, Options{SegmentBytes: 1200})
+		}
+	}
+	must(t, to.Close())
+	files := 0
+	for name, f := range fsys.names {
+		if _, ok := parseSegmentName(filepath.Base(name)); !ok {
+			continue
+		}
+		files++
+		if schemas := bytes.Count(f.data, []byte("account")); schemas != 1 || bytes.Count(f.data, later) != 2 {
+			t.Errorf("%s: the later field is in %d of 2 records", name, bytes.Count(f.data, later))
+		}
+	}
+	if files < 3 {
+		t.Fatalf("%d files", files)
+	}
+	if to.in.at.chain != j.State().Chain {
+		t.Fatal("chains differ")
 	}
 }

@@ -62,8 +62,8 @@ func (j *Journal) open() error {
 	}
 	low := lowest(mf.last, found, last)
 	sc := &scanner{file: last.file, name: last.name, limit: last.size}
-	tail, err := scanSegment(context.Background(), sc, low, func(rel *wal.Relation, at schemaAt) {
-		j.catalog.add(rel).segID = last.id
+	tail, err := scanSegment(context.Background(), sc, low, func(rel *wal.Relation, raw []byte, at schemaAt) {
+		j.catalog.learn(rel, raw).segID = last.id
 		last.schemas = append(last.schemas, at)
 	}, last.note)
 	if err != nil {
@@ -185,7 +185,7 @@ type segmentEnd struct {
 
 // scanSegment reads and verifies a segment up to its end, and decides whether a damaged end is torn (no error) or
 // corruption. onSchema and onGroup may be nil.
-func scanSegment(ctx context.Context, sc *scanner, low floor, onSchema func(*wal.Relation, schemaAt), onGroup func(int64, tally)) (segmentEnd, error) {
+func scanSegment(ctx context.Context, sc *scanner, low floor, onSchema func(*wal.Relation, []byte, schemaAt), onGroup func(int64, tally)) (segmentEnd, error) {
 	if low.missing != 0 {
 		return segmentEnd{}, &CorruptionError{
 			File: filepath.Join(filepath.Dir(sc.name), segmentName(low.missing)), From: low.missing,
@@ -225,9 +225,10 @@ func scanSegment(ctx context.Context, sc *scanner, low floor, onSchema func(*wal
 }
 
 // readGroups reads groups until the end or an error.
-func (e *segmentEnd) readGroups(ctx context.Context, sc *scanner, onSchema func(*wal.Relation, schemaAt), onGroup func(int64, tally)) error {
+func (e *segmentEnd) readGroups(ctx context.Context, sc *scanner, onSchema func(*wal.Relation, []byte, schemaAt), onGroup func(int64, tally)) error {
 	type found struct {
 		rel *wal.Relation
+		raw []byte
 		at  schemaAt
 	}
 	var schemas []found
@@ -245,9 +246,7 @@ func (e *segmentEnd) readGroups(ctx context.Context, sc *scanner, onSchema func(
 			return sc.at(off, err, false)
 		}
 		if f.typ == TypeSchema && onSchema != nil {
-			if rel, err := parseSchema(f.body); err == nil {
-				schemas = append(schemas, found{rel, schemaAt{off, len(f.raw)}})
-			}
+			schemas = append(schemas, found{e.in.schema, f.raw, schemaAt{off, len(f.raw)}})
 		}
 		if !done {
 			continue
@@ -259,7 +258,7 @@ func (e *segmentEnd) readGroups(ctx context.Context, sc *scanner, onSchema func(
 			e.unsealed = 0
 		}
 		for _, s := range schemas { // only now: those of a cut group are gone
-			onSchema(s.rel, s.at)
+			onSchema(s.rel, s.raw, s.at)
 		}
 		schemas = schemas[:0]
 		e.good, sc.after = sc.offset(), e.in.at.to

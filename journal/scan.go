@@ -115,8 +115,9 @@ type intake struct {
 	visit func(*wal.Relation)
 
 	// The group that the last add completed, or the one under way.
-	kind    RecordType // 0 while under way
-	fresh   bool       // it extends the journal; false: it lies wholly at or below the end
+	kind    RecordType    // 0 while under way
+	fresh   bool          // it extends the journal; false: it lies wholly at or below the end
+	schema  *wal.Relation // of the schema record added last
 	txn     txnRecord
 	seen    []wal.Seen
 	pos     Position
@@ -150,6 +151,7 @@ func (in *intake) add(f frame) (done bool, err error) {
 			return false, err
 		}
 		in.rels.add(rel)
+		in.schema = rel
 		return false, nil
 	case TypeChanges:
 		entries, err := parseChanges(f.body)

@@ -78,15 +78,18 @@ func NewClient(c ClientConfig) (*Client, error) {
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
 		grpc.WithIdleTimeout(0),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(messageBytes), grpc.MaxCallSendMsgSize(messageBytes)),
-		// The window of a stream must hold all that may be under way, or heartbeats would wait behind frames.
-		grpc.WithInitialWindowSize(int32(min(c.Window+2*chunkBytes, 1<<30))),
-		grpc.WithInitialConnWindowSize(int32(min(c.Window+2*chunkBytes, 1<<30))),
+		grpc.WithInitialWindowSize(transportWindow(c.Window)),
+		grpc.WithInitialConnWindowSize(transportWindow(c.Window)),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("make a link client for site %s: %w", c.Peer, err)
 	}
 	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn)}, nil
 }
+
+// transportWindow is the window of HTTP/2 for a window of frames. It holds all that may be under way, with the overhead
+// of small messages, or heartbeats would wait behind frames.
+func transportWindow(window int64) int32 { return int32(min(window+window/4+2*chunkBytes, 1<<30)) }
 
 // onlyPeer makes a TLS configuration accept one site.
 func onlyPeer(base *tls.Config, site string) *tls.Config {
@@ -216,7 +219,7 @@ func (c *Client) Copy(ctx context.Context, database string) (io.ReadCloser, erro
 		unpack.close()
 		return nil, c.fail(ctx, err)
 	}
-	r := &copyReader{c: c, ctx: ctx, cancel: cancel, stream: stream, unpack: unpack}
+	r := &contentReader{c: c, ctx: ctx, cancel: cancel, stream: stream, unpack: unpack}
 	// The first message tells a refusal now rather than at the first Read.
 	if err := r.fill(); err != nil && err != io.EOF {
 		return nil, errors.Join(err, r.Close())
@@ -224,8 +227,8 @@ func (c *Client) Copy(ctx context.Context, database string) (io.ReadCloser, erro
 	return r, nil
 }
 
-// copyReader reads what copyWriter at the other end wrote.
-type copyReader struct {
+// contentReader reads what contentWriter at the other end wrote.
+type contentReader struct {
 	c      *Client
 	ctx    context.Context // the caller's, to tell its end from the connection's
 	cancel context.CancelFunc
@@ -237,7 +240,7 @@ type copyReader struct {
 }
 
 // fill gets the next message.
-func (r *copyReader) fill() error {
+func (r *contentReader) fill() error {
 	if r.err != nil {
 		return r.err
 	}
@@ -257,7 +260,7 @@ func (r *copyReader) fill() error {
 }
 
 // Read is that of io.Reader.
-func (r *copyReader) Read(b []byte) (int, error) {
+func (r *contentReader) Read(b []byte) (int, error) {
 	for len(r.rest) == 0 {
 		if err := r.fill(); err != nil {
 			return 0, err
@@ -269,7 +272,7 @@ func (r *copyReader) Read(b []byte) (int, error) {
 }
 
 // Close ends the call. It never fails.
-func (r *copyReader) Close() error {
+func (r *contentReader) Close() error {
 	r.cancel()
 	if r.err == nil {
 		r.err = io.ErrClosedPipe

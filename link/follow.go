@@ -45,7 +45,7 @@ func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
 		return c.fail(ctx, err)
 	}
 	f := &following{
-		c: c, sink: sink, stream: stream, unpack: unpack,
+		c: c, sink: sink, stream: stream, unpack: unpack, have: have, end: end,
 		queue: newQueue(c.c.Window), step: make(chan struct{}, 1), lastHeard: time.Now(),
 	}
 	// A Send that fails says only io.EOF; Recv then tells why.
@@ -62,6 +62,8 @@ type following struct {
 	sink   Sink
 	stream grpc.BidiStreamingClient[linkpb.FollowRequest, linkpb.FollowReply]
 	unpack *unpacker
+	have   bool    // there was a copy
+	end    wal.LSN // of it
 	queue  *queue
 	step   chan struct{} // has a value when much was taken off the queue
 
@@ -89,6 +91,10 @@ func (f *following) watch(ctx context.Context, failed <-chan error) error {
 	for {
 		select {
 		case err := <-failed:
+			var mine *ownError
+			if errors.As(err, &mine) {
+				return mine.error
+			}
 			return f.c.fail(ctx, err)
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -124,10 +130,14 @@ func (f *following) receive(ctx context.Context, wg *sync.WaitGroup, failed chan
 	if v := w.GetVersion(); v < f.c.c.Versions.Min || v > f.c.c.Versions.Max {
 		return f.c.broke("the peer chose protocol version %d, which was not offered", v)
 	}
+	from := wal.LSN(w.GetStart())
+	if f.have && from != f.end || !f.have && from != header.From {
+		return f.c.broke("the journal would come from %s, which was not asked for", from)
+	}
 	if err := f.sink.Welcome(header); err != nil {
 		return own(err)
 	}
-	wg.Go(func() { failed <- f.feed(ctx, wal.LSN(w.GetStart())) })
+	wg.Go(func() { failed <- f.feed(ctx, from) })
 	wg.Go(func() { failed <- f.acknowledge(ctx) })
 	for {
 		if m, err = f.recv(); err != nil {
@@ -174,29 +184,37 @@ func (f *following) heartbeat(m *linkpb.Heartbeat) {
 	f.sink.Heartbeat(h)
 }
 
-// feed gives the sink whole records.
+// feed gives the sink whole records, as many together as have come.
 func (f *following) feed(ctx context.Context, from wal.LSN) error {
 	var buf []byte
+	to := from // end of what buf holds
+	untold := 0
 	for {
 		m, err := f.queue.get(ctx)
 		if err != nil {
 			return err
 		}
 		if buf, err = f.unpack.unpack(buf, m.GetData(), m.GetZstd()); err != nil {
-			return f.c.broke("frames after %s: %v", from, err)
+			return f.c.broke("frames after %s: %v", to, err)
 		}
-		if wal.LSN(m.GetFrom()) != from || m.GetTo() < m.GetFrom() {
-			return f.c.broke("frames from %s to %s where those after %s belong", wal.LSN(m.GetFrom()), wal.LSN(m.GetTo()), from)
+		if wal.LSN(m.GetFrom()) != to || m.GetTo() < m.GetFrom() {
+			return f.c.broke("frames from %s to %s where those after %s belong", wal.LSN(m.GetFrom()), wal.LSN(m.GetTo()), to)
 		}
-		if m.GetMore() {
-			f.took(len(m.GetData()))
+		untold += len(m.GetData())
+		if m.GetMore() { // the window may be smaller than the transaction: what is in buf counts as taken
+			f.took(untold)
+			untold = 0
 			continue
 		}
-		if err := f.sink.Frames(buf, from, wal.LSN(m.GetTo())); err != nil {
+		to = wal.LSN(m.GetTo())
+		if len(buf) < chunkBytes && f.queue.more() {
+			continue
+		}
+		if err := f.sink.Frames(buf, from, to); err != nil {
 			return own(err)
 		}
-		from = wal.LSN(m.GetTo())
-		f.took(len(m.GetData()))
+		f.took(untold)
+		from, untold = to, 0
 		if buf = buf[:0]; cap(buf) > 4*chunkBytes { // a large transaction is no reason to keep its memory
 			buf = nil
 		}
@@ -260,14 +278,14 @@ func (f *following) acknowledge(ctx context.Context) error {
 			}
 			continue
 		}
-		if err := f.tell(now); err != nil {
+		if err := f.tell(ctx, now); err != nil {
 			return err
 		}
 		last = now
 	}
 }
 
-func (f *following) tell(t told) error {
+func (f *following) tell(ctx context.Context, t told) error {
 	a := &linkpb.Ack{
 		Received: uint64(t.ack.Received), Durable: uint64(t.ack.Durable), Applied: uint64(t.ack.Applied), TakenBytes: uint64(t.taken),
 	}
@@ -275,9 +293,9 @@ func (f *following) tell(t told) error {
 	a.Clock = f.echo.say(f.c.c.Now())
 	f.mu.Unlock()
 	err := f.stream.Send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Ack{Ack: a}})
-	if err == io.EOF { // the stream ended; receive tells why
-		<-f.stream.Context().Done()
-		return f.stream.Context().Err()
+	if err == io.EOF { // the stream ended: receive is told why, and its error must be the first
+		<-ctx.Done()
+		return ctx.Err()
 	}
 	return err
 }
@@ -337,11 +355,16 @@ func (q *queue) get(ctx context.Context) (*linkpb.Frames, error) {
 	}
 }
 
+// more reports whether get would not wait.
+func (q *queue) more() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.list) > 0
+}
+
 // done frees the place of n bytes.
 func (q *queue) done(n int64) {
 	q.mu.Lock()
 	q.bytes -= n
 	q.mu.Unlock()
 }
-
-var errNoCopy = errors.New("there is no copy yet")

@@ -346,7 +346,7 @@ func (s *Server) Copy(r *linkpb.CopyRequest, stream grpc.ServerStreamingServer[l
 	ctx, cancel := s.untilStop(stream.Context())
 	defer cancel()
 	s.c.Logger.Info("copy of a database begins", "site", site, "database", r.GetDatabase())
-	w := &copyWriter{ctx: ctx, pack: pack, send: stream.Send, buf: make([]byte, 0, copyBytes)}
+	w := &contentWriter{ctx: ctx, pack: pack, send: stream.Send, buf: make([]byte, 0, copyBytes)}
 	err = db.Copy(ctx, w)
 	if err == nil {
 		err = w.flush()
@@ -355,8 +355,8 @@ func (s *Server) Copy(r *linkpb.CopyRequest, stream grpc.ServerStreamingServer[l
 	return s.answer(err)
 }
 
-// copyWriter collects what a database writes into messages.
-type copyWriter struct {
+// contentWriter collects what a database writes into messages.
+type contentWriter struct {
 	ctx  context.Context // of the call that the writer belongs to: an io.Writer has no other way to end
 	pack *packer
 	send func(*linkpb.CopyReply) error
@@ -364,7 +364,7 @@ type copyWriter struct {
 }
 
 // Write sends whole messages and keeps the rest.
-func (w *copyWriter) Write(b []byte) (n int, err error) {
+func (w *contentWriter) Write(b []byte) (n int, err error) {
 	for len(b) > 0 {
 		k := min(len(b), copyBytes-len(w.buf))
 		w.buf = append(w.buf, b[:k]...)
@@ -378,7 +378,7 @@ func (w *copyWriter) Write(b []byte) (n int, err error) {
 	return n, nil
 }
 
-func (w *copyWriter) flush() error {
+func (w *contentWriter) flush() error {
 	if err := w.ctx.Err(); err != nil {
 		return err
 	}

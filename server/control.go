@@ -232,7 +232,7 @@ func (n *node) settle(ctx context.Context, c *captured, p *peer) error {
 		if theirs == 0 {
 			theirs = s.Journal.End
 		}
-		here := p.worker.Load().Status().Applied >= theirs
+		here := p.live.Load().worker.Status().Applied >= theirs
 		for _, l := range s.Links {
 			if l.From == n.self.Name && l.Apply.Applied >= mine && here {
 				return nil

@@ -20,6 +20,7 @@ import (
 	"github.com/duri-io/duri/decode"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
 )
@@ -172,8 +173,10 @@ func (n *node) Run(ctx context.Context) error {
 
 // retry runs f until it succeeds or ctx ends, pausing longer each time, up to two seconds.
 func retry(ctx context.Context, failed func(string, error), what string, f func() error) error {
-	pause := 100 * time.Millisecond
+	const first, longest, settled = 100 * time.Millisecond, 2 * time.Second, 5 * time.Second
+	pause := first
 	for {
+		began := time.Now()
 		err := f()
 		if err == nil {
 			return nil
@@ -182,22 +185,25 @@ func retry(ctx context.Context, failed func(string, error), what string, f func(
 			return ctx.Err()
 		}
 		failed(what, err)
-		if permanent(err) {
-			pause = 10 * time.Second
+		switch {
+		case permanent(err):
+			pause = 5 * longest
+		case time.Since(began) > settled: // it had worked meanwhile
+			pause = first
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(pause):
 		}
-		pause = min(2*pause, 2*time.Second)
+		pause = min(2*pause, longest)
 	}
 }
 
 // permanent reports an error that only a person can mend; it is looked at again less often.
 func permanent(err error) bool {
 	var gap *decode.GapError
-	return errors.As(err, &gap)
+	return errors.As(err, &gap) || !link.Retry(err)
 }
 
 // captureLoop keeps the decode stream running.

@@ -44,7 +44,7 @@ func (o offered) Copy(ctx context.Context, w io.Writer) error {
 	n := o.n
 	return enrol.Send(ctx, enrol.SourceConfig{
 		DSN: n.cfg.Postgres.DSN, Database: n.database.Name, Schemas: n.database.Schemas,
-		BinDir: n.cfg.Postgres.BinDir, Slot: Slot(n.database.Name) + "_copy", Publication: Publication,
+		BinDir: n.cfg.Postgres.BinDir, Publication: Publication,
 	}, w)
 }
 

@@ -257,7 +257,10 @@ func (n *node) openJournal(ctx context.Context) error {
 	c.capture = newCapture(n.self.ID, n.siteOf, j, local, n.clock.Now)
 	c.capture.step = func(t *wal.Txn) { n.clockStepped(t) }
 	for _, p := range n.peers {
-		p.worker.Store(p.newWorker(c))
+		if err := p.open(c); err != nil {
+			n.keys.Close()
+			return errors.Join(err, j.Close())
+		}
 	}
 	n.ready.Store(c)
 	return nil

@@ -27,23 +27,36 @@ type peer struct {
 	n      *node
 	site   config.Site
 	client *link.Client
-	copy   *link.CopyWriter
 	log    *slog.Logger
-	worker atomic.Pointer[apply.Worker] // set when the database is open
+	live   atomic.Pointer[incoming] // set once the database is open
 
 	mu        sync.Mutex // guards the rest
 	ack       link.Ack   // what the peer says of our journal
-	ackAt     time.Time
 	linkFault fault
-	connected bool
-	ages      []age
+	ages      []age // used by the maintenance loop alone
+}
+
+// incoming is the direction from the peer to here.
+type incoming struct {
+	copy   *link.CopyWriter
+	worker *apply.Worker
+}
+
+// open opens the copy of the peer's journal and makes the worker that will apply it.
+func (p *peer) open(c *captured) error {
+	w, err := link.OpenCopy(link.CopyConfig{Dir: p.n.dir(p.site.Name), Journal: p.n.journalOptions(), Logger: p.log})
+	if err != nil {
+		return fmt.Errorf("open the copy of %s's journal: %w", p.site.Name, err)
+	}
+	p.live.Store(&incoming{w, p.newWorker(c, w)})
+	return nil
 }
 
 // acknowledged notes what the peer has of our journal.
 func (p *peer) acknowledged(a link.Ack) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.ack, p.ackAt = a, time.Now()
+	p.ack = a
 }
 
 func (p *peer) acked() link.Ack {
@@ -54,8 +67,8 @@ func (p *peer) acked() link.Ack {
 
 // seen is how far the peer's transactions that were applied here had seen this site.
 func (p *peer) seen() wal.LSN {
-	if w := p.worker.Load(); w != nil {
-		return w.Status().Seen
+	if in := p.live.Load(); in != nil {
+		return in.worker.Status().Seen
 	}
 	return 0
 }
@@ -71,22 +84,41 @@ func (p *peer) failed(what string, err error) {
 	}
 }
 
-// run follows and applies until ctx ends.
+// run follows and applies until ctx ends, then closes the copy.
 func (p *peer) run(ctx context.Context) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return p.copy.Run(ctx) })
-	g.Go(func() error { return p.followLoop(ctx) })
-	g.Go(func() error { return p.applyLoop(ctx) })
-	return g.Wait()
+	in := p.live.Load()
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return p.followLoop(gctx, in.copy) })
+	g.Go(func() error { return p.applyLoop(gctx, in) })
+	g.Go(func() error { return p.ackLoop(gctx, in) })
+	return errors.Join(g.Wait(), in.copy.Close())
 }
 
-func (p *peer) followLoop(ctx context.Context) error {
+// ackLoop tells the origin how far its transactions are visible here.
+func (p *peer) ackLoop(ctx context.Context, in *incoming) error {
+	t := time.NewTicker(50 * time.Millisecond)
+	defer t.Stop()
+	last := wal.LSN(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+		if now := in.worker.Status().Applied; now > last {
+			last = now
+			in.copy.SetApplied(now)
+		}
+	}
+}
+
+func (p *peer) followLoop(ctx context.Context, w *link.CopyWriter) error {
 	for {
 		err := retry(ctx, p.failed, "follow "+p.site.Name, func() error {
 			if p.n.over.Load() {
 				return errBudget
 			}
-			return p.client.Follow(ctx, p.n.database.Name, p.copy)
+			return p.client.Follow(ctx, p.n.database.Name, w)
 		})
 		if err != nil {
 			return err
@@ -95,12 +127,12 @@ func (p *peer) followLoop(ctx context.Context) error {
 }
 
 // newWorker wires the apply worker of this peer.
-func (p *peer) newWorker(c *captured) *apply.Worker {
+func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 	n := p.n
 	return apply.New(apply.Config{
 		Site: n.self.ID, Origin: p.site.ID, OriginName: apply.OriginName(n.database.Name, p.site.Name),
 		SiteOf: n.siteOf, DSN: n.cfg.Postgres.DSN, Database: n.database.Name,
-		Open:    p.open,
+		Open:    func(from wal.LSN) (apply.Reader, error) { return readCopy(w, from) },
 		Local:   c.local,
 		Barrier: func(ctx context.Context, lsn wal.LSN) error { return n.barrier(ctx, c, lsn) },
 		Fetch: func(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error) {
@@ -114,11 +146,11 @@ func (p *peer) newWorker(c *captured) *apply.Worker {
 	})
 }
 
-// open gives the worker a reader of the copy. Nothing applied yet means: from where the copy begins.
-func (p *peer) open(from wal.LSN) (apply.Reader, error) {
-	j := p.copy.Journal()
-	if j == nil {
-		return nil, errNoCopy
+// readCopy gives the worker a reader of the copy. Nothing applied yet means: from where the copy begins.
+func readCopy(w *link.CopyWriter, from wal.LSN) (apply.Reader, error) {
+	j, err := w.Journal()
+	if err != nil {
+		return nil, err
 	}
 	if from == 0 {
 		from = j.Start()
@@ -126,18 +158,19 @@ func (p *peer) open(from wal.LSN) (apply.Reader, error) {
 	return j.NewReader(from)
 }
 
-var errNoCopy = errors.New("nothing has been received from this site yet")
-
-func (p *peer) applyLoop(ctx context.Context) error {
+func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
+	select {
+	case <-in.copy.Created():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	failed := func(what string, err error) { p.log.Warn(what, "error", err, "hint", hintOf(err)) }
 	for {
-		err := retry(ctx, p.applyFailed, "apply "+p.site.Name, func() error {
-			if p.copy.Journal() == nil {
-				return errNoCopy
-			}
-			if err := p.checkIncarnation(ctx); err != nil {
+		err := retry(ctx, failed, "apply "+p.site.Name, func() error {
+			if err := p.checkIncarnation(ctx, in.copy); err != nil {
 				return err
 			}
-			err := p.worker.Load().Run(ctx)
+			err := in.worker.Run(ctx)
 			if err == nil {
 				return ctx.Err()
 			}
@@ -149,18 +182,14 @@ func (p *peer) applyLoop(ctx context.Context) error {
 	}
 }
 
-func (p *peer) applyFailed(what string, err error) {
-	if errors.Is(err, errNoCopy) {
-		return
-	}
-	p.log.Warn(what, "error", err, "hint", hintOf(err))
-}
-
 // checkIncarnation makes sure that the progress kept in PostgreSQL belongs to the incarnation of the journal copy:
 // positions of another incarnation are other positions, and resuming at one would skip transactions.
-func (p *peer) checkIncarnation(ctx context.Context) error {
-	key := "incarnation of " + p.site.Name
-	now := p.copy.Journal().Header().Incarnation.String()
+func (p *peer) checkIncarnation(ctx context.Context, w *link.CopyWriter) error {
+	j, err := w.Journal()
+	if err != nil {
+		return err
+	}
+	key, now := "incarnation of "+p.site.Name, j.Header().Incarnation.String()
 	return p.n.withSQL(ctx, func(c *pgconn.PgConn) error {
 		was, ok, err := catalog.Meta(ctx, c, key)
 		if err != nil {
@@ -181,16 +210,17 @@ func (p *peer) checkIncarnation(ctx context.Context) error {
 
 // retain prunes the copy: what is durable here is needed no more, after the time it is kept for convenience.
 func (p *peer) retain(now time.Time, keep time.Duration) (bytes int64, err error) {
-	j, w := p.copy.Journal(), p.worker.Load()
-	if j == nil || w == nil {
-		return 0, nil
+	in := p.live.Load()
+	j, err := in.copy.Journal()
+	if err != nil {
+		return 0, nil // none yet
 	}
 	p.ages = append(p.ages, age{now, j.End()})
 	for len(p.ages) > 1 && now.Sub(p.ages[1].at) >= keep {
 		p.ages = p.ages[1:]
 	}
 	if now.Sub(p.ages[0].at) >= keep {
-		if err := j.Prune(min(w.Status().Durable, p.ages[0].end)); err != nil {
+		if err := j.Prune(min(in.worker.Status().Durable, p.ages[0].end)); err != nil {
 			return 0, fmt.Errorf("prune the copy of %s's journal: %w", p.site.Name, err)
 		}
 	}

@@ -48,10 +48,14 @@ func New(cfg *config.Config, version string, log *slog.Logger) (*Agent, error) {
 	}
 	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, serverT: server, version: version}
 	for _, s := range cfg.Peers() {
-		a.clients[s.Name] = link.NewClient(link.ClientConfig{
+		c, err := link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
 			Now: now, Logger: log.With("peer", s.Name),
 		})
+		if err != nil {
+			return nil, err
+		}
+		a.clients[s.Name] = c
 	}
 	for _, d := range cfg.Databases {
 		a.nodes = append(a.nodes, a.newNode(d))
@@ -64,13 +68,12 @@ func now() wal.Time { return wal.TimeOf(time.Now()) }
 func (a *Agent) newNode(d config.Database) *node {
 	n := &node{
 		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, state: stateStarting,
-		db: verify.NewDB(a.self.Name, a.cfg.Postgres.DSN, d.Name, d.Schemas),
+		db: verify.NewDB(verify.DBConfig{Name: a.self.Name, DSN: a.cfg.Postgres.DSN, Database: d.Name, Publication: Publication}),
 	}
 	for _, s := range a.cfg.Peers() {
 		log := a.log.With("database", d.Name, "peer", s.Name)
 		n.peers = append(n.peers, &peer{
 			n: n, site: s, client: a.clients[s.Name], log: log,
-			copy: link.NewCopyWriter(n.dir(s.Name), n.journalOptions(), log),
 		})
 	}
 	return n
@@ -101,14 +104,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, n := range a.nodes {
 		g.Go(func() error { return n.Run(ctx) })
 	}
-	err = g.Wait()
+	if err = g.Wait(); errors.Is(err, context.Canceled) {
+		err = nil
+	}
 	for _, c := range a.clients {
-		c.Close()
+		err = errors.Join(err, c.Close())
 	}
 	a.log.Info("agent ended", "site", a.self.Name)
-	if errors.Is(err, context.Canceled) {
-		return nil
-	}
 	return err
 }
 

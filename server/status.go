@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/duri-io/duri/apply"
+	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -106,22 +107,26 @@ func (n *node) status() DatabaseStatus {
 
 func (p *peer) status(maxSkew time.Duration) LinkStatus {
 	l := LinkStatus{From: p.site.Name, Health: HealthOK}
-	if w := p.worker.Load(); w != nil {
-		l.Apply = w.Status()
+	p.mu.Lock()
+	l.PeerHas = p.ack.Durable
+	last := p.linkFault
+	p.mu.Unlock()
+	in := p.live.Load()
+	if in == nil {
+		l.Health = HealthDegraded
+		return l
 	}
-	if j := p.copy.Journal(); j != nil {
+	l.Apply = in.worker.Status()
+	if j, err := in.copy.Journal(); err == nil {
 		st := j.State()
 		l.Received = JournalStatus{st.Start, st.End, st.Durable, st.Txns, st.DiskBytes}
 	}
-	h, connected := p.copy.Heard()
-	l.Connected, l.Origin, l.SkewS = connected, max(h.Appended, l.Received.End), h.Skew.Seconds()
-	p.mu.Lock()
-	l.PeerHas = p.ack.Durable
-	if p.linkFault.Text != "" && !connected {
-		f := p.linkFault
-		l.Problem = &f
+	beat, at := in.copy.Heard()
+	l.Connected = !at.IsZero() && time.Since(at) < link.DefaultSilence
+	l.Origin, l.SkewS = max(beat.End, l.Received.End), beat.Clock.Offset.Seconds()
+	if !l.Connected && last.Text != "" {
+		l.Problem = &last
 	}
-	p.mu.Unlock()
 	l.lag(time.Now())
 	l.judge(maxSkew)
 	return l

@@ -61,7 +61,7 @@ var rules = []rule{
 	},
 	{
 		from: []string{"..."}, tests: true,
-		unless: []string{"cmd/...", "server/...", "bench/...", "test/...", "internal/*test"},
+		unless: []string{"cmd/...", "server/...", "bench/...", "test/...", "internal/*test", "internal/pair"},
 		forbid: []string{"cmd/...", "server/..."},
 		reason: "the composition root knows every package, so nothing it composes may know it",
 		breach: [2]string{"link", "server"},
@@ -73,9 +73,9 @@ var rules = []rule{
 		breach: [2]string{"apply", "test/prove"},
 	},
 	{
-		from: []string{"..."}, unless: []string{"bench/...", "test/...", "internal/*test"},
+		from: []string{"..."}, unless: []string{"bench/...", "test/...", "internal/*test", "internal/pair"},
 		forbid: []string{
-			"testing", "testing/...", "internal/*test", "github.com/google/go-cmp/...", "go.uber.org/goleak/...",
+			"testing", "testing/...", "internal/*test", "internal/pair", "github.com/google/go-cmp/...", "go.uber.org/goleak/...",
 			"pgregory.net/rapid/...", "github.com/rogpeppe/go-internal/...", "github.com/cockroachdb/datadriven/...",
 		},
 		reason: "what only tests need is not part of the product",

@@ -351,6 +351,60 @@ func TestDestroyLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestDestroyFindsSharedMemoryThatNobodySaw kills a server from outside while two backends share memory that they made
+// after its start.
+func TestDestroyFindsSharedMemoryThatNobodySaw(t *testing.T) {
+	before := sharedMemory(t)
+	c := create(t, pgcluster.Options{Settings: map[string]string{"fsync": "off", "dynamic_shared_memory_type": "posix"}})
+	start(t, c)
+	parallel := "force_parallel_mode"
+	if major, _, _ := strings.Cut(query(t, c, "SHOW server_version"), "."); major >= "16" {
+		parallel = "debug_parallel_query"
+	}
+	conn, err := pgconn.Connect(testContext(t), c.DSN("postgres", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if _, err := conn.Exec(testContext(t), "SET "+parallel+" = on").ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _ = conn.Exec(context.Background(), "SELECT pg_sleep(60)").ReadAll() }) // Ends with the server.
+	until(t, "a parallel worker runs", func() bool {
+		return query(t, c, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'parallel worker'") != "0"
+	})
+	if strings.Count(mapsOf(t, int(conn.PID())), "/dev/shm/PostgreSQL.") < 2 {
+		t.Fatal("the backend maps no segment but the control segment: the test shows nothing")
+	}
+	pids := []int{c.PID()} // First, so that it cannot clean up after the others.
+	for _, link := range processesIn(t, c.Dir()) {
+		pid, err := strconv.Atoi(strings.Split(link, "/")[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, pid)
+	}
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGKILL) // It may have ended by itself after its postmaster.
+	}
+	wg.Wait()
+	must(t, c.Destroy())
+	if left := newOnes(before, sharedMemory(t)); len(left) > 0 {
+		t.Errorf("shared memory: %v", left)
+	}
+}
+
+// mapsOf gives the memory map of a process.
+func mapsOf(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 // sharedMemory lists the System V segments and PostgreSQL's files in /dev/shm that nobody uses. Those of servers that
 // other tests of this machine run at the same time are in use.
 func sharedMemory(t *testing.T) []string {

@@ -2,6 +2,7 @@ package pgcluster
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -139,7 +140,7 @@ func parseSegments(maps string) []segment {
 		switch {
 		case strings.HasPrefix(f[5], "/SYSV"):
 			s = segment{shmID: int(inode)}
-		case strings.HasPrefix(f[5], "/dev/shm/PostgreSQL."):
+		case strings.HasPrefix(f[5], dynamicPrefix):
 		default:
 			continue
 		}
@@ -150,21 +151,78 @@ func parseSegments(maps string) []segment {
 	return segments
 }
 
+// dynamicSegments lists the files in /dev/shm that a dead server's control segment names. Backends make such segments at
+// any time, so nobody has seen those of a server that was killed by somebody else.
+func dynamicSegments(known []segment) []segment {
+	paths, _ := filepath.Glob(dynamicPrefix + "*") // The pattern cannot be malformed.
+	var found []segment
+	for _, k := range known {
+		if k.path == "" || !k.exists() {
+			continue
+		}
+		control, err := os.ReadFile(k.path)
+		if err != nil {
+			continue
+		}
+		for _, path := range listedIn(control, paths) {
+			st, err := os.Lstat(path)
+			if err != nil {
+				continue
+			}
+			if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+				found = append(found, segment{path: path, inode: sys.Ino, shmID: -1})
+			}
+		}
+	}
+	return found
+}
+
+// dynamicPrefix begins the path of a dynamic shared memory segment; its handle, a random 32-bit number, ends it.
+const dynamicPrefix = "/dev/shm/PostgreSQL."
+
+// listedIn picks the paths whose handle occurs in a control segment; none when the bytes are not one. It looks at all
+// 32-bit words, because the layout of the entries is PostgreSQL's own affair; that the random handle of another server
+// is among the few small numbers beside the handles is next to impossible.
+func listedIn(control []byte, paths []string) []string {
+	const magic = 0x9a503d32 // PG_DYNSHMEM_CONTROL_MAGIC
+	if len(control) < 4 || binary.NativeEndian.Uint32(control) != magic {
+		return nil
+	}
+	words := map[uint64]bool{}
+	for rest := control[4:]; len(rest) >= 4; rest = rest[4:] {
+		words[uint64(binary.NativeEndian.Uint32(rest))] = true
+	}
+	var listed []string
+	for _, path := range paths {
+		handle, err := strconv.ParseUint(strings.TrimPrefix(path, dynamicPrefix), 10, 32)
+		if err == nil && words[handle] {
+			listed = append(listed, path)
+		}
+	}
+	return listed
+}
+
+// exists reports whether a file segment still is the one that was seen.
+func (s segment) exists() bool {
+	st, err := os.Lstat(s.path)
+	if err != nil {
+		return false
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	return ok && sys.Ino == s.inode
+}
+
 // remove removes the segment if it still is the one that was seen.
 func (s segment) remove() error {
 	if s.path != "" {
-		st, err := os.Lstat(s.path)
-		if err != nil {
-			return nil //nolint:nilerr // It is gone, which is what is wanted.
-		}
-		if sys, ok := st.Sys().(*syscall.Stat_t); !ok || sys.Ino != s.inode {
+		if !s.exists() {
 			return nil
 		}
 		return os.Remove(s.path)
 	}
 	var desc unix.SysvShmDesc
 	if _, err := unix.SysvShmCtl(s.shmID, unix.IPC_STAT, &desc); err != nil || desc.Cpid != s.creator {
-		return nil //nolint:nilerr // It is gone, or its identifier names someone else's by now.
+		return nil // It is gone, or its identifier names someone else's by now.
 	}
 	if _, err := unix.SysvShmCtl(s.shmID, unix.IPC_RMID, nil); err != nil {
 		return fmt.Errorf("remove shared memory segment %d: %w", s.shmID, err)

@@ -208,6 +208,28 @@ func TestSegmentsAreReadFromTheMaps(t *testing.T) {
 	}
 }
 
+func TestDynamicSegmentsAreFoundInTheControlSegment(t *testing.T) {
+	control := binary.NativeEndian.AppendUint32(nil, 0x9a503d32)
+	for _, word := range []uint32{2, 64, 105996020, 2, 7, 0, 3222585736} {
+		control = binary.NativeEndian.AppendUint32(control, word)
+	}
+	paths := []string{
+		"/dev/shm/PostgreSQL.3222585736", "/dev/shm/PostgreSQL.617063030", "/dev/shm/PostgreSQL.105996020",
+		"/dev/shm/PostgreSQL.x", "/dev/shm/PostgreSQL.99999999999",
+	}
+	want := []string{"/dev/shm/PostgreSQL.3222585736", "/dev/shm/PostgreSQL.105996020"}
+	if diff := cmp.Diff(want, listedIn(control, paths)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	control[0]++
+	if got := listedIn(control, paths); got != nil {
+		t.Errorf("found %v in a segment that is not a control segment", got)
+	}
+	if got := listedIn(nil, paths); got != nil {
+		t.Errorf("found %v in no bytes", got)
+	}
+}
+
 func TestControlFileIsPatchedWhereverItsChecksumIs(t *testing.T) {
 	for _, size := range []int{288, 296, 304} {
 		b := make([]byte, 8192)

@@ -307,7 +307,7 @@ func (c *Cluster) Destroy() error {
 	var errs []error
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, s := range c.segments {
+	for _, s := range append(dynamicSegments(c.segments), c.segments...) {
 		errs = append(errs, s.remove())
 	}
 	c.lease.release()

@@ -1,0 +1,498 @@
+package apply
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"go.uber.org/goleak"
+
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/internal/pgtest"
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/wal"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// waitMax bounds every wait of these tests.
+const waitMax = 60 * time.Second
+
+// feed is one origin's journal in memory, with a gate: readers see the records before limit only.
+type feed struct {
+	mu     sync.Mutex
+	recs   []journal.Record
+	limit  int
+	moved  chan struct{}
+	end    wal.LSN
+	txnEnd wal.LSN
+}
+
+func newFeed() *feed { return &feed{limit: math.MaxInt, moved: make(chan struct{})} }
+
+func (f *feed) signal() {
+	close(f.moved)
+	f.moved = make(chan struct{})
+}
+
+func (f *feed) add(r journal.Record) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.recs = append(f.recs, r)
+	f.end = r.To
+	if r.Txn != nil {
+		f.txnEnd = r.To
+	}
+	f.signal()
+}
+
+// hold lets readers see nothing that is not there yet.
+func (f *feed) hold() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.limit = len(f.recs)
+}
+
+func (f *feed) release() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.limit = math.MaxInt
+	f.signal()
+}
+
+// step lets n more records through.
+func (f *feed) step(n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.limit = min(f.limit+n, len(f.recs))
+	f.signal()
+}
+
+func (f *feed) txns() []*wal.Txn {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []*wal.Txn
+	for _, r := range f.recs {
+		if r.Txn != nil {
+			out = append(out, r.Txn)
+		}
+	}
+	return out
+}
+
+// feedReader is the Reader of a feed.
+type feedReader struct {
+	f    *feed
+	next int
+}
+
+func (f *feed) open(from wal.LSN) (Reader, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	i := 0
+	for i < len(f.recs) && f.recs[i].To <= from {
+		i++
+	}
+	return &feedReader{f, i}, nil
+}
+
+func (r *feedReader) Close() error { return nil }
+
+func (r *feedReader) Next(ctx context.Context) (journal.Record, error) {
+	for {
+		r.f.mu.Lock()
+		if r.next < min(len(r.f.recs), r.f.limit) {
+			rec := r.f.recs[r.next]
+			r.next++
+			r.f.mu.Unlock()
+			return rec, nil
+		}
+		moved := r.f.moved
+		r.f.mu.Unlock()
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return journal.Record{}, ctx.Err()
+		}
+	}
+}
+
+// site is one database with its decode stream, local index and the worker that applies its peer.
+type site struct {
+	t       testing.TB
+	id      wal.SiteID
+	name    string
+	db      string
+	cluster *pgcluster.Cluster
+	dsn     string
+	feed    *feed
+	local   *Local
+	keys    *Keys
+	worker  *Worker
+	peer    *site
+	siteOf  func(string) (wal.SiteID, bool)
+	origin  string // replication origin under which the peer's changes are applied
+
+	// gate is held by a test to keep the local stream from being decoded.
+	gate sync.Mutex
+	// stamp may change a transaction's version, as after a clock step.
+	stamp func(*wal.Txn)
+	seen  wal.LSN
+
+	faults bool // errors of the worker and the stream are expected
+	errMu  sync.Mutex
+	errs   []error
+
+	stopApply, stopDecode func()
+}
+
+func (s *site) Commit(c *decode.Commit) error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	t := c.Txn
+	if c.Origin != "" {
+		if _, ok := s.siteOf(c.Origin); !ok {
+			return fmt.Errorf("unexpected origin %q", c.Origin)
+		}
+		s.seen = max(s.seen, c.OriginLSN)
+		s.local.Advance(t.EndLSN)
+		return nil
+	}
+	if len(t.Changes) == 0 {
+		s.local.Advance(t.EndLSN)
+		s.feed.add(journal.Record{To: t.EndLSN, Position: &journal.Position{To: t.EndLSN, Seen: s.seenList()}})
+		return nil
+	}
+	if t.EndLSN <= s.feed.end {
+		return nil // again after a restart of the stream
+	}
+	t.Origin, t.Seen, t.VersionTime = s.id, s.seenList(), t.CommitTime
+	if s.stamp != nil {
+		s.stamp(t)
+	}
+	if err := s.local.Add(t); err != nil {
+		return err
+	}
+	s.feed.add(journal.Record{To: t.EndLSN, Txn: t})
+	return nil
+}
+
+func (s *site) seenList() []wal.Seen {
+	if s.seen == 0 {
+		return nil
+	}
+	return []wal.Seen{{Site: s.peer.id, LSN: s.seen}}
+}
+
+func (s *site) Advance(to wal.LSN) error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	s.local.Advance(to)
+	return nil
+}
+
+func (s *site) Idle() error { return nil }
+
+func (s *site) failed(err error) {
+	s.errMu.Lock()
+	defer s.errMu.Unlock()
+	s.errs = append(s.errs, err)
+}
+
+// exec runs SQL at the site as its superuser.
+func (s *site) exec(sql string) {
+	s.t.Helper()
+	pgtest.Exec(s.t, s.cluster, s.db, sql)
+}
+
+func (s *site) query(sql string) [][]string {
+	s.t.Helper()
+	return pgtest.Query(s.t, s.cluster, s.db, sql)
+}
+
+// rows is a query's result as lines.
+func (s *site) rows(sql string) string {
+	s.t.Helper()
+	var b strings.Builder
+	for _, r := range s.query(sql) {
+		b.WriteString(strings.Join(r, "|") + "\n")
+	}
+	return b.String()
+}
+
+// connect opens a client session.
+func (s *site) connect() *pgconn.PgConn {
+	s.t.Helper()
+	c, err := pg.Connect(s.t.Context(), s.cluster.DSN(s.db, ""), s.db, nil)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { pg.Close(c) })
+	return c
+}
+
+// run executes SQL in a client session.
+func run(t testing.TB, c *pgconn.PgConn, sql string) [][]string {
+	t.Helper()
+	rows, err := pg.Rows(t.Context(), c, sql)
+	if err != nil {
+		t.Fatalf("%v: %s", err, sql)
+	}
+	return rows
+}
+
+// barrier is what the server does: a transactional message forces a commit record, whose decoding is awaited.
+func (s *site) barrier(ctx context.Context, lsn wal.LSN) error {
+	if s.local.Position() >= lsn {
+		return nil
+	}
+	if err := s.cluster.Exec(ctx, s.db, "SELECT pg_logical_emit_message(true, 'duri.beat', '')"); err != nil {
+		return err
+	}
+	return s.local.WaitFor(ctx, lsn)
+}
+
+// fetch reads the present row of this site for the peer (rule 9).
+func (s *site) fetch(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error) {
+	c, err := pg.Connect(ctx, s.dsn, s.db, map[string]string{"search_path": "pg_catalog"})
+	if err != nil {
+		return nil, false, err
+	}
+	defer pg.Close(c)
+	var sel, where []string
+	var args [][]byte
+	for i, col := range rel.Columns {
+		sel = append(sel, pg.QuoteIdent(col.Name))
+		if slices.Contains(key, col.Name) {
+			args = append(args, row[i].Data)
+			where = append(where, fmt.Sprintf("%s = $%d", pg.QuoteIdent(col.Name), len(args)))
+		}
+	}
+	sql := "SELECT " + strings.Join(sel, ",") + " FROM ONLY " + pg.QuoteName(rel.Namespace, rel.Name) + " WHERE " + strings.Join(where, " AND ")
+	res := c.ExecParams(ctx, sql, args, nil, nil, nil).Read()
+	if res.Err != nil || len(res.Rows) == 0 {
+		return nil, false, res.Err
+	}
+	out := make(wal.Tuple, len(rel.Columns))
+	for i, v := range res.Rows[0] {
+		out[i] = wal.Value{Kind: wal.Null}
+		if v != nil {
+			out[i] = wal.Value{Kind: wal.Text, Data: v}
+		}
+	}
+	return out, true, nil
+}
+
+func (s *site) slot() string { return "duri_" + s.db }
+
+// loop runs f again and again until stop, which waits for its end.
+func (s *site) loop(f func(context.Context) error) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				s.failed(err)
+				_ = pause(ctx, 20*time.Millisecond)
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+func (s *site) startDecode() {
+	s.stopDecode = s.loop(func(ctx context.Context) error {
+		conn, err := decode.Connect(ctx, s.dsn, s.db, "duri_decode")
+		if err != nil {
+			return err
+		}
+		st, err := decode.Open(ctx, conn, decode.Config{
+			DSN: s.dsn, Database: s.db, Slot: s.slot(), Publication: "duri", Interval: 10 * time.Millisecond,
+			Report: func() decode.Positions { return decode.Positions{} },
+		}, 0)
+		if err != nil {
+			return err
+		}
+		return st.Run(ctx, s)
+	})
+}
+
+func (s *site) startApply() { s.stopApply = s.loop(s.worker.Run) }
+
+// options of a rig.
+type rigOptions struct {
+	asRole   bool // the agent's role instead of a superuser
+	clusters int  // 2: a PostgreSQL per site
+	pgtest   []pgtest.Option
+	config   func(*Config)
+}
+
+// newRig makes two sites A (1) and B (2) with the schema, streaming both ways.
+func newRig(t testing.TB, schema string, o rigOptions) (a, b *site) {
+	t.Helper()
+	clusters := []*pgcluster.Cluster{pgtest.New(t, o.pgtest...)}
+	clusters = append(clusters, clusters[0])
+	if o.clusters == 2 {
+		clusters[1] = pgtest.New(t, o.pgtest...)
+	}
+	a = &site{t: t, id: 1, name: "a", db: "a", cluster: clusters[0], feed: newFeed()}
+	b = &site{t: t, id: 2, name: "b", db: "b", cluster: clusters[1], feed: newFeed()}
+	a.peer, b.peer = b, a
+	for _, s := range []*site{a, b} {
+		s.setUp(schema, o)
+	}
+	for _, s := range []*site{a, b} {
+		s.startDecode()
+		s.startApply()
+	}
+	t.Cleanup(func() {
+		for _, s := range []*site{a, b} {
+			s.tearDown()
+		}
+	})
+	return a, b
+}
+
+func (s *site) setUp(schema string, o rigOptions) {
+	t := s.t
+	t.Helper()
+	pgtest.DB(t, s.cluster, s.db)
+	s.exec(schema)
+	s.exec(grants.SQL(grants.Spec{}))
+	role := ""
+	if o.asRole {
+		role = "duri"
+	}
+	s.dsn = s.cluster.DSN(s.db, role)
+	ctx := t.Context()
+	c, err := pg.Connect(ctx, s.cluster.DSN(s.db, "duri"), s.db, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := catalog.Migrate(ctx, c); err != nil {
+		t.Fatal(err)
+	}
+	pg.Close(c)
+	r, err := decode.Connect(ctx, s.dsn, s.db, "setup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at, err := decode.CreateSlot(ctx, r, s.slot())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pg.Close(r)
+	s.origin = OriginName(s.db, s.peer.name)
+	s.siteOf = func(name string) (wal.SiteID, bool) { return s.peer.id, name == s.origin }
+	s.keys = NewKeys(s.dsn, s.db)
+	s.local = NewLocal(s.id, at, 0, s.keys)
+	cfg := Config{
+		Site: s.id, Origin: s.peer.id, OriginName: s.origin, SiteOf: s.siteOf, DSN: s.dsn, Database: s.db,
+		Open: s.peer.feed.open, Local: s.local, Barrier: s.barrier, Fetch: s.peer.fetch,
+		Clock: func() wal.Time { return wal.TimeOf(time.Now()) },
+	}
+	if o.config != nil {
+		o.config(&cfg)
+	}
+	s.worker = New(cfg)
+}
+
+func (s *site) tearDown() {
+	s.stopApply()
+	s.stopDecode()
+	s.keys.Close()
+	if !s.faults {
+		for _, err := range s.errs {
+			s.t.Errorf("site %s: %v", s.name, err)
+		}
+	}
+}
+
+// eventually waits for a condition.
+func eventually(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
+	defer cancel()
+	for !cond() {
+		if pause(ctx, 2*time.Millisecond) != nil {
+			t.Fatalf("timed out: %s", what)
+		}
+	}
+}
+
+// captured waits until everything committed at the site is in its feed.
+func (s *site) captured() {
+	s.t.Helper()
+	lsn, err := wal.ParseLSN(s.query("SELECT pg_current_wal_insert_lsn()")[0][0])
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
+	defer cancel()
+	if err := s.barrier(ctx, lsn); err != nil {
+		s.t.Fatalf("site %s: wait for capture: %v; %v", s.name, err, s.problem())
+	}
+}
+
+func (s *site) problem() error {
+	s.errMu.Lock()
+	defer s.errMu.Unlock()
+	return errors.Join(s.errs...)
+}
+
+// applied waits until everything that the peer captured has been applied here.
+func (s *site) applied() {
+	s.t.Helper()
+	s.peer.feed.mu.Lock()
+	end := s.peer.feed.txnEnd
+	s.peer.feed.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
+	defer cancel()
+	for s.worker.Status().Applied < end {
+		if pause(ctx, 2*time.Millisecond) != nil || (!s.faults && s.problem() != nil) {
+			s.t.Fatalf("site %s: applied %s of %s: %+v: %v", s.name, s.worker.Status().Applied, end, s.worker.Status(), s.problem())
+		}
+	}
+}
+
+// settle waits until both sites have everything.
+func settle(a, b *site) {
+	a.t.Helper()
+	a.captured()
+	b.captured()
+	a.applied()
+	b.applied()
+}
+
+// same checks that queries give the same at both sites and returns the last result.
+func same(t testing.TB, a, b *site, sqls ...string) string {
+	t.Helper()
+	var out string
+	for _, sql := range sqls {
+		x, y := a.rows(sql), b.rows(sql)
+		if x != y {
+			t.Errorf("%s differs:\nA:\n%s\nB:\n%s", sql, clip(x), clip(y))
+		}
+		out = x
+	}
+	return out
+}
+
+func clip(s string) string {
+	if len(s) > 4000 {
+		return s[:4000] + "..."
+	}
+	return s
+}

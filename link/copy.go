@@ -1,0 +1,264 @@
+package link
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/wal"
+)
+
+// CopyConfig says where a copy of a peer's journal is kept. Dir is required.
+type CopyConfig struct {
+	Dir     string
+	Journal journal.Options
+	// From is the position from which on the journal is needed when there is no copy yet (a site that joined with the
+	// contents as of From); zero: everything that the origin keeps.
+	From   wal.LSN
+	Logger *slog.Logger // default none
+}
+
+// CopyWriter keeps a copy of a peer's journal: it is the Sink to Follow with. Records are handed to the file as they
+// come, and one goroutine fsyncs: as soon as one fsync has ended, the next takes all that came meanwhile.
+//
+// Methods may be called at any time, except that Close must come after Follow has returned.
+type CopyWriter struct {
+	c       CopyConfig
+	created chan struct{}
+	acks    chan struct{}
+	kick    chan struct{} // has a value when something is to be fsynced
+	closing chan struct{}
+	wg      sync.WaitGroup
+
+	mu      sync.Mutex // guards the rest; never held during I/O
+	j       *journal.Journal
+	applied wal.LSN
+	err     error // sticky: held, or the journal failed
+	beat    Heartbeat
+	beatAt  time.Time
+	closed  bool
+}
+
+var _ Sink = (*CopyWriter)(nil)
+
+// OpenCopy opens the copy in c.Dir; when there is none, Welcome will create it. The caller closes it.
+func OpenCopy(c CopyConfig) (*CopyWriter, error) {
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	w := &CopyWriter{
+		c: c, created: make(chan struct{}), acks: make(chan struct{}, 1), kick: make(chan struct{}, 1), closing: make(chan struct{}),
+	}
+	j, err := journal.Open(c.Dir, c.Journal)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return w, nil
+	case err != nil:
+		return nil, err
+	}
+	w.adopt(j)
+	return w, nil
+}
+
+// adopt takes the journal into use.
+func (w *CopyWriter) adopt(j *journal.Journal) {
+	w.mu.Lock()
+	w.j = j
+	w.mu.Unlock()
+	close(w.created)
+	w.wg.Go(func() { w.syncLoop(j) })
+}
+
+// Journal is the copy. The error says that there is none yet; Created tells when.
+func (w *CopyWriter) Journal() (*journal.Journal, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.j == nil {
+		return nil, &Error{Kind: ErrNotReady, Sentence: "there is no copy of the origin's journal yet: it begins with the first connection"}
+	}
+	return w.j, nil
+}
+
+// Created is closed as soon as there is a copy.
+func (w *CopyWriter) Created() <-chan struct{} { return w.created }
+
+// Err is why the copy takes nothing any more: a HoldError, or the journal's own failure; nil as long as it does.
+func (w *CopyWriter) Err() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
+// fail keeps the first error.
+func (w *CopyWriter) fail(err error) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = err
+		w.c.Logger.Error("copy of a journal takes nothing any more", "dir", w.c.Dir, "err", err, "hint", hintOf(err))
+	}
+	return w.err
+}
+
+// Position is that of Sink.
+func (w *CopyWriter) Position() (inc journal.Incarnation, have bool, end wal.LSN) {
+	j, err := w.Journal()
+	if err != nil {
+		return inc, false, w.c.From
+	}
+	return j.Header().Incarnation, true, j.End()
+}
+
+// Welcome is that of Sink: it creates the copy, or refuses another history than the copy's.
+func (w *CopyWriter) Welcome(h journal.Header) error {
+	if err := w.Err(); err != nil {
+		return err
+	}
+	if j, err := w.Journal(); err == nil {
+		return w.checkHistory(j, h)
+	}
+	j, err := journal.Create(w.c.Dir, h, w.c.Journal)
+	if err != nil {
+		return fmt.Errorf("create a copy of the journal %s: %w", h, err)
+	}
+	w.adopt(j)
+	return nil
+}
+
+func (w *CopyWriter) checkHistory(j *journal.Journal, h journal.Header) error {
+	ours := j.Header()
+	if ours.Cluster == h.Cluster && ours.Site == h.Site && ours.Incarnation == h.Incarnation {
+		return nil
+	}
+	return w.fail(&HoldError{
+		Dir: w.c.Dir, At: j.End(), Advice: "see that the address and the directory belong to the same site; a site with a new history must be re-joined",
+		Err: &Error{Kind: ErrIncarnation, Sentence: fmt.Sprintf("the copy is of %s, the journal offered of %s", ours, h)},
+	})
+}
+
+// Frames is that of Sink. An error that time may heal, such as a full disk, leaves the copy usable.
+func (w *CopyWriter) Frames(data []byte, from, to wal.LSN) error {
+	if err := w.Err(); err != nil {
+		return err
+	}
+	j, err := w.Journal()
+	if err != nil {
+		return err
+	}
+	err = j.AppendFrames(data)
+	// What came before a refused record is good, and is kept.
+	if ferr := j.Flush(); err == nil {
+		err = ferr
+	}
+	w.signal(w.kick)
+	w.signal(w.acks)
+	if err != nil {
+		return w.judge(j, err)
+	}
+	return nil
+}
+
+// judge decides which errors of an append hold the direction.
+func (w *CopyWriter) judge(j *journal.Journal, err error) error {
+	advice := ""
+	var format *journal.FormatError
+	var upgrade *journal.UpgradeError
+	switch {
+	case errors.Is(err, journal.ErrChain):
+		advice = "the two copies hold different transactions: run `duri journal verify` at both sites, then re-join the one that is wrong"
+	case errors.Is(err, journal.ErrGap):
+		advice = "changes are missing between the copy and what was sent: re-join this site, or take the range from another peer"
+	case errors.As(err, &upgrade):
+		advice = "upgrade duri at this site, then start it again"
+	case errors.As(err, &format):
+		advice = "run `duri journal verify` at the origin; if its journal is sound, re-join this site"
+	case errors.Is(err, journal.ErrFailed):
+		return w.fail(err)
+	default:
+		return err
+	}
+	return w.fail(&HoldError{Dir: w.c.Dir, At: j.End(), Advice: advice, Err: err})
+}
+
+// syncLoop makes durable what came, for as long as the copy is open.
+func (w *CopyWriter) syncLoop(j *journal.Journal) {
+	for {
+		select {
+		case <-w.kick:
+		case <-w.closing:
+			return
+		}
+		if err := j.Sync(); err != nil {
+			if !errors.Is(err, journal.ErrClosed) {
+				_ = w.fail(err)
+			}
+			return
+		}
+		w.signal(w.acks)
+	}
+}
+
+func (w *CopyWriter) signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// SetApplied tells how far the copy's transactions are visible in the tables here.
+func (w *CopyWriter) SetApplied(lsn wal.LSN) {
+	w.mu.Lock()
+	w.applied = lsn
+	w.mu.Unlock()
+	w.signal(w.acks)
+}
+
+// Ack is that of Sink.
+func (w *CopyWriter) Ack() Ack {
+	w.mu.Lock()
+	j, a := w.j, Ack{Applied: w.applied}
+	w.mu.Unlock()
+	if j != nil {
+		a.Durable = j.Durable() // first, so that it is not beyond Received
+		a.Received = j.End()
+	}
+	return a
+}
+
+// Acks is that of Sink.
+func (w *CopyWriter) Acks() <-chan struct{} { return w.acks }
+
+// Heartbeat is that of Sink: it keeps the latest for Heard.
+func (w *CopyWriter) Heartbeat(h Heartbeat) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.beat, w.beatAt = h, time.Now()
+}
+
+// Heard is the origin's latest heartbeat and when it came, the zero time when none did.
+func (w *CopyWriter) Heard() (Heartbeat, time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.beat, w.beatAt
+}
+
+// Close makes the copy durable and closes it. A second call does nothing.
+func (w *CopyWriter) Close() error {
+	w.mu.Lock()
+	closed, j := w.closed, w.j
+	w.closed = true
+	w.mu.Unlock()
+	if closed {
+		return nil
+	}
+	close(w.closing)
+	w.wg.Wait()
+	if j == nil {
+		return nil
+	}
+	return j.Close()
+}
