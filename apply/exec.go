@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -20,8 +21,9 @@ import (
 type session struct {
 	conn     *pgconn.PgConn
 	prepared map[string]string // SQL -> statement name
-	tables   map[string]*table
-	targets  map[wal.RelationID]*target
+	// files are the relation files of tables without a key when local decoding was last known to have passed every
+	// TRUNCATE of them, which gives a table a new file.
+	files map[string]string
 }
 
 // maxPrepared bounds the prepared statements of a session; beyond it all are dropped and made again as needed.
@@ -35,9 +37,7 @@ func newSession(conn *pgconn.PgConn) *session {
 
 // forget drops cached definitions, so that a change of schema is seen.
 func (s *session) forget() {
-	s.prepared = map[string]string{}
-	s.tables = map[string]*table{}
-	s.targets = map[wal.RelationID]*target{}
+	s.prepared, s.files = map[string]string{}, map[string]string{}
 }
 
 // reset forgets and tells the server to forget too.
@@ -78,10 +78,11 @@ func (s *session) run(ctx context.Context, calls []call) ([]*pgconn.Result, erro
 	return s.conn.ExecBatch(ctx, b).ReadAll()
 }
 
-// item is one row to write: the entry it belongs to and the image (nil for a delete).
+// item is one row to write: the entry it belongs to and the image (nil for a delete). stored is the row that is there,
+// when it was read.
 type item struct {
-	e   *entry
-	row wal.Tuple
+	e           *entry
+	row, stored wal.Tuple
 }
 
 // op is one set-based statement over items.
@@ -105,7 +106,8 @@ type execution struct {
 	xid     string // this transaction's xid, 32 bits, as xmin shows it
 	records []record
 	created []created
-	fresh   bool // the barrier was passed since rows were last locked
+	bags    []*tableWave // tables without a key that rows were added to
+	fresh   bool         // the barrier was passed since rows were last locked
 }
 
 // created is a row that this batch made where none was: its key must be checked against tombstones once more, when
@@ -121,8 +123,10 @@ const (
 	originSQL   = "SELECT pg_catalog.pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz)"
 	xidSQL      = "SELECT pg_catalog.pg_current_xact_id()::xid"
 	positionSQL = "SELECT pg_catalog.pg_current_wal_insert_lsn()"
-	commitSQL   = "COMMIT"
-	rollbackSQL = "ROLLBACK"
+	// The commit's own end: the insert position may be that of another session's unfinished work, which nobody flushes.
+	committedSQL = "SELECT local_lsn FROM pg_catalog.pg_show_replication_origin_status() WHERE local_id = $1::oid"
+	commitSQL    = "COMMIT"
+	rollbackSQL  = "ROLLBACK"
 )
 
 // apply runs the batch. On success it returns the local WAL position behind the commit. On any error the transaction
@@ -157,6 +161,9 @@ func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
 	if err := x.recheck(ctx); err != nil {
 		return 0, err
 	}
+	if err := x.recheckBags(ctx); err != nil {
+		return 0, err
+	}
 	return x.finish(ctx)
 }
 
@@ -183,13 +190,16 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 	tail = append(tail,
 		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, len(x.records), last.SeenOf(x.w.cfg.Site))},
 		call{commitSQL, nil},
-		call{positionSQL, nil})
+		call{committedSQL, [][]byte{[]byte(x.origin)}})
 	res, err := x.s.run(ctx, tail)
 	if err != nil {
 		return 0, err
 	}
 	if tag := res[len(res)-2].CommandTag.String(); tag != "COMMIT" {
 		return 0, fmt.Errorf("commit of apply transaction ended as %s", tag)
+	}
+	if len(res[len(res)-1].Rows) != 1 {
+		return 0, fmt.Errorf("replication origin %s has no progress after a commit", x.w.cfg.OriginName)
 	}
 	return wal.ParseLSN(string(res[len(res)-1].Rows[0][0]))
 }
@@ -205,6 +215,17 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 		}
 		return x.truncate(ctx, wv)
 	}
+	if len(wv.moved) > 0 {
+		if head != nil {
+			if err := x.begin(ctx, head); err != nil {
+				return err
+			}
+			head = nil
+		}
+		if err := x.complete(ctx, wv); err != nil {
+			return err
+		}
+	}
 	var ops []op
 	var calls []call
 	for _, tw := range wv.tables {
@@ -212,9 +233,12 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 			ops = append(ops, o)
 			calls = append(calls, o.call(x.origin, x.before))
 		}
-		if len(tw.appends) > 0 {
+		if rows := x.appends(wv, tw); len(rows) > 0 {
 			ops = append(ops, op{kind: netInsert, tw: tw})
-			calls = append(calls, appendCall(tw))
+			calls = append(calls, appendCall(tw.target, rows))
+		}
+		if len(tw.appends)+len(tw.inOrder) > 0 {
+			x.bags = append(x.bags, tw)
 		}
 	}
 	res, err := x.s.run(ctx, append(head, calls...))
@@ -249,10 +273,7 @@ func (x *execution) settle(ctx context.Context, wv *wave, ops []op, res []*pgcon
 		}
 	}
 	for _, tw := range wv.tables {
-		more := pending[tw]
-		if tw.deferrable {
-			more = append(more, insertsOf(tw)...)
-		}
+		more := append(pending[tw], slowOnes(tw)...)
 		if err := x.resolve(ctx, wv, tw, more); err != nil {
 			return err
 		}
@@ -289,10 +310,11 @@ func left(o op, r *pgconn.Result) []*entry {
 	return out
 }
 
-func insertsOf(tw *tableWave) []*entry {
+// slowOnes are the entries that fastOps left out.
+func slowOnes(tw *tableWave) []*entry {
 	var out []*entry
 	for _, e := range tw.entries {
-		if e.kind == netInsert {
+		if e.slow || tw.deferrable && e.kind == netInsert {
 			out = append(out, e)
 		}
 	}
@@ -306,13 +328,14 @@ func fastOps(tw *tableWave) []op {
 	var updates []op
 	bySet := map[string]int{}
 	for _, e := range tw.entries {
-		switch e.kind {
-		case netDelete:
-			del = append(del, item{e, nil})
-		case netInsert:
-			ins = append(ins, item{e, e.row})
-		case netUpdate:
-			updates = addUpdate(updates, bySet, tw, item{e, e.row})
+		switch {
+		case e.slow:
+		case e.kind == netDelete:
+			del = append(del, item{e: e})
+		case e.kind == netInsert:
+			ins = append(ins, item{e: e, row: e.row})
+		default:
+			updates = addUpdate(updates, bySet, tw, item{e: e, row: e.row})
 		}
 	}
 	return assemble(tw, del, updates, ins, !tw.deferrable)
@@ -352,14 +375,17 @@ func addUpdate(ops []op, bySet map[string]int, tw *tableWave, it item) []op {
 	return ops
 }
 
-// updateSet lists the relation columns an update sets: those that arrived, without the key unless its spelling
-// changed. A table of key columns only still needs one column to set, or the row would not get its new version.
+// updateSet lists the relation columns an update sets: those that arrived, without the key unless its spelling changes.
 func updateSet(tw *tableWave, it item) []int {
 	isKey := make([]bool, len(it.row))
 	spelled := true
 	for i, k := range tw.target.key {
 		isKey[k.at] = true
-		spelled = spelled && string(it.e.keyv[i].Data) == string(it.row[k.at].Data)
+		was := it.e.keyv[i]
+		if it.stored != nil {
+			was = it.stored[k.at]
+		}
+		spelled = spelled && string(was.Data) == string(it.row[k.at].Data)
 	}
 	var set []int
 	for i, v := range it.row {
@@ -369,9 +395,6 @@ func updateSet(tw *tableWave, it item) []int {
 		if !isKey[i] || !spelled {
 			set = append(set, i)
 		}
-	}
-	if len(set) == 0 {
-		set = append(set, tw.target.key[0].at)
 	}
 	return set
 }
@@ -413,10 +436,11 @@ func (o op) array(f func(item) wal.Value) []byte {
 }
 
 // appendCall inserts rows into a table without a key.
-func appendCall(tw *tableWave) call {
+func appendCall(g *target, rows []wal.Tuple) call {
+	tw := &tableWave{target: g}
 	o := op{kind: netInsert, tw: tw, set: allColumns(tw)}
-	for _, row := range tw.appends {
-		o.items = append(o.items, item{nil, row})
+	for _, row := range rows {
+		o.items = append(o.items, item{row: row})
 	}
 	return o.call("", "")
 }
@@ -460,20 +484,18 @@ var errRestless = errors.New("rows kept changing while they were resolved")
 
 // resolve decides keys whose rows were not quiet: it locks the rows, judges, and writes.
 func (x *execution) resolve(ctx context.Context, wv *wave, tw *tableWave, pending []*entry) error {
-	for range maxResolve {
+	for round := range maxResolve {
 		if len(pending) == 0 {
 			return nil
 		}
 		rows, err := x.lock(ctx, tw, pending)
+		if err == nil && len(rows) < len(pending) {
+			err = x.lockMissing(ctx, tw, pending, rows)
+		}
 		if err != nil {
 			return err
 		}
-		if len(rows) < len(pending) { // some are missing: only with every delete decoded is that known to be all
-			if err := x.barrier(ctx); err != nil {
-				return err
-			}
-		}
-		pending, err = x.judgeAll(ctx, wv, tw, pending, rows)
+		pending, err = x.judgeAll(ctx, wv, tw, pending, rows, round > 0)
 		if err != nil {
 			return err
 		}
@@ -481,15 +503,80 @@ func (x *execution) resolve(ctx context.Context, wv *wave, tw *tableWave, pendin
 	return errRestless
 }
 
-// judgeAll judges each pending key and writes the results; it returns the inserts that met a row after all.
-func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pending []*entry, rows map[int]held) ([]*entry, error) {
+// lockMissing looks once more for the rows that were not found, after the capture barrier and with every transaction
+// visible that is decoded: only then is a missing row known to be absent, and its tombstone to be all there is. The
+// first look may have waited for a transaction that deletes a row and inserts it again, of which it sees the delete
+// only; or a commit may wait for its synchronous standby, in the WAL but not visible yet.
+func (x *execution) lockMissing(ctx context.Context, tw *tableWave, pending []*entry, rows map[int]held) error {
+	if err := x.barrier(ctx); err != nil {
+		return err
+	}
+	if err := x.awaitVisible(ctx); err != nil {
+		return err
+	}
+	var at []int
+	var missing []*entry
+	for i, e := range pending {
+		if _, ok := rows[i]; !ok {
+			at, missing = append(at, i), append(missing, e)
+		}
+	}
+	found, err := x.lock(ctx, tw, missing)
+	for i, h := range found {
+		rows[at[i]] = h
+	}
+	return err
+}
+
+// unfinishedSQL lists the transactions whose changes are not visible to the next statement.
+const (
+	clearSQL      = "SELECT pg_catalog.pg_stat_clear_snapshot()"
+	unfinishedSQL = `SELECT backend_xid::text FROM pg_catalog.pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_catalog.pg_backend_pid()
+UNION SELECT x::xid::text FROM pg_catalog.pg_snapshot_xip(pg_catalog.pg_current_snapshot()) AS x`
+)
+
+// errInvisible says that a local transaction is in the WAL but not visible for longer than locks are waited for.
+var errInvisible = errors.New("a committed transaction of this site waits for its synchronous standby")
+
+// awaitVisible waits until no transaction that is decoded is still invisible.
+func (x *execution) awaitVisible(ctx context.Context) error {
+	deadline := time.Now().Add(x.w.cfg.LockTimeout)
+	for {
+		res, err := x.s.run(ctx, []call{{clearSQL, nil}, {unfinishedSQL, nil}})
+		if err != nil {
+			return err
+		}
+		waiting := slices.ContainsFunc(res[1].Rows, func(row [][]byte) bool {
+			xid, err := strconv.ParseUint(string(row[0]), 10, 32)
+			_, decoded := x.w.cfg.Local.lookup(uint32(xid))
+			return err == nil && decoded
+		})
+		if !waiting {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return errInvisible
+		}
+		if err := pause(ctx, time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// judgeAll judges each pending key and writes the results; it returns the inserts that met a row after all. again is
+// false for the entries that the wave's fast statements left.
+func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pending []*entry, rows map[int]held, again bool) ([]*entry, error) {
 	var del, ins []item
 	var upd []op
 	bySet := map[string]int{}
 	for i, e := range pending {
 		h, ok := rows[i]
-		if ok && h.end == math.MaxUint64 {
-			continue // a fast statement of this wave wrote it
+		if ok && h.end == math.MaxUint64 && (again || !e.slow) {
+			// Our own insert, or another fast statement of this wave, wrote it already.
+			if again || e.kind == netInsert {
+				x.created = append(x.created, created{tw, wv, e})
+			}
+			continue
 		}
 		if !ok {
 			h = x.grave(tw, e)
@@ -498,15 +585,18 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 		if err != nil {
 			return nil, err
 		}
+		if again {
+			x.drop(map[*entry]bool{e: true})
+		}
 		x.record(tw, e, v.records)
 		switch {
 		case !v.changed:
 		case !v.live:
-			del = append(del, item{e, nil})
+			del = append(del, item{e: e})
 		case ok:
-			upd = addUpdate(upd, bySet, tw, item{e, v.row})
+			upd = addUpdate(upd, bySet, tw, item{e, v.row, h.image})
 		default:
-			ins = append(ins, item{e, v.row})
+			ins = append(ins, item{e: e, row: v.row})
 		}
 	}
 	return x.write(ctx, wv, assemble(tw, del, upd, ins, true))
@@ -537,7 +627,6 @@ func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, er
 			for _, it := range o.items {
 				again = append(again, it.e)
 			}
-			x.drop(o)
 		default:
 			return nil, fmt.Errorf("table %s: %d of %d locked rows could be written", o.tw.table, n, len(o.items))
 		}
@@ -545,13 +634,9 @@ func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, er
 	return again, nil
 }
 
-// drop takes back the records of keys that will be judged again.
-func (x *execution) drop(o op) {
-	again := map[*entry]bool{}
-	for _, it := range o.items {
-		again[it.e] = true
-	}
-	x.records = slices.DeleteFunc(x.records, func(r record) bool { return again[r.entry] })
+// drop takes back the records of keys that are judged again.
+func (x *execution) drop(entries map[*entry]bool) {
+	x.records = slices.DeleteFunc(x.records, func(r record) bool { return entries[r.entry] })
 }
 
 func (x *execution) record(tw *tableWave, e *entry, outs []outcome) {
@@ -566,7 +651,7 @@ func (x *execution) record(tw *tableWave, e *entry, outs []outcome) {
 func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (map[int]held, error) {
 	o := op{tw: tw}
 	for _, e := range pending {
-		o.items = append(o.items, item{e, nil})
+		o.items = append(o.items, item{e: e})
 	}
 	var params [][]byte
 	for k := range tw.target.key {
@@ -596,7 +681,9 @@ func (x *execution) heldRow(ctx context.Context, tw *tableWave, row [][]byte) (h
 	if string(row[1]) == x.xid {
 		h.end = math.MaxUint64
 		h.Version.Site = x.w.cfg.Origin
-	} else if row[2] != nil {
+	} else if row[2] == nil {
+		h.Seen = true // beyond the horizon: older than anything concurrent (rule 5)
+	} else {
 		micros, err1 := strconv.ParseInt(string(row[2]), 10, 64)
 		roident, err2 := strconv.ParseUint(string(row[3]), 10, 32)
 		xmin, err3 := strconv.ParseUint(string(row[1]), 10, 32)
@@ -683,26 +770,96 @@ func (x *execution) recheck(ctx context.Context) error {
 	if err := x.barrier(ctx); err != nil {
 		return err
 	}
+	done := map[grave]bool{}
 	for _, c := range x.created {
-		s, ok := x.w.cfg.Local.tombstone(c.tw.table.String(), c.e.key)
-		if !ok {
+		g := grave{c.tw.table.String(), c.e.key}
+		s, ok := x.w.cfg.Local.tombstone(g.table, g.key)
+		if !ok || done[g] {
 			continue
 		}
-		h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
-		chain := c.wv.chain(c.e)
-		v, err := judge(chain, h, x.w.cfg.Site, x.fetch(ctx, c.tw))
+		done[g] = true
+		if err := x.recheckKey(ctx, c, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// recheckKey judges a created key against its tombstone: all that the batch did to it since, in later waves too.
+func (x *execution) recheckKey(ctx context.Context, c created, s tombstone) error {
+	chain, entries := x.since(c)
+	h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+	v, err := judge(chain, h, x.w.cfg.Site, x.fetch(ctx, c.tw))
+	if err != nil {
+		return err
+	}
+	x.drop(entries)
+	x.record(c.tw, c.e, v.records)
+	if v.live {
+		return nil
+	}
+	// A later wave may have removed the row already.
+	del := op{kind: netDelete, tw: c.tw, items: []item{{e: c.e}}}
+	_, err = x.s.run(ctx, []call{del.call(x.origin, forever)})
+	return err
+}
+
+// since returns the changes of a created key from the wave that created it on.
+func (x *execution) since(c created) (chain []*ref, entries map[*entry]bool) {
+	entries = map[*entry]bool{}
+	for _, wv := range x.b.waves[max(0, slices.Index(x.b.waves, c.wv)):] {
+		for _, tw := range wv.tables {
+			if tw.table.String() != c.tw.table.String() {
+				continue
+			}
+			if e := tw.index[c.e.key]; e != nil {
+				chain = append(chain, wv.chain(e)...)
+				entries[e] = true
+			}
+		}
+	}
+	return chain, entries
+}
+
+// complete fills the images of rows that changed their key with the values that PostgreSQL did not send, from the row
+// under the old key as long as it is still there and undisputed, else from the origin (rule 9).
+func (x *execution) complete(ctx context.Context, wv *wave) error {
+	for _, tw := range wv.tables {
+		var all []moved
+		var old []*entry
+		for _, m := range wv.moved {
+			if m.tw == tw {
+				all, old = append(all, m), append(old, &entry{keyv: m.old})
+			}
+		}
+		if len(all) == 0 {
+			continue
+		}
+		rows, err := x.lock(ctx, tw, old)
 		if err != nil {
 			return err
 		}
-		x.drop(op{tw: c.tw, items: []item{{c.e, nil}}})
-		x.record(c.tw, c.e, v.records)
-		if !v.live {
-			del := op{kind: netDelete, tw: c.tw, items: []item{{c.e, nil}}}
-			if _, err := x.write(ctx, c.wv, []op{del}); err != nil {
+		for i, m := range all {
+			h, ok := rows[i]
+			if err := x.completeOne(ctx, wv, m, h, ok); err != nil {
 				return err
 			}
 		}
 	}
+	return nil
+}
+
+func (x *execution) completeOne(ctx context.Context, wv *wave, m moved, h held, found bool) error {
+	r := &wv.refs[m.ref-1]
+	row := h.image
+	if !found || !undisputed(r, h, x.w.cfg.Site) {
+		var err error
+		if row, found, err = x.fetch(ctx, m.tw)(r); err != nil || !found {
+			return err // not found: gone at the origin, and what removed it is on its way
+		}
+	}
+	r.row = fill(r.row, row)
+	wv.refold(m.e)
 	return nil
 }
 

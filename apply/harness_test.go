@@ -141,6 +141,7 @@ type site struct {
 	keys    *Keys
 	worker  *Worker
 	peer    *site
+	sql     *pgconn.PgConn // of the test
 	siteOf  func(string) (wal.SiteID, bool)
 	origin  string // replication origin under which the peer's changes are applied
 
@@ -216,9 +217,27 @@ func (s *site) exec(sql string) {
 	pgtest.Exec(s.t, s.cluster, s.db, sql)
 }
 
+// query gives rows as text, NULL as \N, over one connection that is made anew when it broke.
 func (s *site) query(sql string) [][]string {
 	s.t.Helper()
-	return pgtest.Query(s.t, s.cluster, s.db, sql)
+	if s.sql == nil || s.sql.IsClosed() {
+		s.sql = s.connect()
+	}
+	results, err := s.sql.Exec(s.t.Context(), sql).ReadAll()
+	if err != nil {
+		s.t.Fatalf("site %s: %v: %s", s.name, err, sql)
+	}
+	var rows [][]string
+	for _, values := range results[len(results)-1].Rows {
+		row := make([]string, len(values))
+		for i, v := range values {
+			if row[i] = string(v); v == nil {
+				row[i] = pgcluster.NullText
+			}
+		}
+		rows = append(rows, row)
+	}
+	return rows
 }
 
 // rows is a query's result as lines.
@@ -489,6 +508,18 @@ func same(t testing.TB, a, b *site, sqls ...string) string {
 	}
 	return out
 }
+
+// dump is a query for all rows of tables.
+func dump(tables ...string) string {
+	var parts []string
+	for _, table := range tables {
+		parts = append(parts, "SELECT "+pg.QuoteLiteral(table)+", x::text FROM "+table+" x")
+	}
+	return strings.Join(parts, " UNION ALL ") + " ORDER BY 1, 2"
+}
+
+// conflicts is a query for what the applier recorded.
+const conflicts = `SELECT kind, code, table_name, key, origin, remote_row, local_site, local_row FROM duri.conflict ORDER BY id`
 
 func clip(s string) string {
 	if len(s) > 4000 {

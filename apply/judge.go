@@ -38,15 +38,17 @@ type fetcher func(r *ref) (row wal.Tuple, ok bool, err error)
 func judge(chain []*ref, h held, site wal.SiteID, fetch fetcher) (verdict, error) {
 	var v verdict
 	wasLive := h.Existence == conflict.Live
+	var known wal.Tuple // the origin's image after the changes so far, as far as they tell
 	for _, r := range chain {
-		s := h.State
-		if h.end != 0 {
-			s.Seen = h.end <= r.txn.SeenOf(site)
+		row := r.row
+		if r.op == wal.Update {
+			row = fill(row, known)
 		}
-		d := conflict.Decide(r.op, r.txn.Version(), s)
+		known = row
+		d := conflict.Decide(r.op, r.txn.Version(), h.toward(r, site))
 		rival := h
 		if d.Apply {
-			next, code, err := succeed(r, h, d, fetch)
+			next, code, err := succeed(r, row, h, d, fetch)
 			if err != nil {
 				return v, err
 			}
@@ -67,34 +69,46 @@ func judge(chain []*ref, h held, site wal.SiteID, fetch fetcher) (verdict, error
 	return v, nil
 }
 
-// succeed gives the state after an incoming change that wins, and how it was completed.
-func succeed(r *ref, h held, d conflict.Decision, fetch fetcher) (held, conflict.Code, error) {
+// undisputed reports that what is held is what the origin had before a change of r's transaction.
+func undisputed(r *ref, h held, site wal.SiteID) bool {
+	d := conflict.Decide(wal.Delete, r.txn.Version(), h.toward(r, site))
+	return d.Apply && d.Kind == conflict.None
+}
+
+// toward is the state as the incoming transaction of r meets it.
+func (h held) toward(r *ref, site wal.SiteID) conflict.State {
+	s := h.State
+	if h.end != 0 {
+		s.Seen = h.end <= r.txn.SeenOf(site)
+	}
+	return s
+}
+
+// succeed gives the state after an incoming change that wins, and how it was completed. row is the change's image.
+func succeed(r *ref, row wal.Tuple, h held, d conflict.Decision, fetch fetcher) (held, conflict.Code, error) {
 	next := held{State: conflict.State{Version: r.txn.Version()}}
 	if r.op == wal.Delete {
 		next.Existence = conflict.Deleted
 		return next, conflict.AsSent, nil
 	}
 	next.Existence = conflict.Live
-	next.image = r.row
-	if r.row.Complete() {
+	next.image = row
+	if row.Complete() {
 		return next, conflict.AsSent, nil
 	}
-	if d.Kind == conflict.None && h.image != nil {
-		// No rival: what stands here is what the origin had before this change.
-		next.image = fill(r.row, h.image)
+	// No rival: what stands here is what the origin had before this change. An insert lacks values only when it is one
+	// half of a key change; what stands under its key is then another row.
+	if r.op == wal.Update && d.Kind == conflict.None && h.image != nil {
+		next.image = fill(row, h.image)
 		return next, conflict.AsSent, nil
 	}
-	if r.old != nil {
-		next.image = fill(r.row, r.old)
-		return next, conflict.AsSent, nil
-	}
-	row, ok, err := fetch(r)
+	whole, ok, err := fetch(r)
 	if err != nil {
 		return h, "", err
 	}
 	if !ok { // gone at the origin: what removed it has a greater version and is on its way
 		return h, conflict.Superseded, nil
 	}
-	next.image = fill(r.row, row)
+	next.image = fill(row, whole)
 	return next, conflict.Filled, nil
 }

@@ -23,6 +23,7 @@ type Local struct {
 	pos    wal.LSN       // every local transaction with EndLSN <= pos has been added
 	moved  chan struct{} // closed and replaced when pos moves
 	maxRaw wal.Time      // greatest raw commit time decoded so far
+	last   wal.Time      // raw commit time decoded last: after a clock step, the clock is there and not at maxRaw
 
 	byXID  map[uint32]localTxn
 	txns   []localTxn // by EndLSN; txns[:dropped] are already pruned
@@ -69,7 +70,7 @@ type namedKey struct {
 // newest, had been seen by every peer or will be added.
 func NewLocal(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *Local {
 	return &Local{
-		site: site, pos: pos, maxRaw: newest, moved: make(chan struct{}), byXID: map[uint32]localTxn{},
+		site: site, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]localTxn{},
 		graves: map[grave]tombstone{}, all: map[string]tombstone{}, keys: keys.of,
 	}
 }
@@ -90,7 +91,7 @@ func (l *Local) Add(t *wal.Txn) error {
 	lt := localTxn{t.XID, t.EndLSN, t.CommitTime, t.VersionTime}
 	l.txns = append(l.txns, lt)
 	l.byXID[t.XID] = lt
-	l.maxRaw = max(l.maxRaw, t.CommitTime)
+	l.maxRaw, l.last = max(l.maxRaw, t.CommitTime), t.CommitTime
 	for len(l.minima) > 0 && l.minima[len(l.minima)-1].raw >= t.CommitTime {
 		l.minima = l.minima[:len(l.minima)-1]
 	}
@@ -245,16 +246,24 @@ func (l *Local) tombstone(table, key string) (tombstone, bool) {
 	return s, ok
 }
 
+// truncated finds the newest local TRUNCATE of a table.
+func (l *Local) truncated(table string) (tombstone, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s, ok := l.all[table]
+	return s, ok
+}
+
 // regress is how far commit times may go back in LSN order without a clock step (rule 3).
 const regress = 100 * time.Millisecond
 
 // safeBefore returns a time such that every local transaction with a raw commit time below it had been seen by an
 // incoming transaction that carries seen. Local transactions not decoded yet are covered by the greatest commit time
-// decoded, less what commit times may regress.
+// decoded, less what commit times may regress; and after a step of the clock by the commit time decoded last.
 func (l *Local) safeBefore(seen wal.LSN) wal.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	t := l.maxRaw.Add(-regress)
+	t := min(l.maxRaw, l.last).Add(-regress)
 	i := sort.Search(len(l.minima), func(i int) bool { return l.minima[i].end > seen })
 	if i < len(l.minima) {
 		t = min(t, l.minima[i].raw)

@@ -35,8 +35,19 @@ type entry struct {
 	kind netKind
 	// maybe: the row was inserted and deleted within the wave, so it need not be there
 	maybe bool
-	row   wal.Tuple // net image for insert and update
-	last  int32     // index+1 into wave.refs of the key's last change
+	// slow: no fast statement may write the entry, because its image lacks values of a row under another key
+	slow bool
+	row  wal.Tuple // net image for insert and update
+	last int32     // index+1 into wave.refs of the key's last change
+}
+
+// moved is a primary key change whose new image lacks out-of-line values: PostgreSQL does not send what an UPDATE did
+// not touch. They stand in the row under the old key, which nothing earlier in the wave has touched.
+type moved struct {
+	tw  *tableWave
+	e   *entry    // of the new key
+	ref int32     // index+1 into wave.refs of the insert
+	old wal.Tuple // values of the old key, in the table's key order
 }
 
 // tableWave is the part of a wave that concerns one table.
@@ -44,14 +55,15 @@ type tableWave struct {
 	*target
 	entries []*entry
 	index   map[string]*entry
-	appends []wal.Tuple // inserts into a table without key, in order
-	inOrder []int32     // refs of updates and deletes in a table without key, in order
+	appends []int32 // refs of inserts into a table without key, in order
+	inOrder []int32 // refs of changes from the first update or delete in a table without key on, in order
 }
 
 // wave is a run of changes that can be merged: net changes per key, no TRUNCATE inside, bounded in size.
 type wave struct {
 	tables   []*tableWave // in order of first touch: applications lock in that order, so following it avoids deadlocks
 	refs     []ref
+	moved    []moved
 	truncate *wal.Change // set: the wave is just this
 	txn      *wal.Txn    // of the truncate
 }
@@ -190,14 +202,14 @@ func (p *planner) addKeyless(tw *tableWave, t *wal.Txn, c *wal.Change) error {
 	if c.Op == wal.Insert {
 		// An insert after an update or delete in the same wave may be what they must not see: keep the order.
 		if len(tw.inOrder) == 0 {
-			tw.appends = append(tw.appends, c.New)
-			p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op})
+			p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op, row: c.New})
+			tw.appends = append(tw.appends, int32(len(p.wave.refs)))
 			return nil
 		}
 	} else if c.OldKind != wal.OldFull {
 		return &TableError{tw.table.String(), "UPDATE or DELETE in a table without a primary key", "give it a primary key or ALTER TABLE ... REPLICA IDENTITY FULL at the origin"}
 	}
-	p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op})
+	p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op, row: c.New})
 	tw.inOrder = append(tw.inOrder, int32(len(p.wave.refs)))
 	return nil
 }
@@ -218,12 +230,60 @@ func (p *planner) addKeyed(tw *tableWave, t *wal.Txn, c *wal.Change) error {
 		row = fill(row, full) // FULL brings the untouched out-of-line values along (rule 9)
 	}
 	if c.OldKind != wal.OldNone && !p.sameKey(tw, c.Old, row) {
-		if err := p.touch(tw, ref{txn: t, change: c, op: wal.Delete, old: full}, c.Old); err != nil {
-			return err
-		}
-		return p.touch(tw, ref{txn: t, change: c, op: wal.Insert, row: row}, row)
+		return p.move(tw, t, c, row, full)
 	}
 	return p.touch(tw, ref{txn: t, change: c, op: wal.Update, row: row, old: full}, row)
+}
+
+// move plans a primary key change: delete of the old key, insert of the new one (rule 10).
+func (p *planner) move(tw *tableWave, t *wal.Txn, c *wal.Change, row, full wal.Tuple) error {
+	if !row.Complete() {
+		old, err := p.find(tw, c.Old)
+		if err != nil {
+			return err
+		}
+		if old != nil {
+			row = fill(row, old.row)
+		}
+		if old != nil && !row.Complete() { // the row must be as the changes so far leave it
+			p.cut()
+			if tw, err = p.table(c.Relation); err != nil {
+				return err
+			}
+		}
+	}
+	if err := p.touch(tw, ref{txn: t, change: c, op: wal.Delete, old: full}, c.Old); err != nil {
+		return err
+	}
+	if err := p.touch(tw, ref{txn: t, change: c, op: wal.Insert, row: row}, row); err != nil {
+		return err
+	}
+	if row.Complete() {
+		return nil
+	}
+	e, err := p.find(tw, row)
+	if err != nil {
+		return err
+	}
+	old := make(wal.Tuple, len(tw.target.key))
+	for i, k := range tw.target.key {
+		old[i] = c.Old[k.at]
+	}
+	p.wave.moved = append(p.wave.moved, moved{tw, e, int32(len(p.wave.refs)), old})
+	return nil
+}
+
+// find returns the entry of a tuple's key, nil when the wave has none yet.
+func (p *planner) find(tw *tableWave, keyTuple wal.Tuple) (*entry, error) {
+	var ok bool
+	if p.buf, ok = keyOf(p.buf[:0], tw.target.key, keyTuple); !ok {
+		return nil, noKey(tw, wal.Update)
+	}
+	return tw.index[string(p.buf)], nil
+}
+
+func noKey(tw *tableWave, op wal.Op) error {
+	return &TableError{tw.table.String(), fmt.Sprintf("%s arrives without its key", op), "its replica identity at the origin must include the primary key"}
 }
 
 // sameKey reports whether two tuples have the same key values. It compares texts: a key that changes in spelling only
@@ -241,7 +301,7 @@ func (p *planner) sameKey(tw *tableWave, a, b wal.Tuple) bool {
 func (p *planner) touch(tw *tableWave, r ref, keyTuple wal.Tuple) error {
 	var ok bool
 	if p.buf, ok = keyOf(p.buf[:0], tw.target.key, keyTuple); !ok {
-		return &TableError{tw.table.String(), fmt.Sprintf("%s arrives without its key", r.op), "its replica identity at the origin must include the primary key"}
+		return noKey(tw, r.op)
 	}
 	e := tw.index[string(p.buf)]
 	fresh := e == nil
@@ -272,7 +332,7 @@ func fold(e *entry, r ref, fresh bool) {
 		} else if e.kind == netDelete {
 			e.kind, e.maybe = netInsert, false
 		}
-		e.row = r.row
+		e.row, e.slow = r.row, !r.row.Complete()
 	case wal.Update:
 		if fresh || e.kind == netDelete {
 			e.kind = netUpdate
@@ -280,9 +340,18 @@ func fold(e *entry, r ref, fresh bool) {
 			return
 		}
 		e.row = fill(r.row, e.row)
+		e.slow = e.slow && !e.row.Complete()
 	case wal.Delete:
 		e.maybe = e.kind == netInsert && !fresh
-		e.kind, e.row = netDelete, nil
+		e.kind, e.row, e.slow = netDelete, nil, false
+	}
+}
+
+// refold computes an entry's net change anew, after images of its chain were completed.
+func (w *wave) refold(e *entry) {
+	e.kind, e.maybe, e.slow, e.row = netInsert, false, false, nil
+	for i, r := range w.chain(e) {
+		fold(e, *r, i == 0)
 	}
 }
 

@@ -34,14 +34,16 @@ type record struct {
 	LocalTime  *string         `json:"local_time"`
 	LocalRow   json.RawMessage `json:"local_row"`
 
-	entry *entry // whose outcome this is, while the batch is worked on
+	entry  *entry      // whose outcome this is, while the batch is worked on
+	change *wal.Change // likewise
 }
 
 // newRecord writes down an outcome.
 func newRecord(g *target, o outcome) record {
 	r := o.ref
 	rec := record{
-		Kind: string(o.decision.Kind), Code: string(o.decision.Code),
+		change: r.change,
+		Kind:   string(o.decision.Kind), Code: string(o.decision.Code),
 		Schema: g.schema, Table: g.name, Origin: r.txn.Origin, LSN: r.txn.CommitLSN, XID: r.txn.XID,
 		Change: changeNumber(r.txn, r.change), RemoteTime: r.txn.VersionTime.String(), RemoteRow: rowJSON(g.rel, r.row),
 	}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 const bankSchema = `
@@ -27,9 +29,7 @@ func TestBank(t *testing.T) {
 			INSERT INTO history (tid, bid, aid, delta, mtime) VALUES (%[2]d, %[3]d, %[1]d, %[4]d, CURRENT_TIMESTAMP); END`, aid, tid, bid, delta))
 	}
 	settle(a, b)
-	for _, table := range []string{"accounts", "tellers", "branches", "history"} {
-		same(t, a, b, "SELECT t::text FROM "+table+" t ORDER BY 1")
-	}
+	same(t, a, b, dump("accounts", "tellers", "branches", "history"))
 	if n := b.query("SELECT count(*) FROM history")[0][0]; n != "300" {
 		t.Errorf("history has %s rows", n)
 	}
@@ -136,11 +136,8 @@ CREATE TABLE reordered (v text, id int PRIMARY KEY, w int);
 	tables := []string{"t", "bag", "fullbag", "fullkey", "byindex", "deferred", "ident", "onlykey", "part", `"Odd ""schema"""."select"`, "num", "texts", "flt"}
 	check := func(what string) {
 		t.Helper()
-		for _, table := range tables {
-			x, y := a.rows("SELECT x::text FROM "+table+" x ORDER BY 1"), b.rows("SELECT x::text FROM "+table+" x ORDER BY 1")
-			if x != y {
-				t.Fatalf("after %s\n%s differs:\nA:\n%s\nB:\n%s", what, table, clip(x), clip(y))
-			}
+		if x, y := a.rows(dump(tables...)), b.rows(dump(tables...)); x != y {
+			t.Fatalf("after %s\nA and B differ:\n%s", what, clip(cmp.Diff(x, y)))
 		}
 		same(t, a, b, "SELECT id, v, w FROM reordered ORDER BY id")
 		if got := b.rows("SELECT kind, code, table_name, key, remote_row, local_row FROM duri.conflict WHERE code <> 'filled'"); got != "" {

@@ -2,7 +2,9 @@ package apply
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/internal/pg"
@@ -14,7 +16,13 @@ import (
 func (x *execution) keyless(ctx context.Context, wv *wave, tw *tableWave) error {
 	for _, i := range tw.inOrder {
 		r := &wv.refs[i-1]
-		c := keylessCall(tw, r)
+		if r.op == wal.Insert && len(x.appends1(tw, r)) == 0 {
+			continue
+		}
+		c, ok := keylessCall(tw, r)
+		if !ok {
+			continue
+		}
 		res, err := x.s.run(ctx, []call{c})
 		if err != nil {
 			return err
@@ -29,24 +37,107 @@ func (x *execution) keyless(ctx context.Context, wv *wave, tw *tableWave) error 
 	return nil
 }
 
-// keylessMissing handles an update or delete whose row is not here: the row of an update is written (rule 6).
-func (x *execution) keylessMissing(ctx context.Context, tw *tableWave, r *ref) error {
-	out := *r
-	out.row = r.change.New
-	x.record(tw, nil, []outcome{{ref: &out, decision: conflict.Decide(r.op, r.txn.Version(), conflict.State{})}})
-	if r.op == wal.Delete {
+// appends returns the rows that are to be added to a table without a key, less those that a TRUNCATE here has removed:
+// it is a tombstone for the rows of older transactions that had not seen it (rule 15).
+func (x *execution) appends(wv *wave, tw *tableWave) []wal.Tuple {
+	var rows []wal.Tuple
+	for _, i := range tw.appends {
+		rows = append(rows, x.appends1(tw, &wv.refs[i-1])...)
+	}
+	return rows
+}
+
+// appends1 is appends for one insert; a removed one is recorded.
+func (x *execution) appends1(tw *tableWave, r *ref) []wal.Tuple {
+	if s, removed := x.removed(tw, r); removed {
+		h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+		x.record(tw, nil, []outcome{{r, conflict.Decide(r.op, r.txn.Version(), h.toward(r, x.w.cfg.Site)), h}})
 		return nil
 	}
-	row := fill(r.change.New, r.change.Old)
-	one := &tableWave{target: tw.target, appends: []wal.Tuple{row}}
-	_, err := x.s.run(ctx, []call{appendCall(one)})
+	return []wal.Tuple{r.row}
+}
+
+// removed reports whether a local TRUNCATE beats a change of a table without a key.
+func (x *execution) removed(tw *tableWave, r *ref) (tombstone, bool) {
+	s, ok := x.w.cfg.Local.truncated(tw.table.String())
+	return s, ok && s.end > r.txn.SeenOf(x.w.cfg.Site) && r.txn.Version().Less(s.version)
+}
+
+// recheckBags is the capture barrier for tables without a key: a TRUNCATE that came before our rows may not have been
+// decoded when they were added. None can come in between, as it would have to wait for us; and each gives the table a
+// new file, so that the barrier is needed only when the file is not the one known.
+func (x *execution) recheckBags(ctx context.Context) error {
+	if len(x.bags) == 0 {
+		return nil
+	}
+	var calls []call
+	for _, tw := range x.bags {
+		calls = append(calls, call{fileSQL, [][]byte{[]byte(pg.QuoteName(tw.schema, tw.name))}})
+	}
+	res, err := x.s.run(ctx, calls)
+	if err != nil {
+		return err
+	}
+	known := true
+	for i, tw := range x.bags {
+		known = known && x.s.files[tw.table.String()] == string(res[i].Rows[0][0])
+	}
+	if known {
+		return nil
+	}
+	if err := x.barrier(ctx); err != nil {
+		return err
+	}
+	for i, tw := range x.bags {
+		x.s.files[tw.table.String()] = string(res[i].Rows[0][0])
+	}
+	return x.recheckRemoved()
+}
+
+const fileSQL = "SELECT coalesce(pg_catalog.pg_relation_filenode($1::text::regclass), 0)"
+
+// errTruncated says that a TRUNCATE was decoded after rows were added that it removes; the batch is tried again.
+var errTruncated = errors.New("a table was truncated while rows were added to it")
+
+// recheckRemoved looks for rows that were added although a TRUNCATE removes them.
+func (x *execution) recheckRemoved() error {
+	recorded := map[*wal.Change]bool{}
+	for _, r := range x.records {
+		recorded[r.change] = true
+	}
+	for _, wv := range x.b.waves {
+		for _, tw := range wv.tables {
+			for _, i := range append(tw.appends[:len(tw.appends):len(tw.appends)], tw.inOrder...) {
+				r := &wv.refs[i-1]
+				if _, removed := x.removed(tw, r); removed && r.op != wal.Delete && !recorded[r.change] {
+					return errTruncated
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// keylessMissing handles an update or delete whose row is not here: the row of an update is written (rule 6).
+func (x *execution) keylessMissing(ctx context.Context, tw *tableWave, r *ref) error {
+	var h held
+	s, removed := x.removed(tw, r)
+	if removed {
+		h = held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+	}
+	x.record(tw, nil, []outcome{{r, conflict.Decide(r.op, r.txn.Version(), h.toward(r, x.w.cfg.Site)), h}})
+	if r.op == wal.Delete || removed {
+		return nil
+	}
+	_, err := x.s.run(ctx, []call{appendCall(tw.target, []wal.Tuple{fill(r.row, r.change.Old)})})
 	return err
 }
 
-func keylessCall(tw *tableWave, r *ref) call {
+// keylessCall is the statement of one change in a table without a key; ok is false when there is nothing to do.
+func keylessCall(tw *tableWave, r *ref) (_ call, ok bool) {
 	c := r.change
 	if r.op == wal.Insert {
-		return appendCall(&tableWave{target: tw.target, appends: []wal.Tuple{c.New}})
+		return appendCall(tw.target, []wal.Tuple{c.New}), true
 	}
 	var set, match []int
 	var params [][]byte
@@ -56,11 +147,14 @@ func keylessCall(tw *tableWave, r *ref) call {
 			params = append(params, textParam(v))
 		}
 	}
+	if r.op == wal.Update && len(set) == 0 {
+		return call{}, false
+	}
 	for i, v := range c.Old {
 		match = append(match, tw.cols[i])
 		params = append(params, textParam(v))
 	}
-	return call{wholeRowSQL(tw.table, set, match), params}
+	return call{wholeRowSQL(tw.table, set, match), params}, true
 }
 
 // textParam is a text parameter: nil for NULL, and never nil for an empty string.
@@ -80,37 +174,69 @@ func (x *execution) truncate(ctx context.Context, wv *wave) error {
 		return err
 	}
 	tw := &tableWave{target: g}
-	const f = "pg_catalog.pg_xact_commit_timestamp_origin(t.xmin)"
 	// A local row of the same microsecond is older when this site's id is smaller (rule 2).
 	older := "<"
 	if x.w.cfg.Site < v.Site {
 		older = "<="
 	}
-	name := pg.QuoteName(g.schema, g.name)
-	b := &sqlBuilder{}
-	fmt.Fprintf(b, "DELETE FROM ONLY %s AS t WHERE (%s).roident = 0 AND (%s).timestamp >= $1::timestamptz AND (%s).timestamp %s $2::timestamptz RETURNING t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000", name, f, f, f, older, f)
-	for _, c := range g.columns {
-		fmt.Fprintf(b, ", t.%s", pg.QuoteIdent(c.name))
-	}
-	rest := fmt.Sprintf("DELETE FROM ONLY %s AS t WHERE coalesce((%s).roident, 1) <> 0 OR (%s).timestamp < $1::timestamptz", name, f, f)
 	before := min(x.w.cfg.Local.safeBefore(wv.txn.SeenOf(x.w.cfg.Site)), v.Time)
-	res, err := x.s.run(ctx, []call{
-		{b.String(), [][]byte{[]byte(before.String()), []byte(v.Time.String())}},
-		{rest, [][]byte{[]byte(before.String())}},
-	})
+	// Not prepared: it is rare, and each is another text.
+	res, err := x.s.conn.Exec(ctx, truncateSQL(g.table, before, v.Time, older)).ReadAll()
 	if err != nil {
 		return err
 	}
-	for _, row := range res[0].Rows {
-		if err := x.truncatedRow(tw, wv, row); err != nil {
+	x.fresh = false
+	for _, row := range res[truncatedRows].Rows {
+		if err := x.truncatedRow(ctx, tw, wv, row); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// truncatedRows is the statement of truncateSQL that returns rows.
+const truncatedRows = 1
+
+// truncateSQL are the statements that remove the rows older than a TRUNCATE of time at. Local rows from before on are
+// looked at closely: one statement returns those that go, as truncatedRow reads them. First they wait for
+// whoever writes here: rows of transactions that are committed but not visible yet, because they wait for a synchronous
+// standby, are older than the TRUNCATE too.
+func truncateSQL(t *table, before, at wal.Time, older string) string {
+	const f = "pg_catalog.pg_xact_commit_timestamp_origin(t.xmin)"
+	name := pg.QuoteName(t.schema, t.name)
+	from, to := pg.QuoteLiteral(before.String())+"::timestamptz", pg.QuoteLiteral(at.String())+"::timestamptz"
+	local := fmt.Sprintf("(%s).roident = 0 AND (%s).timestamp", f, f)
+	losing := fmt.Sprintf("%s >= %s AND (%s).timestamp %s %s", local, from, f, older, to)
+	columns := fmt.Sprintf("t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000", f)
+	plain := ""
+	for i, c := range t.columns {
+		columns += ", t." + pg.QuoteIdent(c.name)
+		if i > 0 {
+			plain += ", "
+		}
+		plain += pg.QuoteIdent(c.name)
+	}
+	if t.deletable {
+		return strings.Join([]string{
+			"LOCK TABLE ONLY " + name + " IN SHARE ROW EXCLUSIVE MODE",
+			fmt.Sprintf("DELETE FROM ONLY %s AS t WHERE %s RETURNING %s", name, losing, columns),
+			fmt.Sprintf("DELETE FROM ONLY %s AS t WHERE coalesce((%s).roident, 1) <> 0 OR (%s).timestamp < %s", name, f, f, from),
+		}, ";")
+	}
+	// PostgreSQL refuses a DELETE without a replica identity in a published table. So a real TRUNCATE it is, and the
+	// rows that are newer are put back.
+	return strings.Join([]string{
+		"LOCK TABLE ONLY " + name + " IN ACCESS EXCLUSIVE MODE",
+		fmt.Sprintf("SELECT %s FROM ONLY %s AS t WHERE %s", columns, name, losing),
+		"DROP TABLE IF EXISTS pg_temp.duri_kept",
+		fmt.Sprintf("CREATE TEMPORARY TABLE duri_kept ON COMMIT DROP AS SELECT %s FROM ONLY %s AS t WHERE %s >= %s AND NOT (%s)", plain, name, local, from, losing),
+		"TRUNCATE TABLE ONLY " + name,
+		fmt.Sprintf("INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM pg_temp.duri_kept", name, plain, plain),
+	}, ";")
+}
+
 // truncatedRow records a local row that lost against a TRUNCATE it was concurrent with.
-func (x *execution) truncatedRow(tw *tableWave, wv *wave, row [][]byte) error {
+func (x *execution) truncatedRow(ctx context.Context, tw *tableWave, wv *wave, row [][]byte) error {
 	h := held{State: conflict.State{Existence: conflict.Live, Version: wal.Version{Site: x.w.cfg.Site}}}
 	var micros int64
 	var xid uint32
@@ -127,12 +253,15 @@ func (x *execution) truncatedRow(tw *tableWave, wv *wave, row [][]byte) error {
 		}
 		key[i] = h.image[i]
 	}
-	if k, ok := x.w.cfg.Local.lookup(xid); ok && k.end <= wv.txn.SeenOf(x.w.cfg.Site) {
+	r := &ref{txn: wv.txn, change: &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: key}, op: wal.Truncate}
+	if err := x.attribute(ctx, &h, 0, xid); err != nil {
+		return err
+	}
+	if h.toward(r, x.w.cfg.Site).Seen {
 		return nil // the origin had seen it: an ordinary row that was truncated
 	}
-	change := &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: key}
 	x.record(tw, nil, []outcome{{
-		ref:      &ref{txn: wv.txn, change: change, op: wal.Truncate},
+		ref:      r,
 		decision: conflict.Decision{Apply: true, Kind: conflict.DeleteOriginDiffers, Code: conflict.Won},
 		rival:    h,
 	}})

@@ -26,12 +26,14 @@ type column struct {
 // table is what apply knows of a local table.
 type table struct {
 	schema, name string
+	full         string // schema.name
 	columns      []column
-	key          []int // columns of the primary key, else of the replica identity index; nil without either
-	deferrable   bool  // the key's constraint is deferrable: no ON CONFLICT
+	key          []int // columns of the replica identity index, else of the primary key; nil without either
+	deletable    bool  // it has a replica identity: PostgreSQL admits UPDATE and DELETE though it is published
+	deferrable   bool  // a constraint on the key's columns is deferrable: no ON CONFLICT
 }
 
-func (t *table) String() string { return t.schema + "." + t.name }
+func (t *table) String() string { return t.full }
 
 // target joins an origin's relation to the local table of the same name.
 type target struct {
@@ -88,12 +90,12 @@ func bind(t *table, rel *wal.Relation) (*target, error) {
 // tableSQL describes one table: a row per column, in order. $1 schema, $2 name.
 const tableSQL = `
 WITH rel AS (
-	SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+	SELECT c.oid, c.relreplident FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 	WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r','p')
 ), ix AS (
 	SELECT i.* FROM pg_catalog.pg_index i JOIN rel ON i.indrelid = rel.oid
 	WHERE i.indisvalid AND (i.indisprimary OR i.indisreplident)
-	ORDER BY i.indisprimary DESC LIMIT 1
+	ORDER BY i.indisreplident DESC LIMIT 1
 ), k AS (
 	SELECT a.attnum, a.ord, o.oprname, opn.nspname FROM ix
 	CROSS JOIN LATERAL unnest(ix.indkey::int2[], ix.indclass::oid[]) WITH ORDINALITY AS a(attnum, opclass, ord)
@@ -106,15 +108,17 @@ WITH rel AS (
 )
 SELECT att.attname,
 	pg_catalog.format_type(att.atttypid, att.atttypmod),
-	CASE WHEN t.typtype IN ('b','e') AND t.typelem = 0 AND t.typarray <> 0 AND t.oid NOT IN (1042, 18)
-		THEN pg_catalog.format_type(t.oid, NULL) || '[]' ELSE '' END,
+	CASE WHEN t.typtype IN ('b','e') AND t.typelem = 0 AND t.typarray <> 0 AND t.oid NOT IN (1042, 18) AND t.typdelim = ','
+		THEN pg_catalog.format_type(t.oid, -1) || '[]' ELSE '' END, -- with NULL for -1, bit would mean bit(1)
 	att.attidentity = 'a',
 	base.oid, base.typtype,
 	coalesce(co.collisdeterministic, true),
 	coalesce(k.ord, 0),
 	CASE WHEN k.ord IS NULL THEN '' ELSE 'OPERATOR(' || pg_catalog.quote_ident(k.nspname) || '.' || k.oprname || ')' END,
-	coalesce((SELECT NOT con.condeferrable FROM ix JOIN pg_catalog.pg_constraint con ON con.conindid = ix.indexrelid
-		WHERE con.contype IN ('p','u') LIMIT 1), true)
+	NOT EXISTS (SELECT FROM ix JOIN pg_catalog.pg_index j USING (indrelid)
+		WHERE j.indisunique AND NOT j.indimmediate AND j.indnkeyatts = ix.indnkeyatts
+		AND j.indkey::int2[] @> ix.indkey::int2[] AND ix.indkey::int2[] @> j.indkey::int2[]),
+	rel.relreplident = 'f' OR EXISTS (SELECT FROM ix WHERE indimmediate AND CASE rel.relreplident WHEN 'd' THEN indisprimary WHEN 'i' THEN indisreplident END)
 FROM rel JOIN pg_catalog.pg_attribute att ON att.attrelid = rel.oid AND att.attnum > 0 AND NOT att.attisdropped AND att.attgenerated = ''
 JOIN pg_catalog.pg_type t ON t.oid = att.atttypid
 CROSS JOIN LATERAL (
@@ -133,7 +137,7 @@ func loadTable(ctx context.Context, c *pgconn.PgConn, schema, name string) (*tab
 	if err != nil {
 		return nil, fmt.Errorf("read definition of %s.%s: %w", schema, name, err)
 	}
-	t := &table{schema: schema, name: name}
+	t := &table{schema: schema, name: name, full: schema + "." + name}
 	if len(rows) == 0 {
 		return nil, &TableError{t.String(), "it does not exist at this site", "create it here with the same definition; apply then goes on by itself"}
 	}
@@ -151,7 +155,7 @@ func loadTable(ctx context.Context, c *pgconn.PgConn, schema, name string) (*tab
 		if ord > 0 {
 			keyAt[ord] = i
 		}
-		t.deferrable = r[9] == "f"
+		t.deferrable, t.deletable = r[9] == "f", r[10] == "t"
 	}
 	for ord := 1; ord <= len(keyAt); ord++ {
 		t.key = append(t.key, keyAt[ord])
@@ -230,7 +234,8 @@ func (b *sqlBuilder) quiet() {
 	fmt.Fprintf(b, " AND ((%s).roident = %s::oid OR coalesce((%s).timestamp < %s::timestamptz, true))", f, origin, f, before)
 }
 
-// updateSQL sets the columns set (table columns) of rows found by key. Parameters: set..., key..., origin, before.
+// updateSQL sets the columns set (table columns) of rows found by key. With an empty set the row keeps its values and
+// only gets its new version. Parameters: set..., key..., origin, before.
 func updateSQL(t *table, set []int) string {
 	b := &sqlBuilder{}
 	fmt.Fprintf(b, "UPDATE ONLY %s AS t SET ", pg.QuoteName(t.schema, t.name))
@@ -240,12 +245,26 @@ func updateSQL(t *table, set []int) string {
 		}
 		fmt.Fprintf(b, "%s = %s", pg.QuoteIdent(t.columns[c].name), value(t, c, i))
 	}
+	if len(set) == 0 {
+		c := pg.QuoteIdent(t.settable().name)
+		fmt.Fprintf(b, "%s = t.%s", c, c)
+	}
 	b.WriteString(" FROM ")
 	b.unnest(t, append(append([]int{}, set...), t.key...), false)
 	b.WriteString(" WHERE ")
 	b.keyMatch(t, len(set))
 	b.quiet()
 	return b.String()
+}
+
+// settable is a column that UPDATE may set. Without any there cannot have been an update that left the key alone.
+func (t *table) settable() column {
+	for _, c := range t.columns {
+		if !c.always {
+			return c
+		}
+	}
+	return t.columns[0]
 }
 
 // deleteSQL removes rows found by key and returns the ordinals (from 1) of those it removed. Parameters: key...,
@@ -298,7 +317,10 @@ func insertSQL(t *table, cols []int) string {
 // replication origin, then every column's text. Parameters: key...
 func lockSQL(t *table) string {
 	b := &sqlBuilder{}
-	b.WriteString("SELECT u.o, t.xmin, (extract(epoch from x.timestamp) * 1000000)::int8 - 946684800000000, x.roident")
+	// In the select list, not in FROM: when a row turns out to have been updated by the session that this statement had
+	// to wait for, PostgreSQL computes the list again for the new row, but keeps a function's result in FROM.
+	const f = "pg_catalog.pg_xact_commit_timestamp_origin(t.xmin)"
+	fmt.Fprintf(b, "SELECT u.o, t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000, (%s).roident", f, f)
 	for _, c := range t.columns {
 		fmt.Fprintf(b, ", t.%s", pg.QuoteIdent(c.name)) // not ::text, which is no output function for bool, inet, bpchar
 	}
@@ -306,7 +328,7 @@ func lockSQL(t *table) string {
 	b.unnest(t, t.key, true)
 	fmt.Fprintf(b, " JOIN ONLY %s AS t ON ", pg.QuoteName(t.schema, t.name))
 	b.keyMatch(t, 0)
-	b.WriteString(" CROSS JOIN LATERAL pg_catalog.pg_xact_commit_timestamp_origin(t.xmin) AS x FOR UPDATE OF t")
+	b.WriteString(" FOR UPDATE OF t")
 	return b.String()
 }
 

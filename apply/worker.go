@@ -100,10 +100,13 @@ type Status struct {
 type Worker struct {
 	cfg Config
 
-	mu     sync.Mutex // guards status, marks, done
+	mu     sync.Mutex // guards the fields up to the next gap
 	status Status
 	done   int    // batches executed in this run
 	marks  []mark // commits whose local flush is not confirmed yet
+	// position is the last one that was read; it counts when positionAfter batches are done.
+	position      *journal.Position
+	positionAfter int
 
 	session *session
 	aux     *pgconn.PgConn // catalog reads and flush polling
@@ -212,7 +215,8 @@ func (w *Worker) connect(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connect to apply: %w", err)
 	}
-	aux, err := pg.Connect(ctx, w.cfg.DSN, w.cfg.Database, map[string]string{"application_name": "duri_apply_aux"})
+	// The search path decides how type names are written; they must be read in the apply session.
+	aux, err := pg.Connect(ctx, w.cfg.DSN, w.cfg.Database, map[string]string{"application_name": "duri_apply_aux", "search_path": "pg_catalog"})
 	if err != nil {
 		pg.Close(conn)
 		return fmt.Errorf("connect to apply: %w", err)
@@ -301,7 +305,7 @@ func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.status.Applied, w.status.Durable = from, from
-	w.marks, w.done = nil, 0
+	w.marks, w.done, w.position = nil, 0, nil
 	return from, nil
 }
 
@@ -329,12 +333,16 @@ func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
-		if heldTxn != nil && w.cfg.Clock() > heldTxn.VersionTime {
-			if err := w.add(ctx, &p, heldTxn, out); err != nil {
-				return err
+		if heldTxn != nil {
+			if ahead := heldTxn.VersionTime.Sub(w.cfg.Clock()); ahead >= 0 {
+				timer.Reset(min(ahead+time.Millisecond, clockEvery))
+			} else {
+				if err := w.add(ctx, &p, heldTxn, out); err != nil {
+					return err
+				}
+				heldTxn = nil
+				w.hold(time.Time{})
 			}
-			heldTxn = nil
-			w.hold(time.Time{})
 		}
 		source, sink := in, out
 		if heldTxn != nil || p.full(w.cfg) {
@@ -352,15 +360,12 @@ func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<
 			sent++
 		case rec := <-source:
 			if rec.Txn == nil {
-				if len(p.batch.txns) == 0 {
-					w.passPosition(rec.Position, sent)
-				}
+				w.passPosition(rec.Position, sent+min(1, len(p.batch.txns)))
 				continue
 			}
 			if ahead := rec.Txn.VersionTime.Sub(w.cfg.Clock()); ahead >= 0 {
 				heldTxn = rec.Txn
 				w.hold(rec.Txn.VersionTime.Std())
-				timer.Reset(ahead + time.Millisecond)
 				continue
 			}
 			if err := w.add(ctx, &p, rec.Txn, out); err != nil {
@@ -369,6 +374,9 @@ func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<
 		}
 	}
 }
+
+// clockEvery is how often the clock is looked at again while a transaction is held, as it may be set meanwhile.
+const clockEvery = 500 * time.Millisecond
 
 // add puts a transaction into the batch. One that cannot be planned stops the stream, but only after everything
 // before it has been handed over.
@@ -403,15 +411,31 @@ func (w *Worker) hold(until time.Time) {
 	w.status.HeldUntil = until
 }
 
-// passPosition notes that the origin has nothing up to a position: with no batch under way it counts as applied. With
-// one it must not, because what that batch had not seen is still needed to judge it.
+// passPosition notes that the origin has nothing up to a position: when the given number of batches is done it counts as
+// applied. With one under way it must not, because what that batch had not seen is still needed to judge it.
 func (w *Worker) passPosition(pos *journal.Position, sent int) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if pos == nil || sent != w.done {
+	if pos == nil {
 		return
 	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.position, w.positionAfter = pos, sent
+	w.takePosition()
+}
+
+// takePosition lets the last position count when all before it is done. w.mu is held.
+func (w *Worker) takePosition() {
+	pos := w.position
+	if pos == nil || w.positionAfter != w.done {
+		return
+	}
+	w.position = nil
 	w.status.Applied = max(w.status.Applied, pos.To)
+	if n := len(w.marks); n > 0 { // as durable as the last commit before it
+		w.marks = append(w.marks, mark{w.status.Applied, w.marks[n-1].local})
+	} else {
+		w.status.Durable = w.status.Applied
+	}
 	for _, s := range pos.Seen {
 		if s.Site == w.cfg.Site {
 			w.status.Seen = max(w.status.Seen, s.LSN)
@@ -468,6 +492,7 @@ func (w *Worker) execute(ctx context.Context, in <-chan *planner) error {
 			}
 			w.mu.Lock()
 			w.done++
+			w.takePosition()
 			w.mu.Unlock()
 		}
 	}
@@ -553,7 +578,7 @@ func disturbed(err error) bool {
 	case "40P01", "55P03", "40001": // deadlock, lock timeout, serialization
 		return true
 	}
-	return errors.Is(err, errRestless)
+	return errors.Is(err, errRestless) || errors.Is(err, errInvisible) || errors.Is(err, errTruncated)
 }
 
 func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
@@ -565,7 +590,7 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	seen := b.txns[0].SeenOf(w.cfg.Site)
 	x := &execution{
 		s: w.session, w: w, b: b, origin: w.roident,
-		before: min(w.cfg.Local.safeBefore(seen), b.minTime).String(),
+		before: min(w.cfg.Local.safeBefore(seen), b.minTime, w.cfg.Clock().Add(-regress)).String(),
 	}
 	local, err := x.apply(ctx)
 	if err != nil {

@@ -131,6 +131,7 @@ func (v *verdict) judgeOne(e entry, names [2]string, at [2]seen) {
 			v.inDoubtSplit++
 			v.example("in doubt and not the same at both sites: %s", e)
 		}
+		v.half(e, names, at)
 	case rolledBack:
 		v.rolledBack++
 		if there {
@@ -161,6 +162,17 @@ func (v *verdict) absent(e entry, names [2]string, at [2]seen) {
 		if s.rows == 0 || s.audit == 0 {
 			v.lost++
 			v.example("acknowledged by %s and absent at %s (rows %d, audit entries %d): %s", e.site, names[i], s.rows, s.audit, e)
+			return
+		}
+	}
+}
+
+// half looks whether a site holds a payment without its audit entry: both were one transaction.
+func (v *verdict) half(e entry, names [2]string, at [2]seen) {
+	for i, s := range at {
+		if s.rows > 0 && s.audit == 0 {
+			v.unexpected++
+			v.example("there without its audit entry at %s: %s", names[i], e)
 			return
 		}
 	}

@@ -34,7 +34,10 @@ func (p *packer) pack(b []byte) (out []byte, packed bool) {
 }
 
 // unpacker is the other end. Not for concurrent use.
-type unpacker struct{ dec *zstd.Decoder }
+type unpacker struct {
+	dec     *zstd.Decoder
+	scratch []byte
+}
 
 func newUnpacker() (*unpacker, error) {
 	// A message never holds more than a chunk, whatever it claims: the limit bounds what a faulty peer can cost.
@@ -42,7 +45,7 @@ func newUnpacker() (*unpacker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("prepare decompression: %w", err)
 	}
-	return &unpacker{dec}, nil
+	return &unpacker{dec: dec}, nil
 }
 
 // unpack appends the contents of a message to dst.
@@ -50,11 +53,12 @@ func (u *unpacker) unpack(dst, b []byte, packed bool) ([]byte, error) {
 	if !packed {
 		return append(dst, b...), nil
 	}
-	out, err := u.dec.DecodeAll(b, dst)
-	if err != nil {
+	// Not into dst directly: the decoder counts what is there already against its limit.
+	var err error
+	if u.scratch, err = u.dec.DecodeAll(b, u.scratch[:0]); err != nil {
 		return dst, fmt.Errorf("decompress a message of %d bytes: %w", len(b), err)
 	}
-	return out, nil
+	return append(dst, u.scratch...), nil
 }
 
 // close ends what the decoder holds.

@@ -50,16 +50,25 @@ func (n *node) open(ctx context.Context) error {
 
 // prepare checks the database and makes duri's own tables; it tells whether the database was enrolled before.
 func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, err error) {
+	who, err := pg.Rows(ctx, c, "SELECT current_user, pg_catalog.to_regclass('duri.meta') IS NOT NULL")
+	if err != nil {
+		return false, err
+	}
+	if who[0][1] == "t" {
+		if _, enrolled, err = catalog.Meta(ctx, c, metaEnrolled); err != nil {
+			return false, err
+		}
+	}
 	findings, err := preflight.Run(ctx, c, preflight.Spec{
-		Database: n.database.Name, Schemas: n.database.Schemas, Sites: len(n.cfg.Sites),
-		Databases: len(n.cfg.Databases), Publication: Publication,
+		Database: n.database.Name, Schemas: n.database.Schemas, Role: who[0][0], Bootstrap: n.cfg.Bootstrap,
+		Joined: enrolled, Sites: len(n.cfg.Sites), Databases: len(n.cfg.Databases),
 	})
 	if err != nil {
 		return false, err
 	}
 	for _, f := range findings {
-		if f.Severity == preflight.Warning {
-			n.log.Warn(f.Text, "database", n.database.Name, "object", f.Object, "hint", f.Hint)
+		if f.Severity == preflight.SeverityWarning {
+			n.log.Warn(f.Object+" "+f.Text, "database", n.database.Name, "hint", f.Hint)
 		}
 	}
 	if err := preflight.Err(findings); err != nil {
@@ -76,8 +85,7 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 			return false, err
 		}
 	}
-	_, enrolled, err = catalog.Meta(ctx, c, metaEnrolled)
-	return enrolled, err
+	return enrolled, nil
 }
 
 // claim writes an identity once and refuses another one later.

@@ -86,8 +86,8 @@ func cut(r Range, keys []Key) []Range {
 }
 
 // forRanges calls f for each range in a slot of its own.
-func (c *comparison) forRanges(ctx context.Context, ranges []Range, f func(context.Context, Range) error) error {
-	g, ctx := errgroup.WithContext(ctx)
+func (c *comparison) forRanges(parent context.Context, ranges []Range, f func(context.Context, Range) error) error {
+	g, ctx := errgroup.WithContext(parent)
 	g.SetLimit(c.o.Parallel)
 	for _, r := range ranges {
 		if ctx.Err() != nil {
@@ -95,7 +95,10 @@ func (c *comparison) forRanges(ctx context.Context, ranges []Range, f func(conte
 		}
 		g.Go(func() error { return c.withSlot(ctx, func() error { return f(ctx, r) }) })
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return context.Cause(parent) // ranges were left out when it ended
 }
 
 // hash asks both sides for the sum of a range.

@@ -67,6 +67,9 @@ func Run(ctx context.Context, a, b Side, o Options) (Report, error) {
 	rep := Report{A: a.Name(), B: b.Name(), Started: time.Now().UTC(), Seed: o.Seed}
 	r.started = rep.Started
 	err := r.run(ctx, &rep)
+	if err == nil {
+		err = context.Cause(ctx) // whatever a Side made of it
+	}
 	r.finish(&rep, err)
 	return rep, err
 }

@@ -33,7 +33,7 @@ func quick() map[string]string {
 // testContext bounds a test's waits.
 func testContext(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -322,11 +322,14 @@ func TestKillReachesBackendsWithoutAPostmaster(t *testing.T) {
 func TestDestroyLeavesNothing(t *testing.T) {
 	for _, how := range []string{"running", "stopped", "killed", "postmaster killed", "never started"} {
 		t.Run(how, func(t *testing.T) {
-			before := sharedMemory(t)
 			// posix puts shared memory into /dev/shm, which outlives a killed server.
 			c := create(t, pgcluster.Options{Settings: map[string]string{"fsync": "off", "dynamic_shared_memory_type": "posix"}})
 			if how != "never started" {
 				start(t, c)
+			}
+			memory := sharedMemory(t, c)
+			if (len(memory) >= 2) != (how != "never started") {
+				t.Errorf("the server shares %v", memory)
 			}
 			switch how {
 			case "stopped":
@@ -343,7 +346,7 @@ func TestDestroyLeavesNothing(t *testing.T) {
 			if !gone(c.Dir()) {
 				t.Errorf("directory %s", c.Dir())
 			}
-			if left := newOnes(before, sharedMemory(t)); len(left) > 0 {
+			if left := left(t, memory); len(left) > 0 {
 				t.Errorf("shared memory: %v", left)
 			}
 			must(t, c.Destroy()) // Once more is not an error.
@@ -354,7 +357,6 @@ func TestDestroyLeavesNothing(t *testing.T) {
 // TestDestroyFindsSharedMemoryThatNobodySaw kills a server from outside while two backends share memory that they made
 // after its start.
 func TestDestroyFindsSharedMemoryThatNobodySaw(t *testing.T) {
-	before := sharedMemory(t)
 	c := create(t, pgcluster.Options{Settings: map[string]string{"fsync": "off", "dynamic_shared_memory_type": "posix"}})
 	start(t, c)
 	parallel := "force_parallel_mode"
@@ -374,10 +376,68 @@ func TestDestroyFindsSharedMemoryThatNobodySaw(t *testing.T) {
 	until(t, "a parallel worker runs", func() bool {
 		return query(t, c, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'parallel worker'") != "0"
 	})
-	if strings.Count(mapsOf(t, int(conn.PID())), "/dev/shm/PostgreSQL.") < 2 {
-		t.Fatal("the backend maps no segment but the control segment: the test shows nothing")
+	memory := sharedMemory(t, c)
+	if len(memory) < 3 {
+		t.Fatalf("the server shares %v, nothing that was made after its start: the test shows nothing", memory)
 	}
-	pids := []int{c.PID()} // First, so that it cannot clean up after the others.
+	// The postmaster first, so that it cannot clean up after the others.
+	pids := append([]int{c.PID()}, serverPIDs(t, c)...)
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGKILL) // It may have ended by itself after its postmaster.
+	}
+	wg.Wait()
+	must(t, c.Destroy())
+	if left := left(t, memory); len(left) > 0 {
+		t.Errorf("shared memory: %v", left)
+	}
+}
+
+// sharedMemory lists what the cluster's processes share and what would outlive them: files in /dev/shm and identifiers
+// of System V segments. Servers of other tests come and go at the same time, so the test asks for its own only.
+func sharedMemory(t *testing.T, c *pgcluster.Cluster) []string {
+	t.Helper()
+	var found []string
+	for _, pid := range serverPIDs(t, c) {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid)) // The process may have ended.
+		for line := range strings.Lines(string(b)) {
+			f := strings.Fields(line)
+			switch {
+			case len(f) < 6:
+			case strings.HasPrefix(f[5], "/dev/shm/"):
+				found = append(found, f[5])
+			case strings.HasPrefix(f[5], "/SYSV"):
+				found = append(found, f[4])
+			}
+		}
+	}
+	slices.Sort(found)
+	return slices.Compact(found)
+}
+
+// left keeps what still is there.
+func left(t *testing.T, memory []string) []string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/sysvipc/shm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(slices.Clone(memory), func(s string) bool {
+		if strings.HasPrefix(s, "/") {
+			return gone(s)
+		}
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); len(f) > 1 && f[1] == s { // key shmid ...
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// serverPIDs lists the cluster's processes.
+func serverPIDs(t *testing.T, c *pgcluster.Cluster) []int {
+	t.Helper()
+	var pids []int
 	for _, link := range processesIn(t, c.Dir()) {
 		pid, err := strconv.Atoi(strings.Split(link, "/")[2])
 		if err != nil {
@@ -385,69 +445,7 @@ func TestDestroyFindsSharedMemoryThatNobodySaw(t *testing.T) {
 		}
 		pids = append(pids, pid)
 	}
-	for _, pid := range pids {
-		_ = syscall.Kill(pid, syscall.SIGKILL) // It may have ended by itself after its postmaster.
-	}
-	wg.Wait()
-	must(t, c.Destroy())
-	if left := newOnes(before, sharedMemory(t)); len(left) > 0 {
-		t.Errorf("shared memory: %v", left)
-	}
-}
-
-// mapsOf gives the memory map of a process.
-func mapsOf(t *testing.T, pid int) string {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
-// sharedMemory lists the System V segments and PostgreSQL's files in /dev/shm that nobody uses. Those of servers that
-// other tests of this machine run at the same time are in use.
-func sharedMemory(t *testing.T) []string {
-	t.Helper()
-	b, err := os.ReadFile("/proc/sysvipc/shm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var found []string
-	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) > 6 && f[6] == "0" { // key shmid perms size cpid lpid nattch
-			found = append(found, "System V "+f[1])
-		}
-	}
-	mapped := allMaps(t)
-	files, err := filepath.Glob("/dev/shm/PostgreSQL.*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range files {
-		if !strings.Contains(mapped, f) {
-			found = append(found, f)
-		}
-	}
-	return found
-}
-
-func allMaps(t *testing.T) string {
-	t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/maps")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all strings.Builder
-	for _, f := range files {
-		b, _ := os.ReadFile(f) // The process may have ended.
-		all.Write(b)
-	}
-	return all.String()
-}
-
-func newOnes(before, after []string) []string {
-	return slices.DeleteFunc(after, func(s string) bool { return slices.Contains(before, s) })
+	return pids
 }
 
 func TestServerEndsWithItsProgram(t *testing.T) {

@@ -1,0 +1,540 @@
+package demo
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/server"
+)
+
+// siteNames are the demo's two sites; the first is the one that dies.
+var siteNames = [2]string{"seoul", "busan"}
+
+// Shares of Options.Duration. What remains is written after A's return.
+const (
+	bothShare = 0.38
+	downShare = 0.27
+)
+
+// Bounds of the waits. Each is far above what a busy machine with two cores needs.
+const (
+	joinMax     = 90 * time.Second
+	failoverMax = 30 * time.Second
+	catchupMax  = 90 * time.Second
+	settleMax   = 60 * time.Second
+	drainMax    = 3 * time.Second
+	pollEvery   = 50 * time.Millisecond
+)
+
+// demo is one run.
+type demo struct {
+	o       Options
+	binDir  string
+	dir     string
+	ports   ports
+	sites   [2]*site
+	state   state
+	screen  *screen
+	rep     Report
+	tail    *tail
+	records string // folder of the clients' records
+
+	mu    sync.Mutex // guards what the display goroutine reads
+	phase string
+	load  *load
+}
+
+// Run runs the demo and gives its report. A verdict against duri is no error: see Report.OK. Errors have hints. When ctx
+// ends, everything is removed and its error returned.
+func Run(ctx context.Context, o Options) (Report, error) {
+	d, err := prepare(ctx, o)
+	if err != nil {
+		return Report{}, withHint(err)
+	}
+	begin := time.Now()
+	err = d.run(ctx)
+	d.rep.Seconds = time.Since(begin).Seconds()
+	if err == nil && o.Keep {
+		if err = d.keep(); err == nil {
+			return d.rep, nil
+		}
+	}
+	if rerr := d.remove(); rerr != nil {
+		err = errors.Join(err, rerr)
+	}
+	return d.rep, withHint(err)
+}
+
+// prepare checks everything that can be checked before anything is made, and makes the directory.
+func prepare(ctx context.Context, o Options) (*demo, error) {
+	o.defaults()
+	d := &demo{o: o, screen: newScreen(o.Out, o.NoColour), rep: Report{Seed: o.Seed, Problems: []string{}, FirstConflicts: []ConflictLine{}}}
+	if err := o.check(); err != nil {
+		return nil, err
+	}
+	var err error
+	if o.Program == "" {
+		if d.o.Program, err = os.Executable(); err != nil {
+			return nil, fmt.Errorf("find the duri program: %w", err)
+		}
+	}
+	if d.binDir, d.rep.PostgreSQL, err = findPostgres(ctx, o.BinDir); err != nil {
+		return nil, err
+	}
+	if d.ports, err = choosePorts(o.PortBase); err != nil {
+		return nil, err
+	}
+	if d.state.Demo, err = identify(os.Getpid()); err != nil {
+		return nil, err
+	}
+	if d.dir, err = makeDir(o.Dir); err != nil {
+		return nil, err
+	}
+	d.state.BinDir, d.records = d.binDir, filepath.Join(d.dir, "records")
+	return d, nil
+}
+
+// run tells the story beside the goroutines that watch and show it.
+func (d *demo) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.display(ctx) })
+	g.Go(func() error {
+		defer cancel()
+		return d.story(ctx, g)
+	})
+	err := g.Wait()
+	d.endPhase()
+	d.screen.clear()
+	return err
+}
+
+// story is what happens, in order.
+func (d *demo) story(ctx context.Context, g *errgroup.Group) error {
+	for _, step := range []func(context.Context, *errgroup.Group) error{
+		d.startServers, d.fill, d.join, d.bothWrite, d.killA, d.returnA, d.finish,
+	} {
+		if err := step(ctx, g); err != nil {
+			return errors.Join(err, d.stopLoad())
+		}
+	}
+	return nil
+}
+
+// stopLoad ends the clients after a failure; there may be none.
+func (d *demo) stopLoad() error {
+	d.mu.Lock()
+	l := d.load
+	d.load = nil
+	d.mu.Unlock()
+	if l == nil {
+		return nil
+	}
+	return l.stop()
+}
+
+// begin starts a phase and ends the one before.
+func (d *demo) begin(name, format string, args ...any) {
+	d.endPhase()
+	d.rep.Phases = append(d.rep.Phases, Phase{Name: name, At: time.Now().UTC()})
+	d.mu.Lock()
+	d.phase = name
+	d.mu.Unlock()
+	d.screen.say(format, args...)
+}
+
+func (d *demo) endPhase() {
+	if n := len(d.rep.Phases); n > 0 && d.rep.Phases[n-1].Seconds == 0 {
+		d.rep.Phases[n-1].Seconds = time.Since(d.rep.Phases[n-1].At).Seconds()
+	}
+}
+
+// startServers makes both clusters, at the same time, each with its superuser's own random password.
+func (d *demo) startServers(ctx context.Context, _ *errgroup.Group) error {
+	d.begin("servers", "two PostgreSQL %s servers start on ports %d and %d, in %s", d.rep.PostgreSQL, d.ports.postgres[0], d.ports.postgres[1], d.dir)
+	for i, name := range siteNames {
+		dir := filepath.Join(d.dir, "pg-"+name)
+		d.state.Clusters = append(d.state.Clusters, dir)
+		d.sites[i] = &site{letter: string(rune('A' + i)), name: name, password: rand.Text()}
+	}
+	if err := d.state.save(d.dir); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for i, s := range d.sites {
+		g.Go(func() error {
+			c, err := pgcluster.Create(ctx, pgcluster.Options{
+				BinDir: d.binDir, Dir: d.state.Clusters[i], Port: d.ports.postgres[i], Password: rand.Text(), Detach: d.o.Keep,
+				Settings: map[string]string{"shared_buffers": "64MB", "max_connections": "80"},
+			})
+			if err != nil {
+				return err
+			}
+			s.cluster = c
+			return c.Start(ctx)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if u := d.sites[0].serverUser(); u != "" {
+		d.screen.say("running as root: PostgreSQL refuses root, so both servers run as user %s", u)
+	}
+	return nil
+}
+
+// fill makes the database: at A with its content, at B empty.
+func (d *demo) fill(ctx context.Context, _ *errgroup.Group) error {
+	d.begin("data", "database %s at A: %d local governments, their budget, %d payments; at B: empty", database, len(governments()), openingPayments)
+	for i, s := range d.sites {
+		sql := []string{"CREATE DATABASE " + database}
+		if err := s.cluster.Exec(ctx, "postgres", sql[0]); err != nil {
+			return err
+		}
+		content := appSQL(s.password)
+		if i == 0 {
+			content += schemaSQL + seedSQL()
+		}
+		if err := s.cluster.Exec(ctx, database, content); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// join makes the duri cluster: A, with its data, is the first site; B copies.
+func (d *demo) join(ctx context.Context, g *errgroup.Group) error {
+	d.begin("join", "duri: A joins as the first site, B copies from it")
+	if err := d.makeCluster(ctx); err != nil {
+		return err
+	}
+	for _, s := range d.sites {
+		if err := d.startAgent(s); err != nil {
+			return err
+		}
+		g.Go(func() error { return s.watcher.run(ctx) })
+		if err := s.await(ctx, "is ready", joinMax, view.ready); err != nil {
+			return err
+		}
+	}
+	for _, s := range d.sites {
+		if err := s.await(ctx, "follows the other", joinMax, view.following); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeCluster runs what `duri grants` prints and makes what `duri init` makes.
+func (d *demo) makeCluster(ctx context.Context) error {
+	spec := config.InitSpec{Name: "demo", Out: filepath.Join(d.dir, "cluster"), Databases: []config.Database{{Name: database}}}
+	for i, s := range d.sites {
+		if err := s.cluster.Exec(ctx, database, grants.SQL(grants.Spec{Role: duriRole, Database: database})); err != nil {
+			return fmt.Errorf("run the grants at %s: %w", s.label(), err)
+		}
+		password := rand.Text()
+		if err := s.cluster.Exec(ctx, database, "ALTER ROLE "+duriRole+" PASSWORD "+pg.QuoteLiteral(password)); err != nil {
+			return fmt.Errorf("set the password of role %s at %s: %w", duriRole, s.label(), err)
+		}
+		address := "127.0.0.1:" + strconv.Itoa(d.ports.agent[i])
+		spec.Sites = append(spec.Sites, config.InitSite{
+			Name: s.name, Address: address, Listen: address,
+			DSN:      fmt.Sprintf("host=127.0.0.1 port=%d user=%s password=%s sslmode=disable", s.cluster.Port(), duriRole, password),
+			SetupDSN: s.superDSN(),
+		})
+		file := filepath.Join(spec.Out, s.name, config.FileName)
+		s.spec = agentSpec{program: d.o.Program, config: file, log: filepath.Join(d.dir, "agent-"+s.name+".log"), binDir: d.binDir, detach: d.o.Keep}
+		s.control = server.NewControl(dataDir(file))
+		s.watcher = &watcher{site: s.name, control: s.control}
+	}
+	return config.InitCluster(spec)
+}
+
+// startAgent starts a site's agent and notes it for Stop.
+func (d *demo) startAgent(s *site) error {
+	if err := s.startAgent(); err != nil {
+		return err
+	}
+	id, err := identify(s.agent.cmd.Process.Pid)
+	if err != nil { // it ended at once: await says why
+		return nil //nolint:nilerr // see above
+	}
+	d.state.Agents = append(slices.DeleteFunc(d.state.Agents, func(p procID) bool { return !p.running() }), id)
+	return d.state.save(d.dir)
+}
+
+// bothWrite lets the clients write at both sites.
+func (d *demo) bothWrite(ctx context.Context, _ *errgroup.Group) error {
+	d.begin("both write", "%d clients per site write the ledger, a part of it the same rows (seed %d)", d.o.Clients, d.o.Seed)
+	spec := loadSpec{clients: d.o.Clients, rate: d.o.Rate, dir: d.records, seed: d.o.Seed}
+	for i, s := range d.sites {
+		spec.sites[i] = endpoint{name: s.name, dsn: s.clientDSN()}
+	}
+	l, err := startLoad(ctx, spec)
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	d.load = l
+	d.mu.Unlock()
+	return d.lasts(ctx, bothShare, d.sites[:])
+}
+
+// lasts waits for a share of the duration, and fails when the agent of one of the sites ends meanwhile.
+func (d *demo) lasts(ctx context.Context, share float64, sites []*site) error {
+	deadline := time.NewTimer(time.Duration(share * float64(d.o.Duration)))
+	defer deadline.Stop()
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-deadline.C:
+			return nil
+		case <-tick.C:
+		}
+		for _, s := range sites {
+			if !s.agent.alive() {
+				return fmt.Errorf("the agent of site %s ended (%w): %s", s.label(), s.agent.err, lastLine(s.spec.log))
+			}
+		}
+	}
+}
+
+// killA kills A and waits until its clients write at B.
+func (d *demo) killA(ctx context.Context, g *errgroup.Group) error {
+	a, b := d.sites[0], d.sites[1]
+	d.begin("A is down", "kill -9: PostgreSQL and agent of A; its clients have to find B by themselves")
+	d.load.ready[0].Store(false)
+	d.rep.KillAt = time.Now().UTC()
+	if err := a.kill(); err != nil {
+		return err
+	}
+	if err := d.until(ctx, failoverMax, "A's clients write at B", func() bool { _, all := d.load.awayFrom(0); return all }); err != nil {
+		return err
+	}
+	times, _ := d.load.awayFrom(0)
+	d.rep.FailoverMS = slices.MaxFunc(times, time.Time.Compare).Sub(d.rep.KillAt).Milliseconds()
+	d.screen.say("all %d clients of A write at B, %s after the kill", d.o.Clients, ms(d.rep.FailoverMS))
+	if err := d.startTail(ctx, g); err != nil {
+		return err
+	}
+	return d.lasts(ctx, downShare, []*site{b})
+}
+
+// until waits for a condition.
+func (d *demo) until(ctx context.Context, timeout time.Duration, what string, cond func() bool) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errTooLong)
+	defer cancel()
+	for !cond() {
+		err := pause(ctx, pollEvery)
+		if errors.Is(err, errTooLong) {
+			return fmt.Errorf("wait until %s: not within %v", what, timeout)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// returnA starts A again, waits until both sites have what the other wrote meanwhile, and sends A's clients home.
+func (d *demo) returnA(ctx context.Context, _ *errgroup.Group) error {
+	a, b := d.sites[0], d.sites[1]
+	d.begin("A is back", "A's PostgreSQL starts, with crash recovery, then its agent")
+	if err := a.cluster.Start(ctx); err != nil {
+		return err
+	}
+	if err := d.startAgent(a); err != nil {
+		return err
+	}
+	d.rep.BackAt = time.Now().UTC()
+	b.watcher.ask(ctx)
+	target := b.watcher.view().status.Journal.End
+	err := a.await(ctx, "has applied what B wrote", catchupMax, func(v view) bool {
+		l, ok := v.link()
+		return ok && v.asked.After(d.rep.BackAt) && v.following() && l.Apply.Applied >= target
+	})
+	if err != nil {
+		return err
+	}
+	if err := d.until(ctx, catchupMax, "B has A's last payments", d.tail.done); err != nil {
+		return err
+	}
+	d.rep.CatchupMS = time.Since(d.rep.BackAt).Milliseconds()
+	d.screen.say("caught up both ways %s after A's return; A's clients go home", ms(d.rep.CatchupMS))
+	d.load.ready[0].Store(true)
+	if err := d.until(ctx, failoverMax, "A's clients write at A again", func() bool { return d.load.allAt(0) }); err != nil {
+		return err
+	}
+	return d.lasts(ctx, 1-bothShare-downShare, d.sites[:])
+}
+
+// finish stops the clients, lets the sites settle, and compares them.
+func (d *demo) finish(ctx context.Context, _ *errgroup.Group) error {
+	d.begin("quiesce", "the clients stop; the sites apply what is under way")
+	if err := d.stopLoad(); err != nil {
+		return err
+	}
+	var conns [2]*pgconn.PgConn
+	for i, s := range d.sites {
+		c, err := s.connect(ctx)
+		if err != nil {
+			return err
+		}
+		defer pg.Close(c)
+		conns[i] = c
+	}
+	settled, err := d.settle(ctx, conns)
+	if err != nil {
+		return err
+	}
+	d.begin("verify", "verify: duri verify, sorted COPY of every table, every single payment")
+	return d.verify(ctx, conns, settled)
+}
+
+// settle waits until both sites say that they have applied everything and hold the same number of rows. It reports false
+// when they do not come to that: the comparison then shows what is missing.
+func (d *demo) settle(ctx context.Context, conns [2]*pgconn.PgConn) (bool, error) {
+	stopped := time.Now()
+	var fault error
+	err := d.until(ctx, settleMax, "settled", func() bool {
+		for _, s := range d.sites {
+			if v := s.watcher.view(); !v.fresh() || v.asked.Before(stopped) || !v.caughtUp() {
+				return false
+			}
+		}
+		var counts [2]string
+		for i, c := range conns {
+			rows, err := pg.Rows(ctx, c, "SELECT (SELECT count(*) FROM finance.payment), (SELECT count(*) FROM finance.audit)")
+			if err != nil {
+				fault = fmt.Errorf("count rows at %s: %w", d.sites[i].label(), err)
+				return true
+			}
+			counts[i] = fmt.Sprint(rows)
+		}
+		return counts[0] == counts[1]
+	})
+	switch {
+	case fault != nil:
+		return false, fault
+	case ctx.Err() != nil:
+		return false, ctx.Err()
+	}
+	return err == nil, nil
+}
+
+// verify makes the comparisons and the verdict.
+func (d *demo) verify(ctx context.Context, conns [2]*pgconn.PgConn, settled bool) error {
+	rep, err := d.sites[1].control.Verify(ctx, database, server.VerifyRequest{Parallel: 2}, nil)
+	if err != nil {
+		return fmt.Errorf("duri verify: %w", err)
+	}
+	d.rep.VerifyEqual = rep.Equal
+	if d.rep.Tables, err = compareTables(ctx, conns); err != nil {
+		return err
+	}
+	records, err := readRecords(d.records)
+	if err != nil {
+		return err
+	}
+	var held [2]facts
+	for i, c := range conns {
+		if held[i], err = readFacts(ctx, c); err != nil {
+			return err
+		}
+	}
+	d.rep.take(judge(records, siteNames, held))
+	if d.rep.BudgetDrift, err = budgetDrift(ctx, conns[0]); err != nil {
+		return err
+	}
+	if err := d.conflicts(ctx, conns); err != nil {
+		return err
+	}
+	d.rep.NotYetAtB, d.rep.NotYetAtBMS = d.tail.result()
+	d.rep.conclude(settled)
+	return nil
+}
+
+// conflictsShown is how many conflicts of each site are listed.
+const conflictsShown = 3
+
+func (d *demo) conflicts(ctx context.Context, conns [2]*pgconn.PgConn) error {
+	d.rep.ConflictKinds = map[string]int{}
+	for i, s := range d.sites {
+		kinds, err := conflictKinds(ctx, conns[i])
+		if err != nil {
+			return err
+		}
+		n := 0
+		for kind, c := range kinds {
+			n += c
+			d.rep.ConflictKinds[kind] += c
+		}
+		d.rep.Conflicts += n
+		*[2]*int{&d.rep.ConflictsA, &d.rep.ConflictsB}[i] = n
+		var list []catalog.Conflict
+		if list, err = s.control.Conflicts(ctx, url.Values{"limit": {strconv.Itoa(conflictsShown)}, "database": {database}}); err != nil {
+			return fmt.Errorf("duri conflict list at %s: %w", s.label(), err)
+		}
+		for _, c := range list {
+			d.rep.FirstConflicts = append(d.rep.FirstConflicts, conflictLine(s, d.sites[1-i], c))
+		}
+	}
+	return nil
+}
+
+// keep leaves everything running and says how to reach it.
+func (d *demo) keep() error {
+	d.state.Kept = true
+	if err := d.state.save(d.dir); err != nil {
+		return err
+	}
+	k := &Kept{Dir: d.dir, Stop: shellCommand(d.o.Program, "demo", "--stop", d.dir)}
+	psql := filepath.Join(d.binDir, "psql")
+	for _, s := range d.sites {
+		k.Connect = append(k.Connect, shellCommand(psql, fmt.Sprintf("host=%s port=%d dbname=%s user=%s",
+			s.cluster.SocketDir(), s.cluster.Port(), database, s.cluster.Superuser())))
+		k.Status = append(k.Status, shellCommand(d.o.Program, "status", "-c", s.spec.config))
+	}
+	d.rep.Kept = k
+	return nil
+}
+
+// remove ends every process and removes every file.
+func (d *demo) remove() error {
+	var errs []error
+	for _, s := range d.sites {
+		if s == nil {
+			continue
+		}
+		errs = append(errs, s.agent.kill())
+		if s.cluster != nil {
+			errs = append(errs, s.cluster.Destroy())
+		}
+	}
+	errs = append(errs, os.RemoveAll(d.dir))
+	if err := errors.Join(errs...); err != nil {
+		return &Error{Msg: "remove the demo", Err: err, Hint: "end what is left with: duri demo --stop " + d.dir}
+	}
+	return nil
+}
