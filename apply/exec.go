@@ -825,10 +825,10 @@ func (x *execution) since(c created) (chain []*ref, entries map[*entry]bool) {
 // under the old key as long as it is still there and undisputed, else from the origin (rule 9).
 func (x *execution) complete(ctx context.Context, wv *wave) error {
 	for _, tw := range wv.tables {
-		var all []moved
+		var all []*moved
 		var old []*entry
 		for _, m := range wv.moved {
-			if m.tw == tw {
+			if m.tw == tw && !wv.refs[m.ref-1].row.Complete() { // a batch that is tried again has it
 				all, old = append(all, m), append(old, &entry{keyv: m.old})
 			}
 		}
@@ -846,10 +846,16 @@ func (x *execution) complete(ctx context.Context, wv *wave) error {
 			}
 		}
 	}
+	for _, m := range wv.moved {
+		if m.fetched {
+			d := conflict.Decision{Apply: true, Code: conflict.Filled}
+			x.record(m.tw, m.e, []outcome{{ref: &wv.refs[m.ref-1], decision: d}})
+		}
+	}
 	return nil
 }
 
-func (x *execution) completeOne(ctx context.Context, wv *wave, m moved, h held, found bool) error {
+func (x *execution) completeOne(ctx context.Context, wv *wave, m *moved, h held, found bool) error {
 	r := &wv.refs[m.ref-1]
 	row := h.image
 	if !found || !undisputed(r, h, x.w.cfg.Site) {
@@ -857,6 +863,7 @@ func (x *execution) completeOne(ctx context.Context, wv *wave, m moved, h held, 
 		if row, found, err = x.fetch(ctx, m.tw)(r); err != nil || !found {
 			return err // not found: gone at the origin, and what removed it is on its way
 		}
+		m.fetched = true
 	}
 	r.row = fill(r.row, row)
 	wv.refold(m.e)

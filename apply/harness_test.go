@@ -71,12 +71,28 @@ func (f *feed) release() {
 	f.signal()
 }
 
-// step lets n more records through.
-func (f *feed) step(n int) {
+// step lets n more records through; false when there are none.
+func (f *feed) step(n int) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.limit >= len(f.recs) {
+		return false
+	}
 	f.limit = min(f.limit+n, len(f.recs))
 	f.signal()
+	return true
+}
+
+// shown is the end of the last transaction that readers may see.
+func (f *feed) shown() wal.LSN {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := min(f.limit, len(f.recs)); i > 0; i-- {
+		if f.recs[i-1].Txn != nil {
+			return f.recs[i-1].To
+		}
+	}
+	return 0
 }
 
 func (f *feed) txns() []*wal.Txn {
@@ -477,6 +493,17 @@ func (s *site) applied() {
 	s.peer.feed.mu.Lock()
 	end := s.peer.feed.txnEnd
 	s.peer.feed.mu.Unlock()
+	s.appliedTo(end)
+}
+
+// caughtUp waits until everything that the gate lets through has been applied here.
+func (s *site) caughtUp() {
+	s.t.Helper()
+	s.appliedTo(s.peer.feed.shown())
+}
+
+func (s *site) appliedTo(end wal.LSN) {
+	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
 	defer cancel()
 	for s.worker.Status().Applied < end {

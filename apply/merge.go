@@ -48,6 +48,8 @@ type moved struct {
 	e   *entry    // of the new key
 	ref int32     // index+1 into wave.refs of the insert
 	old wal.Tuple // values of the old key, in the table's key order
+
+	fetched bool // the origin was asked for the values
 }
 
 // tableWave is the part of a wave that concerns one table.
@@ -63,7 +65,7 @@ type tableWave struct {
 type wave struct {
 	tables   []*tableWave // in order of first touch: applications lock in that order, so following it avoids deadlocks
 	refs     []ref
-	moved    []moved
+	moved    []*moved
 	truncate *wal.Change // set: the wave is just this
 	txn      *wal.Txn    // of the truncate
 }
@@ -269,7 +271,7 @@ func (p *planner) move(tw *tableWave, t *wal.Txn, c *wal.Change, row, full wal.T
 	for i, k := range tw.target.key {
 		old[i] = c.Old[k.at]
 	}
-	p.wave.moved = append(p.wave.moved, moved{tw, e, int32(len(p.wave.refs)), old})
+	p.wave.moved = append(p.wave.moved, &moved{tw: tw, e: e, ref: int32(len(p.wave.refs)), old: old})
 	return nil
 }
 

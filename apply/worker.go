@@ -250,11 +250,18 @@ func (w *Worker) settings(name string) map[string]string {
 	}
 }
 
+// originTimeout is how long a session that held the origin before is waited for.
+const originTimeout = 5 * time.Second
+
 func (w *Worker) takeOrigin(ctx context.Context) error {
 	_, err := pg.Query(ctx, w.session.conn, `SELECT pg_catalog.pg_replication_origin_create($1)
 		WHERE pg_catalog.pg_replication_origin_oid($1) IS NULL`, w.cfg.OriginName)
-	if err == nil {
+	for deadline := time.Now().Add(originTimeout); err == nil; {
 		_, err = pg.Query(ctx, w.session.conn, "SELECT pg_catalog.pg_replication_origin_session_setup($1)", w.cfg.OriginName)
+		if pg.SQLState(err) != "55006" || time.Now().After(deadline) {
+			break
+		}
+		err = pause(ctx, 10*time.Millisecond) // PostgreSQL has not noticed yet that our last session is gone
 	}
 	if err != nil {
 		return fmt.Errorf("take replication origin %s: %w", w.cfg.OriginName, err)

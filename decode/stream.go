@@ -62,7 +62,10 @@ type Stream struct {
 
 // Connect opens a replication connection to the database.
 func Connect(ctx context.Context, dsn, database, name string) (*pgconn.PgConn, error) {
-	return pg.Connect(ctx, dsn, database, map[string]string{"replication": "database", "application_name": name})
+	// The text of regclass and its kin depends on the search path; apply sessions have the same one.
+	return pg.Connect(ctx, dsn, database, map[string]string{
+		"replication": "database", "application_name": name, "search_path": "pg_catalog",
+	})
 }
 
 // Open starts streaming from a position on a connection made by Connect, which it takes over. The slot must have been

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/term"
 )
 
 // Bounds of a client's waits.
@@ -199,7 +200,7 @@ func (c *client) count(o outcome, t transfer) {
 		return
 	}
 	c.tally.acknowledged[c.at].Add(1)
-	text := fmt.Sprintf("%s · %s · %s KRW · at %s", t.place.title(), budgetLines[t.line-1], thousands(t.amount), c.sites[c.at].name)
+	text := fmt.Sprintf("%s · %s · %s KRW · at %s", t.place.title(), budgetLines[t.line-1], term.Count(t.amount), c.sites[c.at].name)
 	c.tally.latest.Store(&text)
 	c.current.Store(int32(c.at))
 	if c.at == c.home {

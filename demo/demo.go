@@ -37,7 +37,7 @@ const (
 const (
 	joinMax     = 90 * time.Second
 	failoverMax = 30 * time.Second
-	catchupMax  = 90 * time.Second
+	catchupMax  = 60 * time.Second
 	settleMax   = 60 * time.Second
 	drainMax    = 3 * time.Second
 	pollEvery   = 50 * time.Millisecond
@@ -205,8 +205,7 @@ func (d *demo) startServers(ctx context.Context, _ *errgroup.Group) error {
 func (d *demo) fill(ctx context.Context, _ *errgroup.Group) error {
 	d.begin("data", "database %s at A: %d local governments, their budget, %d payments; at B: empty", database, len(governments()), openingPayments)
 	for i, s := range d.sites {
-		sql := []string{"CREATE DATABASE " + database}
-		if err := s.cluster.Exec(ctx, "postgres", sql[0]); err != nil {
+		if err := s.cluster.Exec(ctx, "postgres", "CREATE DATABASE "+database); err != nil {
 			return err
 		}
 		content := appSQL(s.password)

@@ -46,6 +46,7 @@ func (d *demo) glance(last glance, since time.Duration) (glance, bool) {
 		g.acknowledged[i] = l.tally.acknowledged[i].Load()
 		g.rate[i] = float64(g.acknowledged[i]-last.acknowledged[i]) / since.Seconds()
 		if link, ok := v.link(); ok {
+			g.linked[i] = link.Connected
 			g.lag[i], g.behind[i], g.conflicts[i] = link.LagS, link.LagBytes, link.Apply.Conflicts
 		}
 	}

@@ -14,8 +14,8 @@
 // may not have reached the other. The report says how many there were and for how long. The dead site comes back with
 // its disk, so nothing may be missing in the end.
 //
-// What it guarantees. Run leaves no process and no file when it returns, whatever the error, unless Options.Keep was set
-// and it succeeded. A demo that is killed takes its servers and agents with it, again unless Options.Keep is set; its
-// files stay, and Stop removes them. Files and processes that the demo did not make are not touched. It runs on Linux
+// What it guarantees. Run leaves no process and no file when it returns, unless Options.Keep was set and there is no
+// error. A demo that is killed takes its servers and agents with it, again unless Options.Keep is set; its files stay,
+// and Stop removes them. Files and processes that the demo did not make are not touched. It runs on Linux
 // only, as internal/pgcluster does.
 package demo

@@ -37,7 +37,7 @@ type Options struct {
 	Clients, Rate int
 	// Seed of what the clients do; 0: a random one. The report names it. When clients meet is up to the machine.
 	Seed uint64
-	// Keep leaves servers and agents running when the demo succeeds or fails by its verdict; see Stop.
+	// Keep leaves servers and agents running when Run returns without an error, whatever the verdict; see Stop.
 	Keep bool
 	// Out gets the live progress; nil: nobody. A terminal gets a panel, anything else lines.
 	Out io.Writer

@@ -224,9 +224,7 @@ func (k Kept) print(b *strings.Builder) {
 
 func ms(n int64) string { return term.Duration(time.Duration(n) * time.Millisecond) }
 
-func won(n int64) string { return thousands(n) + " KRW" }
-
-func thousands(n int64) string { return term.Count(n) }
+func won(n int64) string { return term.Count(n) + " KRW" }
 
 func yes(b bool) string {
 	if b {

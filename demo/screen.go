@@ -104,7 +104,8 @@ func clip(s string, n int) string {
 type glance struct {
 	phase        string
 	names        [2]string
-	up           [2]bool
+	up           [2]bool    // the agent answers
+	linked       [2]bool    // and follows the other site
 	rate         [2]float64 // payments per second, since the last glance
 	acknowledged [2]int64
 	lag          [2]float64 // seconds, of the direction towards the site
@@ -116,7 +117,7 @@ type glance struct {
 
 // panel draws a glance for a terminal. It is pure.
 func (g glance) panel() []string {
-	t := term.NewTable("", "PAYMENTS/S", "ACKNOWLEDGED", "BEHIND BY", "CONFLICTS").Right(1, 2, 3, 4)
+	t := term.NewTable("", "PAYMENTS/S", "ACKNOWLEDGED", "LAG", "CONFLICTS").Right(1, 2, 3, 4)
 	for i, name := range g.names {
 		if !g.up[i] {
 			t.Row("  "+name, "down", term.Count(g.acknowledged[i]), "-", "-")
@@ -139,14 +140,17 @@ func (g glance) line() string {
 		if !g.up[i] {
 			return g.names[i] + " down"
 		}
-		return fmt.Sprintf("%s %.0f/s, behind by %s", g.names[i], g.rate[i], g.lagText(i))
+		return fmt.Sprintf("%s %.0f/s, lag %s", g.names[i], g.rate[i], g.lagText(i))
 	}
 	return fmt.Sprintf("%s: %s | %s | acknowledged %s, in doubt %d, conflicts %s + %s", g.phase, site(0), site(1),
 		term.Count(g.acknowledged[0]+g.acknowledged[1]), g.inDoubt, term.Count(g.conflicts[0]), term.Count(g.conflicts[1]))
 }
 
 func (g glance) lagText(i int) string {
-	if g.behind[i] == 0 {
+	switch {
+	case !g.linked[i]:
+		return "no link"
+	case g.behind[i] == 0:
 		return "0 s"
 	}
 	return fmt.Sprintf("%.2f s", g.lag[i])

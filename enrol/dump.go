@@ -185,7 +185,11 @@ var dsnEnv = map[string]string{
 // dumpEnv is the environment of pg_dump: our own, the connection's settings, and the password, which every user of the
 // machine could read in the arguments. It is pure.
 func dumpEnv(env []string, password string, dsnKeys map[string]string) []string {
-	set := map[string]string{"LC_ALL": "C", "PGAPPNAME": applicationName, "PGCONNECT_TIMEOUT": "10"}
+	set := map[string]string{
+		"LC_ALL": "C", "PGAPPNAME": applicationName, "PGCONNECT_TIMEOUT": "10",
+		// pg_dump writes its strings as the session has them, and a database can be set to the old way.
+		"PGOPTIONS": "-c standard_conforming_strings=on",
+	}
 	for key, name := range dsnEnv {
 		if v, ok := dsnKeys[key]; ok {
 			set[name] = v
@@ -194,8 +198,8 @@ func dumpEnv(env []string, password string, dsnKeys map[string]string) []string 
 	if password != "" {
 		set["PGPASSWORD"] = password
 	}
-	// These would lead pg_dump elsewhere or change the session under it.
-	drop := []string{"PGOPTIONS", "PGHOSTADDR", "PGDATABASE", "PGCLUSTER"}
+	// These would lead pg_dump elsewhere.
+	drop := []string{"PGHOSTADDR", "PGDATABASE", "PGCLUSTER"}
 	out := slices.DeleteFunc(slices.Clone(env), func(kv string) bool {
 		name, _, _ := strings.Cut(kv, "=")
 		_, mine := set[name]
@@ -225,7 +229,7 @@ func (d dump) section(ctx context.Context, name string) (string, error) {
 		text := strings.TrimSpace(stderr.String())
 		return "", &Error{Op: "dump the schema", Text: text, Err: err, Hint: dumpHint(text)}
 	}
-	sql := clean(stdout.String(), nil)
+	sql := filter{}.clean(stdout.String())
 	if strings.IndexByte(sql, 0) >= 0 {
 		return "", errors.New("dump the schema: pg_dump wrote a zero byte")
 	}

@@ -50,7 +50,7 @@ func TestDumpVersionsAreRead(t *testing.T) {
 func TestDumpEnvironmentHoldsTheConnectionAndNothingThatLeadsElsewhere(t *testing.T) {
 	env := []string{"PATH=/bin", "PGPASSWORD=old", "PGHOSTADDR=10.0.0.1", "PGOPTIONS=-c x=y", "PGDATABASE=d", "PGSSLMODE=disable"}
 	keys := map[string]string{"sslmode": "verify-full", "sslrootcert": "/ca", "password": "new", "host": "h"}
-	want := []string{"LC_ALL=C", "PATH=/bin", "PGAPPNAME=duri_enrol", "PGCONNECT_TIMEOUT=10", "PGPASSWORD=new", "PGSSLMODE=verify-full", "PGSSLROOTCERT=/ca"}
+	want := []string{"LC_ALL=C", "PATH=/bin", "PGAPPNAME=duri_enrol", "PGCONNECT_TIMEOUT=10", "PGOPTIONS=-c standard_conforming_strings=on", "PGPASSWORD=new", "PGSSLMODE=verify-full", "PGSSLROOTCERT=/ca"}
 	if d := cmp.Diff(want, dumpEnv(env, "new", keys)); d != "" {
 		t.Error(d)
 	}

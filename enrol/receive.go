@@ -30,7 +30,8 @@ type TargetConfig struct {
 	// SynchronousCommit of the one transaction: on (default), local, or remote_apply. With on it waits for the servers in
 	// synchronous_standby_names: when that names this site's own agent, the agent must be streaming, or choose local.
 	SynchronousCommit string
-	// Within runs in the transaction, just before it commits: what it writes is there exactly if the content is.
+	// Within runs in the transaction, just before it commits: what it writes is there exactly if the content is. The
+	// session's search_path is pg_catalog, and its session_replication_role replica.
 	Within func(ctx context.Context, c *pgconn.PgConn, r Result) error
 }
 
@@ -44,7 +45,8 @@ type TargetConfig struct {
 // does.
 //
 // progress may be nil; it is called from another goroutine, but never twice at once, and must not block. Receive blocks
-// as r does: when r is an io.Closer it is closed once ctx has ended, so that a silent source cannot hold it.
+// as r does: when r is an io.Closer it is closed once ctx has ended, so that a silent source cannot hold it. When it
+// returns an error because the connection to PostgreSQL broke, r may still be read from until the caller closes it.
 func Receive(ctx context.Context, cfg TargetConfig, r io.Reader, progress func(Progress)) (Result, error) {
 	if c, ok := r.(io.Closer); ok {
 		stop := context.AfterFunc(ctx, func() { _ = c.Close() }) // the read that it ends gives the error
@@ -265,6 +267,9 @@ func (t *target) transaction(ctx context.Context) error {
 	if err != nil {
 		return wrap("begin the enrolment", err)
 	}
+	if err := t.grant(ctx); err != nil { // the role first: the script gives it privileges
+		return err
+	}
 	create, err := t.plan(ctx)
 	if err != nil {
 		return err
@@ -405,7 +410,7 @@ func (t *target) schema(ctx context.Context, create bool) error {
 
 // script runs SQL of pg_dump and puts the session's settings right again.
 func (t *target) script(ctx context.Context, op, sql string) error {
-	sql = clean(sql, func(parameter string) bool { return t.known[parameter] })
+	sql = filter{known: func(parameter string) bool { return t.known[parameter] }, role: t.role()}.clean(sql)
 	if _, err := t.conn.Exec(ctx, sql).ReadAll(); err != nil {
 		if at := near(sql, err); at != "" {
 			op += " (" + at + ")"
@@ -530,13 +535,28 @@ func (t *target) refresh(ctx context.Context) error {
 	return nil
 }
 
+// role is the run-time role.
+func (t *target) role() string {
+	if t.cfg.Role == "" {
+		return grants.DefaultRole
+	}
+	return t.cfg.Role
+}
+
+// grant runs what `duri grants` prints, when the session may.
+func (t *target) grant(ctx context.Context) error {
+	if t.cfg.SetupDSN == "" {
+		return nil
+	}
+	sql := block(grants.SQL(grants.Spec{Role: t.role(), Schemas: t.cfg.Schemas}))
+	_, err := pg.Rows(ctx, t.conn, "SET LOCAL client_min_messages = error;"+sql+"SET LOCAL client_min_messages = notice")
+	return wrap("run the grants", err)
+}
+
 // publish sees to it that the publication covers what was made, so that writes at this site are decoded from the first.
 func (t *target) publish(ctx context.Context) error {
-	if t.cfg.SetupDSN != "" {
-		sql := block(grants.SQL(grants.Spec{Role: t.cfg.Role, Schemas: t.cfg.Schemas}))
-		if _, err := pg.Rows(ctx, t.conn, "SET LOCAL search_path = pg_catalog; SET LOCAL client_min_messages = warning;"+sql); err != nil {
-			return wrap("run the grants", err)
-		}
+	if err := t.grant(ctx); err != nil {
+		return err
 	}
 	var want []string
 	for _, table := range t.header.Tables {
@@ -546,7 +566,7 @@ func (t *target) publish(ctx context.Context) error {
 		return nil
 	}
 	rows, err := pg.Rows(ctx, t.conn, `SELECT w.s, w.t FROM (VALUES `+strings.Join(want, ",")+`) AS w(s, t)
-		WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_tables WHERE pubname = 'duri' AND schemaname = w.s AND tablename = w.t) LIMIT 1`)
+		WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_tables WHERE pubname = `+pg.QuoteLiteral(grants.Publication)+` AND schemaname = w.s AND tablename = w.t) LIMIT 1`)
 	if err != nil {
 		return wrap("look at the publication", err)
 	}

@@ -3,23 +3,35 @@ package enrol
 import (
 	"regexp"
 	"strings"
+
+	"github.com/duri-io/duri/internal/pg"
 )
 
-// pg_dump writes its script for psql. clean makes it one that a server takes: it works on lines that begin outside of
-// any string, quoted name or comment, so a function's body is never touched.
+// filter makes pg_dump's script, which is for psql, one that a server takes. It works on lines that begin outside of any
+// string, quoted name or comment, so a function's body is never touched.
 //
-//   - lines that begin with a backslash are psql's commands (\restrict, \connect): removed;
+//   - Lines that begin with a backslash are psql's commands (\restrict, \connect): removed.
 //   - CREATE SCHEMA becomes CREATE SCHEMA IF NOT EXISTS: schema public is in every database, and a script for chosen
-//     schemas creates it;
-//   - SET of a parameter that the server does not know (a newer pg_dump sets newer ones, such as transaction_timeout)
-//     is removed. known may be nil: then every SET stays.
-func clean(script string, known func(parameter string) bool) string {
+//     schemas creates it.
+//   - Privileges on system objects are each server's own, and their names differ between versions: removed. `duri grants`
+//     gives those that duri needs.
+type filter struct {
+	// known tells the server's parameters: a SET of another one (a newer pg_dump sets newer ones, such as
+	// transaction_timeout) is removed. nil: every SET stays.
+	known func(parameter string) bool
+	// role is the run-time role, whose default privileges come from `duri grants` as well and need a superuser. Empty:
+	// they stay.
+	role string
+}
+
+// clean gives the script without what the server cannot take.
+func (f filter) clean(script string) string {
 	var out strings.Builder
 	out.Grow(len(script))
 	var l lexer
 	for line := range strings.Lines(script) {
 		if l.top() {
-			line = cleanLine(line, known)
+			line = f.line(line)
 		}
 		l.feed(line)
 		out.WriteString(line)
@@ -27,20 +39,32 @@ func clean(script string, known func(parameter string) bool) string {
 	return out.String()
 }
 
-var setLine = regexp.MustCompile(`^SET ([a-z_]+) = `)
+var (
+	setLine    = regexp.MustCompile(`^SET ([a-z_]+) = `)
+	systemLine = regexp.MustCompile(`^(GRANT|REVOKE) [^"]* ON [A-Z ]+ (pg_catalog|information_schema)\.[^"]* (TO|FROM) .*;\n?$`)
+	schemaLine = regexp.MustCompile(`^(GRANT|REVOKE) [^"]* ON SCHEMA (pg_catalog|information_schema) (TO|FROM) .*;\n?$`)
+)
 
-// cleanLine treats one line that begins at top level.
-func cleanLine(line string, known func(string) bool) string {
-	if strings.HasPrefix(line, `\`) {
+// line treats one line that begins at top level.
+func (f filter) line(line string) string {
+	m := setLine.FindStringSubmatch(line)
+	switch {
+	case strings.HasPrefix(line, `\`),
+		m != nil && f.known != nil && !f.known(m[1]),
+		systemLine.MatchString(line), schemaLine.MatchString(line),
+		f.role != "" && strings.HasPrefix(line, "ALTER DEFAULT PRIVILEGES ") && f.isRole(line):
 		return ""
 	}
 	if rest, ok := strings.CutPrefix(line, "CREATE SCHEMA "); ok && !strings.HasPrefix(rest, "IF NOT EXISTS ") {
 		return "CREATE SCHEMA IF NOT EXISTS " + rest
 	}
-	if m := setLine.FindStringSubmatch(line); m != nil && known != nil && !known(m[1]) {
-		return ""
-	}
 	return line
+}
+
+// isRole reports whether a statement ends with "TO role".
+func (f filter) isRole(line string) bool {
+	line = strings.TrimSuffix(line, "\n")
+	return strings.HasSuffix(line, " TO "+f.role+";") || strings.HasSuffix(line, " TO "+pg.QuoteIdent(f.role)+";")
 }
 
 // lexer follows PostgreSQL's lexical structure far enough to know whether a position is inside a string, a quoted name

@@ -479,32 +479,19 @@ func TestCopyEqualAfterFaultsAtRandomMoments(t *testing.T) {
 		t.Fatal(err)
 	}
 	end := w.db.j.End()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for ctx.Err() == nil && cp.Ack().Durable < end {
-			inner, stop := context.WithCancel(ctx)
-			go func() {
-				defer stop()
-				for inner.Err() == nil && cp.Ack().Durable < end {
-					select {
-					case <-time.After(time.Millisecond):
-					case <-inner.Done():
-					}
-				}
-			}()
-			if err := cl.Follow(inner, database, cp); !Retry(err) {
-				t.Errorf("%v (seed %d)", err, seed)
-				cancel()
+	for cp.Ack().Durable < end { // what the last fault broke may take another attempt
+		f := follow(t, cl, cp)
+		waitFor(t, "the copy to be complete", func() bool {
+			select {
+			case <-f.ended:
+				return true
+			default:
 			}
-			stop()
+			return cp.Ack().Durable == end
+		})
+		if err := f.stop(t); !Retry(err) {
+			t.Fatalf("%v (seed %d)", err, seed)
 		}
-	}()
-	<-done
-	if t.Failed() || ctx.Err() != nil {
-		t.Fatalf("copy reached %s of %s (seed %d)", cp.Ack().Durable, end, seed)
 	}
 	expectEqual(t, w.db.j, cp)
 }
@@ -596,8 +583,8 @@ func TestSlowReceiverBoundsWhatIsUnderWay(t *testing.T) {
 	silence := 200 * time.Millisecond
 	w := newWorld(t, func(c *ServerConfig) { c.Window, c.Silence = window, silence })
 	h := newHistory(w.db.j, 5)
-	for range 40 { // random letters: 4 MB on the wire
-		if err := w.db.j.AppendTxn(h.txn(10, 16<<10)); err != nil {
+	for range 250 { // random letters: more than 2 MB on the wire
+		if err := w.db.j.AppendTxn(h.txn(1, 16<<10)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -624,7 +611,7 @@ func TestSlowReceiverBoundsWhatIsUnderWay(t *testing.T) {
 	if a := w.db.last("busan"); a.Received != header().From {
 		t.Errorf("acknowledged %+v although the sink took nothing", a)
 	}
-	if passed := w.relay.Passed(faultnet.ToClient); passed > window+200<<10 {
+	if passed := w.relay.Passed(faultnet.ToClient); passed > window+window/8 {
 		t.Errorf("%d bytes passed to a receiver that takes nothing, the window is %d", passed, window)
 	}
 	close(g.open)

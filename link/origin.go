@@ -312,8 +312,9 @@ func (s *Server) clockSample(site string, x exchange) {
 // pump reads the journal into messages. It owns the reader.
 func pump(ctx context.Context, reader *journal.Reader, pack *packer, w *window, out chan<- *linkpb.Frames) error {
 	defer reader.Close()
+	size := chunkFor(w.limit)
 	for {
-		fr, err := reader.NextFrames(ctx, chunkBytes)
+		fr, err := reader.NextFrames(ctx, size)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -321,7 +322,7 @@ func pump(ctx context.Context, reader *journal.Reader, pack *packer, w *window, 
 			return readError(err)
 		}
 		for data := fr.Data; len(data) > 0; {
-			chunk := data[:min(len(data), chunkBytes)]
+			chunk := data[:min(len(data), size)]
 			data = data[len(chunk):]
 			m := &linkpb.Frames{From: uint64(fr.From), To: uint64(fr.To), More: len(data) > 0}
 			m.Data, m.Zstd = pack.pack(chunk)

@@ -19,6 +19,9 @@ func newWindow(limit int64) *window { return &window{limit: limit, changed: make
 // fits decides whether n more bytes may be sent. A message larger than the whole window goes when nothing is under way.
 func fits(underway, n, limit int64) bool { return underway == 0 || underway+n <= limit }
 
+// chunkFor is how many journal bytes go into one message, so that a small window holds several.
+func chunkFor(limit int64) int { return int(min(chunkBytes, max(limit/4, 4<<10))) }
+
 // reserve waits until n bytes may be sent, and counts them.
 func (w *window) reserve(ctx context.Context, n int64) error {
 	for {

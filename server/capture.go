@@ -26,11 +26,13 @@ type capture struct {
 
 	seen    []wal.Seen
 	maxTime wal.Time // greatest version time so far
+	foreign wal.Time // greatest commit time applied here, since this process began
 
 	pending   wal.LSN // passed, but not yet in the journal as a position
 	positions time.Time
 
-	dirty   chan struct{}
+	flush   chan struct{}          // something was appended
+	dirty   chan struct{}          // something was flushed
 	durable atomic.Uint64          // what may be reported to PostgreSQL
 	report  atomic.Pointer[func()] // asks the running stream to report at once
 }
@@ -39,7 +41,7 @@ func newCapture(site wal.SiteID, siteOf func(string) (wal.SiteID, bool), j *jour
 	st := j.State()
 	c := &capture{
 		site: site, siteOf: siteOf, j: j, local: local, now: now, step: func(*wal.Txn) {},
-		seen: st.Seen, maxTime: st.MaxVersionTime, dirty: make(chan struct{}, 1),
+		seen: st.Seen, maxTime: st.MaxVersionTime, flush: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 	}
 	c.durable.Store(uint64(j.Durable()))
 	return c
@@ -54,20 +56,21 @@ func (c *capture) Commit(m *decode.Commit) error {
 			return &originError{m.Origin}
 		}
 		c.see(site, m.OriginLSN)
+		c.foreign = max(c.foreign, t.CommitTime)
 		return c.Advance(t.EndLSN)
 	}
 	t.Changes = slices.DeleteFunc(t.Changes, func(ch wal.Change) bool { return ch.Relation.Namespace == "duri" })
-	if len(t.Changes) == 0 {
-		return c.Advance(t.EndLSN)
-	}
 	t.Origin, t.Seen, t.Received = c.site, slices.Clone(c.seen), c.now()
 	stepped := false
-	if t.VersionTime, stepped = stamp(t.CommitTime, c.maxTime); stepped {
+	if t.VersionTime, stepped = stamp(t.CommitTime, c.maxTime, c.foreign); stepped {
 		c.step(t)
 	}
 	// The index first: should the journal fail, the transaction is delivered again and the index drops it.
 	if err := c.local.Add(t); err != nil {
 		return fmt.Errorf("index transaction %s: %w", t.CommitLSN, err)
+	}
+	if len(t.Changes) == 0 { // a heartbeat: the index learns how late it is
+		return c.Advance(t.EndLSN)
 	}
 	if err := c.j.AppendTxn(t); err != nil {
 		return fmt.Errorf("journal transaction %s: %w", t.CommitLSN, err)
@@ -92,13 +95,15 @@ func (e *originError) HintText() string {
 // clockStep is the regress of commit times beyond which the clock has stepped back (rule 3).
 const clockStep = 100 * time.Millisecond
 
-// stamp gives the version time of a commit: its commit time, or, after a backward step of the clock and until it has
-// caught up, the greatest time so far plus a microsecond (rule 3).
-func stamp(commit, greatest wal.Time) (t wal.Time, stepped bool) {
+// stamp gives the version time of a commit (rule 3): its commit time, or, after a backward step of the clock and until
+// it has caught up, the greatest time so far plus a microsecond. It also always exceeds foreign, the greatest commit
+// time that was applied here before it: the transaction may have overwritten that row, and must then win against it
+// everywhere, even when the clock was set back by less than counts as a step.
+func stamp(commit, greatest, foreign wal.Time) (t wal.Time, stepped bool) {
 	if commit < greatest.Add(-clockStep) {
-		return greatest + 1, true
+		return max(greatest, foreign) + 1, true
 	}
-	return commit, false
+	return max(commit, foreign+1), false
 }
 
 func (c *capture) see(site wal.SiteID, lsn wal.LSN) {
@@ -121,7 +126,7 @@ func (c *capture) Advance(to wal.LSN) error {
 // positionEvery bounds how often coverage without transactions is journalled.
 const positionEvery = 200 * time.Millisecond
 
-// Idle hands what was appended to the readers, and now and then writes down how far the stream has been read.
+// Idle wakes the flusher, and now and then writes down how far the stream has been read.
 func (c *capture) Idle() error {
 	if c.pending > c.j.End() && time.Since(c.positions) >= positionEvery {
 		if err := c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.now()); err != nil {
@@ -129,18 +134,39 @@ func (c *capture) Idle() error {
 		}
 		c.positions, c.pending = time.Now(), 0
 	}
-	if err := c.j.Flush(); err != nil {
-		return fmt.Errorf("write journal: %w", err)
-	}
-	select {
-	case c.dirty <- struct{}{}:
-	default:
-	}
+	wake(c.flush)
 	return nil
 }
 
-// syncLoop fsyncs the journal whenever something was appended, one group at a time, and lets the new position be
-// reported.
+func wake(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// flushEvery is the least time between two hand-overs to the journal's readers. A lone transaction goes at once; under
+// load some travel together, which saves most of the system calls of link and apply.
+const flushEvery = 300 * time.Microsecond
+
+// flushLoop hands what was appended to the readers, that is to the link, and then to syncLoop.
+func (c *capture) flushLoop(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-c.flush:
+		}
+		if err := c.j.Flush(); err != nil {
+			return fmt.Errorf("write journal: %w", err)
+		}
+		wake(c.dirty)
+		time.Sleep(flushEvery)
+	}
+}
+
+// syncLoop fsyncs the journal whenever something was flushed, one group at a time, and lets the new position be
+// reported. It runs beside flushLoop, so that shipping does not wait for the own fsync.
 func (c *capture) syncLoop(ctx context.Context) error {
 	for {
 		select {

@@ -155,6 +155,7 @@ func (n *node) Run(ctx context.Context) error {
 	n.setState(stateReady)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.captureLoop(ctx, c) })
+	g.Go(func() error { return c.capture.flushLoop(ctx) })
 	g.Go(func() error { return c.capture.syncLoop(ctx) })
 	g.Go(func() error { return n.heartbeatLoop(ctx, c) })
 	g.Go(func() error { return n.maintainLoop(ctx, c) })

@@ -21,7 +21,7 @@ const (
 	// partRows and groupRows are the sizes of a part, and of a group of parts that is hashed in one pass (16 bytes a
 	// row in memory). batchRows of differing parts are read in one pass.
 	partRows, groupRows, batchRows = 256, 4 << 20, 10_000
-	// lookRows suspects are looked up by key in one statement.
+	// lookRows suspects at most are looked up by key in one statement.
 	lookRows = 500
 	// depthMax bounds the narrowing. 16^4 leaves of 2,000 rows are more than any range holds.
 	depthMax = 8
@@ -179,7 +179,7 @@ func (c *comparison) narrow(ctx context.Context, r Range, sums [2]Sum, depth int
 	if depth == depthMax {
 		return c.tooFast(side)
 	}
-	keys, err := side.Bounds(ctx, c.t, r, max(leafRows/2, int(most)/splitInto))
+	keys, err := side.Bounds(ctx, c.t, r, min(c.rangeRows, max(leafRows/2, int(most)/splitInto)))
 	if err != nil {
 		return err
 	}
@@ -353,7 +353,7 @@ func (c *comparison) undecided() []*suspect {
 
 // look observes the undecided suspects once more.
 func (c *comparison) look(ctx context.Context) error {
-	size := lookRows
+	size := min(lookRows, c.rangeRows)
 	if len(c.t.Key) == 0 {
 		size = suspectsMax // Each look is a pass over the table.
 	}

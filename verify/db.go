@@ -198,10 +198,28 @@ func (db *DB) load(ctx context.Context) ([]*definition, error) {
 		defs = append(defs, d)
 		byName[d.Schema+"."+d.Name] = d
 	}
+	if len(defs) == 0 {
+		if err := db.checkPublication(ctx); err != nil {
+			return nil, err
+		}
+	}
 	db.mu.Lock()
 	db.defs = byName
 	db.mu.Unlock()
 	return defs, nil
+}
+
+// checkPublication keeps two databases that were never set up from being called equal.
+func (db *DB) checkPublication(ctx context.Context) error {
+	res, err := db.run(ctx, publicationSQL, [][]byte{[]byte(db.cfg.Publication)}, false)
+	if err != nil {
+		return fmt.Errorf("look for publication %s at %s: %w", db.cfg.Publication, db.cfg.Name, err)
+	}
+	if len(res.Rows) == 0 {
+		return withHint(fmt.Errorf("list tables at %s: there is no publication %s", db.cfg.Name, db.cfg.Publication),
+			"run the SQL that `duri grants` prints as superuser in this database")
+	}
+	return nil
 }
 
 // table converts a definition.

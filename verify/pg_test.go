@@ -1,12 +1,15 @@
 package verify
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/grants"
 	"github.com/duri-io/duri/internal/pgcluster"
@@ -20,9 +23,9 @@ type twoSites struct {
 }
 
 // newSites makes the databases a and b with the same schema, as a DBA does: grants, then the agent's role.
-func newSites(t testing.TB, schema string) *twoSites {
+func newSites(t testing.TB, schema string, opts ...pgtest.Option) *twoSites {
 	t.Helper()
-	s := &twoSites{c: pgtest.New(t)}
+	s := &twoSites{c: pgtest.New(t, opts...)}
 	s.a, s.b = s.site(t, "a", schema), s.site(t, "b", schema)
 	return s
 }
@@ -83,7 +86,7 @@ func wantDiffs(t testing.TB, rep Report, want ...string) {
 	want = append([]string{}, want...)
 	slices.Sort(want)
 	if diff := cmp.Diff(want, show(rep)); diff != "" {
-		t.Errorf("differences (-want +got):\n%s", diff)
+		t.Errorf("differences with seed %d (-want +got):\n%s", rep.Seed, diff)
 	}
 	if rep.Equal != (len(want) == 0) {
 		t.Errorf("equal %v with %d differences", rep.Equal, len(want))
@@ -127,7 +130,13 @@ INSERT INTO empty DEFAULT VALUES;
 `
 
 func TestEqualSitesAreEqualWhateverTheTables(t *testing.T) {
-	s := newSites(t, schemaAll)
+	for _, m := range pgtest.Majors(t) {
+		t.Run(m.String(), func(t *testing.T) { testEqualSites(t, pgtest.WithMajor(m)) })
+	}
+}
+
+func testEqualSites(t *testing.T, major pgtest.Option) {
+	s := newSites(t, schemaAll, major)
 	s.both(t, dataAll)
 	for _, o := range []Options{{}, {RangeRows: 7}} {
 		rep := s.run(t, o)
@@ -180,4 +189,19 @@ DELETE FROM typed WHERE (m, c) = ('happy', 'C7');`)
 			"typed missing_at_b happy,C7,b  ",
 		)
 	}
+}
+
+// lockTable holds an exclusive lock on a table of site a until unlock is called.
+func lockTable(t testing.TB, s *twoSites, table string) (unlock func()) {
+	t.Helper()
+	conn, err := pgconn.Connect(t.Context(), s.c.DSN("a", s.c.Superuser()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock = sync.OnceFunc(func() { _ = conn.Close(context.Background()) })
+	t.Cleanup(unlock)
+	if _, err := conn.Exec(t.Context(), "BEGIN; LOCK TABLE "+table).ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+	return unlock
 }

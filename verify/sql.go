@@ -462,9 +462,12 @@ const leafSizeSQL = `
 SELECT pg_relation_size(c) / current_setting('block_size')::int8, pg_table_size(c), current_setting('block_size')
 FROM (SELECT $1::regclass) AS r(c)`
 
+// publicationSQL gives a row if the publication $1 exists.
+const publicationSQL = "SELECT true FROM pg_publication WHERE pubname = $1"
+
 // chunksOf cuts a table into chunks of about chunkBytes.
 func chunksOf(leaf string, blocks, bytes, blockBytes int64) []chunk {
-	const chunkBytes = 8 << 20
+	const chunkBytes = 2 << 20 // some 25,000 small rows, 50 ms
 	step := max(1, chunkBytes/max(1, blockBytes))
 	if bytes > 0 {
 		// Out-of-line values are read as well.
