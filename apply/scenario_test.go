@@ -13,7 +13,8 @@ import (
 const scenarioSchema = `
 CREATE TABLE t (id int PRIMARY KEY, v text, n int DEFAULT 0, u int UNIQUE, big text);
 ALTER TABLE t ALTER big SET STORAGE EXTERNAL;
-CREATE TABLE bag (id int, v text);`
+CREATE TABLE bag (id int, v text);
+CREATE TABLE unrelated (id int);`
 
 // scenario is a row of scenarios.md between two sites: seed is written at A and seen by both, then the links are cut,
 // the steps run one after the other ("A: SQL"), and the links heal.

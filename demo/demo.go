@@ -21,6 +21,7 @@ import (
 	"github.com/duri-io/duri/grants"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/internal/term"
 	"github.com/duri-io/duri/server"
 )
 
@@ -71,6 +72,9 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	begin := time.Now()
 	err = d.run(ctx)
 	d.rep.Seconds = time.Since(begin).Seconds()
+	if err != nil && ctx.Err() == nil || err == nil && !d.rep.OK {
+		d.sayLogs()
+	}
 	if err == nil && o.Keep {
 		if err = d.keep(); err == nil {
 			return d.rep, nil
@@ -500,6 +504,20 @@ func (d *demo) conflicts(ctx context.Context, conns [2]*pgconn.PgConn) error {
 		}
 	}
 	return nil
+}
+
+// sayLogs shows the end of the agents' logs, which are about to be removed.
+func (d *demo) sayLogs() {
+	const lines = 10
+	for _, s := range d.sites {
+		if s == nil || s.agent == nil {
+			continue
+		}
+		d.screen.say("the agent of %s said at last:", s.label())
+		for _, l := range lastLines(s.spec.log, lines) {
+			d.screen.say("  %s", term.Clean(l))
+		}
+	}
 }
 
 // keep leaves everything running and says how to reach it.

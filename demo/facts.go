@@ -9,6 +9,7 @@ import (
 	"hash"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -172,14 +173,7 @@ func conflictKinds(ctx context.Context, c *pgconn.PgConn) (map[string]int, error
 
 // present tells which of some payments a site holds.
 func present(ctx context.Context, c *pgconn.PgConn, ids []string) (map[string]bool, error) {
-	list := "{"
-	for i, id := range ids {
-		if i > 0 {
-			list += ","
-		}
-		list += id
-	}
-	rows, err := pg.Query(ctx, c, "SELECT id FROM finance.payment WHERE id = ANY ($1::uuid[])", list+"}")
+	rows, err := pg.Query(ctx, c, "SELECT id FROM finance.payment WHERE id = ANY ($1::uuid[])", "{"+strings.Join(ids, ",")+"}")
 	if err != nil {
 		return nil, fmt.Errorf("look for payments: %w", err)
 	}

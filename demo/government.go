@@ -31,7 +31,7 @@ func governments() []government {
 	for line := range strings.Lines(governmentList) {
 		province, names, _ := strings.Cut(strings.TrimSpace(line), ":")
 		all = append(all, government{id: len(all) + 1, province: province})
-		for _, name := range strings.Fields(names) {
+		for name := range strings.FieldsSeq(names) {
 			all = append(all, government{id: len(all) + 1, province: province, name: name})
 		}
 	}

@@ -2,6 +2,7 @@ package demo
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"os"
 	"sync/atomic"
@@ -40,8 +41,7 @@ func startLoad(ctx context.Context, s loadSpec) (*load, error) {
 	for id := 1; id <= 2*s.clients; id++ {
 		record, err := newRecorder(s.dir, id)
 		if err != nil {
-			l.closeRecords()
-			return nil, err
+			return nil, errors.Join(err, l.closeRecords())
 		}
 		home := (id - 1) / s.clients
 		l.clients = append(l.clients, &client{

@@ -201,7 +201,11 @@ func TestOnlyTheVeryProcessIsEnded(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	t.Cleanup(func() { _ = cmd.Process.Kill(); <-ended })
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		err := <-ended
+		t.Logf("the process: %v", err)
+	})
 	id, err := identify(cmd.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
@@ -329,8 +333,10 @@ func TestShellCommandIsReadBackByAShell(t *testing.T) {
 }
 
 func TestReportPrintsVerdictAndJSONNames(t *testing.T) {
-	r := Report{OK: true, Acknowledged: 12345, Converged: true, VerifyEqual: true, TablesEqual: true, ConflictKinds: map[string]int{"update_origin_differs": 3},
-		FirstConflicts: []ConflictLine{{Site: "seoul", Kind: "update_origin_differs", Table: "finance.fund", Key: `{"id":"1"}`, Winner: "busan"}}}
+	r := Report{
+		OK: true, Acknowledged: 12345, Converged: true, VerifyEqual: true, TablesEqual: true, ConflictKinds: map[string]int{"update_origin_differs": 3},
+		FirstConflicts: []ConflictLine{{Site: "seoul", Kind: "update_origin_differs", Table: "finance.fund", Key: `{"id":"1"}`, Winner: "busan"}},
+	}
 	var out bytes.Buffer
 	if err := r.Print(&out, term.Style{}); err != nil {
 		t.Fatal(err)
@@ -356,7 +362,7 @@ func TestReportPrintsVerdictAndJSONNames(t *testing.T) {
 	if err := json.Unmarshal(b, &fields); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range strings.Fields("acknowledged lost doubled conflicts converged kill_at back_at tables_equal in_doubt payments_a payments_b " +
+	for name := range strings.FieldsSeq("acknowledged lost doubled conflicts converged kill_at back_at tables_equal in_doubt payments_a payments_b " +
 		"sum_client sum_a sum_b failover_ms catchup_ms seed phases") {
 		if _, ok := fields[name]; !ok {
 			t.Errorf("the document has no %s", name)

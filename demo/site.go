@@ -98,14 +98,16 @@ func (s *site) await(ctx context.Context, what string, timeout time.Duration, co
 var errTooLong = errors.New("it takes too long")
 
 // lastLine gives the last line of a log, for an error message.
-func lastLine(path string) string {
-	const most = 4 << 10
+func lastLine(path string) string { return lastLines(path, 1)[0] }
+
+// lastLines gives the last n lines of a log, at least one.
+func lastLines(path string, n int) []string {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return err.Error()
+		return []string{err.Error()}
 	}
-	text := strings.TrimSpace(string(b[max(0, len(b)-most):]))
-	return text[strings.LastIndexByte(text, '\n')+1:]
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return lines[max(0, len(lines)-n):]
 }
 
 // kill ends the site as a power cut would: SIGKILL to the agent and to every process of PostgreSQL, at once.

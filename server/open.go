@@ -77,9 +77,6 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 	if err := catalog.Migrate(ctx, c); err != nil {
 		return false, err
 	}
-	if err := catalog.Maintain(ctx, c, n.cfg.Conflict.Keep.Std(), time.Now()); err != nil {
-		return false, err
-	}
 	for key, want := range map[string]string{metaCluster: n.cfg.Cluster.ID, metaSite: n.self.Name} {
 		if err := n.claim(ctx, c, key, want); err != nil {
 			return false, err
@@ -138,16 +135,17 @@ func (n *node) enrol(ctx context.Context) error {
 		return err
 	}
 	if n.cfg.Bootstrap == config.BootstrapCopy && len(seen) == 0 {
-		if err := n.copyFromSeed(ctx); err != nil {
-			return err
-		}
+		return n.copyFromSeed(ctx) // which marks the database in the transaction that fills it
 	}
-	return n.withSQL(ctx, func(c *pgconn.PgConn) error {
-		if err := catalog.SetMeta(ctx, c, metaEnrolled, time.Now().UTC().Format(time.RFC3339)); err != nil {
-			return err
-		}
-		return catalog.Event(ctx, c, "enrolled", fmt.Sprintf("database %s joined cluster %s as site %s", n.database.Name, n.cfg.Cluster.Name, n.self.Name), nil)
-	})
+	return n.withSQL(ctx, func(c *pgconn.PgConn) error { return n.enrolled(ctx, c) })
+}
+
+// enrolled writes down that the database takes part from now on.
+func (n *node) enrolled(ctx context.Context, c *pgconn.PgConn) error {
+	if err := catalog.SetMeta(ctx, c, metaEnrolled, time.Now().UTC().Format(time.RFC3339)); err != nil {
+		return err
+	}
+	return catalog.Event(ctx, c, "enrolled", fmt.Sprintf("database %s joined cluster %s as site %s", n.database.Name, n.cfg.Cluster.Name, n.self.Name), nil)
 }
 
 // progress reads how far every other site had been applied here: what this site's next transactions have seen.
@@ -210,6 +208,17 @@ func (n *node) journalOptions() journal.Options {
 // copyFromSeed takes the first content from whichever site offers it.
 func (n *node) copyFromSeed(ctx context.Context) error {
 	var errs []error
+	var role string
+	err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		rows, err := pg.Rows(ctx, c, "SELECT current_user")
+		if err == nil {
+			role = rows[0][0]
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
 	for _, p := range n.peers {
 		r, err := p.client.Copy(ctx, n.database.Name)
 		if err != nil {
@@ -218,7 +227,8 @@ func (n *node) copyFromSeed(ctx context.Context) error {
 		}
 		res, err := enrol.Receive(ctx, enrol.TargetConfig{
 			DSN: n.cfg.Postgres.DSN, SetupDSN: n.cfg.Postgres.SetupDSN, Database: n.database.Name,
-			Origin: apply.OriginName(n.database.Name, p.site.Name), Schemas: n.database.Schemas,
+			Origin: apply.OriginName(n.database.Name, p.site.Name), Schemas: n.database.Schemas, Role: role,
+			Within: func(ctx context.Context, c *pgconn.PgConn, _ enrol.Result) error { return n.enrolled(ctx, c) },
 		}, r, func(pr enrol.Progress) { n.copying(p.site.Name, pr) })
 		cerr := r.Close()
 		if err != nil {

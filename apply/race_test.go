@@ -1,0 +1,276 @@
+package apply
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/wal"
+)
+
+// atBarrier lets b's next capture barriers be noticed.
+func atBarrier(b *site) <-chan struct{} {
+	at := make(chan struct{}, 100)
+	barrier := b.worker.cfg.Barrier
+	b.worker.cfg.Barrier = func(ctx context.Context, lsn wal.LSN) error {
+		at <- struct{}{}
+		return barrier(ctx, lsn)
+	}
+	return at
+}
+
+func await(t *testing.T, what string, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(waitMax):
+		t.Fatalf("timed out: %s", what)
+	}
+}
+
+// applyWaits waits until the site's apply session waits for a lock.
+func (s *site) applyWaits() {
+	s.t.Helper()
+	eventually(s.t, "apply waits for a lock", func() bool {
+		return s.query("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'duri_apply_%' AND wait_event_type = 'Lock'")[0][0] != "0"
+	})
+}
+
+// start runs SQL in a client session beside the test.
+func start(t *testing.T, c *pgconn.PgConn, sql string) (done <-chan error) {
+	ch := make(chan error, 1)
+	ctx := t.Context()
+	go func() {
+		_, err := pg.Rows(ctx, c, sql)
+		ch <- err
+	}()
+	return ch
+}
+
+func (s *site) expect(what, want string) {
+	s.t.Helper()
+	got := s.rows("SELECT concat_ws(' ', 't', id, v) FROM t UNION ALL SELECT concat_ws(' ', 'bag', id, v) FROM bag ORDER BY 1")
+	if d := cmp.Diff(want, got); d != "" {
+		s.t.Errorf("%s: site %s (-want +got):\n%s", what, s.name, d)
+	}
+}
+
+// TestWaitsForLocalChangesThatAreNotDecoded is the capture barrier (rule 8): B has committed something that its local stream has not delivered yet
+// when A's older change arrives. A change that does not wait would bring back what B removed.
+func TestWaitsForLocalChangesThatAreNotDecoded(t *testing.T) {
+	for _, tc := range []struct{ name, seed, local, remote, want, records string }{
+		{"insert of a deleted key", "", "INSERT INTO t VALUES (1); DELETE FROM t", "INSERT INTO t VALUES (1,'a')", "", "update_deleted lost\n"},
+		{"update of a deleted row", "INSERT INTO t VALUES (1,'seed')", "DELETE FROM t", "UPDATE t SET v = 'a'", "", "update_deleted lost\n"},
+		{"insert of a key that moved away", "", "INSERT INTO t VALUES (1,'b'); UPDATE t SET id = 2", "INSERT INTO t VALUES (1,'a')", "t 2 b\n", "update_deleted lost\n"},
+		{"insert into a truncated table", "INSERT INTO t VALUES (7)", "TRUNCATE t", "INSERT INTO t VALUES (1,'a')", "", "update_deleted lost\n"},
+		{"append to a truncated table", "INSERT INTO bag VALUES (7)", "TRUNCATE bag", "INSERT INTO bag VALUES (1,'a')", "", "update_deleted lost\n"},
+		{"update of an updated row", "INSERT INTO t VALUES (1,'seed')", "UPDATE t SET v = 'b'", "UPDATE t SET v = 'a'", "t 1 b\n", "update_origin_differs lost\n"},
+		{"one transaction in two waves", "", "INSERT INTO t VALUES (1); DELETE FROM t", "BEGIN; INSERT INTO t VALUES (1,'a'); TRUNCATE bag; UPDATE t SET v = 'a2'; COMMIT", "", "update_deleted lost\nupdate_deleted lost\n"},
+		{"created and removed again in another wave", "", "INSERT INTO t VALUES (1); DELETE FROM t", "BEGIN; INSERT INTO t VALUES (1,'a'); TRUNCATE bag; DELETE FROM t; COMMIT", "", "delete_missing lost\nupdate_deleted lost\n"},
+		{"one of two keys in one statement", "", "INSERT INTO t VALUES (1,'b'),(2,'b'); DELETE FROM t WHERE id = 1", "INSERT INTO t VALUES (1,'a'),(2,'a'),(3,'a')", "t 2 b\nt 3 a\n", "insert_exists lost\nupdate_deleted lost\n"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a, b := newRig(t, scenarioSchema, rigOptions{asRole: true})
+			if tc.seed != "" {
+				a.exec(tc.seed)
+				settle(a, b)
+			}
+			b.exec("INSERT INTO unrelated VALUES (1)") // decoded, so that times are known
+			b.captured()
+			b.stopApply() // the worker must see the new Barrier
+			at := atBarrier(b)
+			b.startApply()
+			a.feed.hold()
+			a.exec(tc.remote)
+			a.captured()
+			b.gate.Lock()
+			for _, sql := range strings.Split(tc.local, "; ") {
+				b.exec(sql)
+			}
+			a.feed.release()
+			await(t, "the worker waits for local decoding", at)
+			if n := b.worker.Status().Applied; n >= a.feed.txnEnd {
+				t.Errorf("applied %s without waiting", n)
+			}
+			b.gate.Unlock()
+			settle(a, b)
+			a.expect("in the end", tc.want)
+			b.expect("in the end", tc.want)
+			if got := strings.ReplaceAll(b.rows("SELECT kind, code FROM duri.conflict ORDER BY 1, 2"), "|", " "); got != tc.records {
+				t.Errorf("records at B:\n%swant:\n%s", got, tc.records)
+			}
+		})
+	}
+}
+
+// TestKeyComesAndGoesWhileInsertWaits: the fast insert waits for a client that has inserted the same key, and gets
+// through because that client deletes it again: the client's delete is newer.
+func TestKeyComesAndGoesWhileInsertWaits(t *testing.T) {
+	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, config: func(c *Config) { c.LockTimeout = waitMax }})
+	c := b.connect()
+	run(t, c, "BEGIN; INSERT INTO t VALUES (1,'b')")
+	a.exec("INSERT INTO t VALUES (1,'a')")
+	b.applyWaits()
+	run(t, c, "DELETE FROM t; COMMIT")
+	settle(a, b)
+	a.expect("in the end", "")
+	b.expect("in the end", "")
+}
+
+// TestDeleteWaitsForDeleteAndInsert: the statement that looks for the row sees only the delete of a client's
+// transaction that replaces the row.
+func TestDeleteWaitsForDeleteAndInsert(t *testing.T) {
+	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, config: func(c *Config) { c.LockTimeout = waitMax }})
+	a.exec("INSERT INTO t VALUES (1,'seed')")
+	settle(a, b)
+	c := b.connect()
+	run(t, c, "BEGIN; DELETE FROM t; INSERT INTO t VALUES (1,'b')")
+	a.exec("DELETE FROM t")
+	b.applyWaits()
+	run(t, c, "COMMIT")
+	settle(a, b)
+	a.expect("in the end", "t 1 b\n")
+	b.expect("in the end", "t 1 b\n")
+	if got := b.rows("SELECT kind, code, local_row ->> 'v' FROM duri.conflict"); got != "delete_origin_differs|lost|b\n" {
+		t.Errorf("records at B: %s", got)
+	}
+}
+
+// TestRetriesWhileClientHoldsLock is rule 19: a client's lock makes apply retry, shows in the status, and ends well.
+func TestRetriesWhileClientHoldsLock(t *testing.T) {
+	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, config: func(c *Config) { c.LockTimeout = 20 * time.Millisecond }})
+	a.exec("INSERT INTO t VALUES (1,'seed'),(2,'seed')")
+	settle(a, b)
+	c := b.connect()
+	run(t, c, "BEGIN; SELECT FROM t WHERE id = 1 FOR UPDATE")
+	a.exec("UPDATE t SET v = 'a' WHERE id = 2")
+	a.exec("UPDATE t SET v = 'a' WHERE id = 1")
+	eventually(t, "the status says what holds it up", func() bool {
+		return strings.Contains(b.worker.Status().LastError, "locks of this site's clients")
+	})
+	run(t, c, "COMMIT")
+	settle(a, b)
+	b.expect("in the end", "t 1 a\nt 2 a\n")
+	if s := b.worker.Status(); s.Retries < 3 || s.LastError != "" {
+		t.Errorf("status %+v", s)
+	}
+}
+
+// TestClientIsNeverTheVictim: apply and a client lock two rows in opposite order; it is apply that gives way.
+func TestClientIsNeverTheVictim(t *testing.T) {
+	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true})
+	a.exec("INSERT INTO t VALUES (1,'seed'),(2,'seed')")
+	settle(a, b)
+	c := b.connect()
+	run(t, c, "BEGIN; UPDATE t SET n = 7 WHERE id = 2")
+	a.exec("UPDATE t SET v = 'a'")
+	b.applyWaits()
+	run(t, c, "UPDATE t SET n = 7 WHERE id = 1; COMMIT")
+	settle(a, b)
+	same(t, a, b, dump("t"))
+	b.expect("the client's later change wins", "t 1 seed\nt 2 seed\n")
+}
+
+// TestSeesCommitsThatWaitForTheirStandby: a local commit is in the WAL, and decoded, but not visible yet, as it waits for
+// its synchronous standby. The remote delete is newer and must remove that row, which it cannot see.
+func TestSeesCommitsThatWaitForTheirStandby(t *testing.T) {
+	for _, tc := range []struct{ name, remote string }{
+		{"delete", "BEGIN; INSERT INTO t VALUES (1,'a'); DELETE FROM t; COMMIT"},
+		{"truncate", "TRUNCATE t"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, clusters: 2, config: func(c *Config) { c.LockTimeout = 50 * time.Millisecond }})
+			b.exec("ALTER DATABASE b SET synchronous_commit = local")
+			b.exec("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+			b.exec("SELECT pg_reload_conf()")
+			b.sql = nil
+			c := b.connect()
+			run(t, c, "SET synchronous_commit = on")
+			eventually(t, "the standby's name is known", func() bool { return run(t, c, "SHOW synchronous_standby_names")[0][0] == "nobody" })
+			done := start(t, c, "INSERT INTO t VALUES (1,'b')")
+			eventually(t, "the commit is decoded", func() bool { return len(b.feed.txns()) == 1 })
+			a.feed.hold()
+			b.feed.hold()
+			a.exec(tc.remote)
+			a.captured()
+			a.feed.release()
+			eventually(t, "apply waits for it", func() bool { return b.worker.Status().Retries > 1 })
+			b.exec("ALTER SYSTEM RESET synchronous_standby_names")
+			b.exec("SELECT pg_reload_conf()")
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+			b.feed.release()
+			settle(a, b)
+			a.expect("in the end", "")
+			b.expect("in the end", "")
+		})
+	}
+}
+
+// TestHoldsTransactionsFromTheFuture is rule 1: nothing is applied before the local clock has passed its time, also when
+// the clock is set back meanwhile.
+func TestHoldsTransactionsFromTheFuture(t *testing.T) {
+	var behind time.Duration
+	var clock = make(chan time.Duration, 1)
+	clock <- time.Hour
+	a, b := newRig(t, scenarioSchema, rigOptions{config: func(c *Config) {
+		if c.Site == 2 {
+			c.Clock = func() wal.Time {
+				behind = <-clock
+				clock <- behind
+				return wal.TimeOf(time.Now().Add(-behind))
+			}
+		}
+	}})
+	a.exec("INSERT INTO t VALUES (1,'a')")
+	eventually(t, "the transaction is held", func() bool { return !b.worker.Status().HeldUntil.IsZero() })
+	b.expect("while held", "")
+	set := func(d time.Duration) { <-clock; clock <- d }
+	set(10 * time.Millisecond)
+	settle(a, b)
+	b.expect("released", "t 1 a\n")
+	if s := b.worker.Status(); !s.HeldUntil.IsZero() {
+		t.Errorf("still held until %v", s.HeldUntil)
+	}
+}
+
+// TestStopsAtWhatCannotBeApplied: nothing is skipped (rule 17); what was before is applied, and the error names the
+// transaction. When the cause is gone, apply goes on.
+func TestStopsAtWhatCannotBeApplied(t *testing.T) {
+	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true})
+	b.faults = true
+	a.exec("CREATE TABLE onlyhere (id int PRIMARY KEY)")
+	a.feed.hold()
+	a.exec("INSERT INTO t VALUES (1,'before')")
+	a.exec("INSERT INTO onlyhere VALUES (1)")
+	a.exec("INSERT INTO t VALUES (2,'behind')")
+	a.captured()
+	a.feed.release()
+	eventually(t, "the error shows", func() bool { return b.worker.Status().LastError != "" })
+	eventually(t, "what is before is applied", func() bool { return b.worker.Status().Applied >= a.feed.txns()[0].EndLSN })
+	b.expect("while stopped", "t 1 before\n")
+	want := "apply transaction " + a.feed.txns()[1].CommitLSN.String()
+	if got := b.worker.Status().LastError; !strings.HasPrefix(got, want) || !strings.Contains(got, "public.onlyhere") {
+		t.Errorf("error %q, want it to begin with %q", got, want)
+	}
+	b.exec("CREATE TABLE onlyhere (id int PRIMARY KEY)")
+	settle(a, b)
+	b.expect("in the end", "t 1 before\nt 2 behind\n")
+	same(t, a, b, dump("onlyhere"))
+
+	// A unique value that a local row holds, until it lets go.
+	b.feed.hold()
+	b.exec("INSERT INTO t VALUES (10,'local',0,5)")
+	a.exec("INSERT INTO t VALUES (11,'remote',0,5)")
+	eventually(t, "the collision shows", func() bool { return strings.Contains(b.worker.Status().LastError, "23505") })
+	b.exec("DELETE FROM t WHERE id = 10")
+	a.captured()
+	b.applied()
+	b.expect("after the collision", "t 1 before\nt 11 remote\nt 2 behind\n")
+}
