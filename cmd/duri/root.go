@@ -18,6 +18,7 @@ import (
 // commands are all commands of duri, in the order of the help. A new noun is one function in a file of its own and
 // one line here.
 var commands = []entry{
+	{"everyday", newDemoCmd},
 	{"everyday", newAgentCmd},
 	{"everyday", newStatusCmd},
 	{"everyday", newVerifyCmd},

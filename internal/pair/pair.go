@@ -19,6 +19,8 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/internal/faultnet"
+	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/server"
 	"github.com/duri-io/duri/wal"
@@ -29,7 +31,16 @@ type Options struct {
 	Binary   string // the duri program; see Build
 	BinDir   string // PostgreSQL's programs; empty: found
 	Database string // replicated database; default app
+	// More are further databases; nothing of them is seeded.
+	More     []string
+	Names    [2]string // of the sites; default a, b
 	Settings map[string]string
+	// Clusters are running ones of the caller's, which Close leaves alone; nil: two are made, with Settings.
+	Clusters []*pgcluster.Cluster
+	// Relays puts a relay in front of each agent: Site.Relay is what the other site connects through.
+	Relays bool
+	// Held makes everything but does not start the agents; see StartAgents.
+	Held bool
 	// Seed fills site A's database before it joins; nil: it stays empty.
 	Seed func(ctx context.Context, a *Site) error
 	// Config changes a site's configuration file before its agent first starts; nil: as it is.
@@ -50,7 +61,9 @@ type Site struct {
 	Database   string
 	Cluster    *pgcluster.Cluster
 	ConfigFile string
+	DataDir    string // of the agent
 	Control    *server.Control
+	Relay      *faultnet.Relay // nil without Options.Relays
 	binary     string
 	logFile    string
 
@@ -76,6 +89,9 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 	if o.Database == "" {
 		o.Database = "app"
 	}
+	if o.Names == ([2]string{}) {
+		o.Names = [2]string{"a", "b"}
+	}
 	dir, err := os.MkdirTemp("", "duri-pair-")
 	if err != nil {
 		return nil, err
@@ -89,8 +105,8 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 	if err := os.Chmod(dir, 0o755); err != nil { // the server's user must pass through
 		return nil, err
 	}
-	for _, name := range []string{"a", "b"} {
-		if err := p.addSite(ctx, name); err != nil {
+	for i := range o.Names {
+		if err := p.addSite(ctx, i); err != nil {
 			return nil, err
 		}
 	}
@@ -103,32 +119,64 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 		return nil, err
 	}
 	for _, s := range p.Sites {
-		if err := s.Cluster.Exec(ctx, p.Database, grants.SQL(grants.Spec{})); err != nil {
-			return nil, fmt.Errorf("grants at %s: %w", s.Name, err)
-		}
-		if err := s.StartAgent(); err != nil {
-			return nil, err
+		for _, db := range p.databases() {
+			if err := s.Cluster.Exec(ctx, db, grants.SQL(grants.Spec{})); err != nil {
+				return nil, fmt.Errorf("grants at %s: %w", s.Name, err)
+			}
 		}
 	}
-	return p, nil
+	if o.Held {
+		return p, nil
+	}
+	return p, p.StartAgents()
 }
 
-func (p *Pair) addSite(ctx context.Context, name string) error {
-	c, err := pgcluster.Create(ctx, pgcluster.Options{BinDir: p.opts.BinDir, Dir: filepath.Join(p.dir, name), Settings: p.opts.Settings})
+// StartAgents starts both agents.
+func (p *Pair) StartAgents() error {
+	for _, s := range p.Sites {
+		if err := s.StartAgent(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *Pair) databases() []string { return append([]string{p.Database}, p.opts.More...) }
+
+func (p *Pair) addSite(ctx context.Context, i int) error {
+	s := &Site{Name: p.opts.Names[i], Database: p.Database, binary: p.opts.Binary}
+	if p.opts.Clusters != nil {
+		s.Cluster = p.opts.Clusters[i]
+		p.Sites = append(p.Sites, s)
+		return p.createDatabases(ctx, s)
+	}
+	c, err := pgcluster.Create(ctx, pgcluster.Options{BinDir: p.opts.BinDir, Dir: filepath.Join(p.dir, s.Name), Settings: p.opts.Settings})
 	if err != nil {
 		return err
 	}
-	s := &Site{Name: name, Database: p.Database, Cluster: c, binary: p.opts.Binary}
+	s.Cluster = c
 	p.Sites = append(p.Sites, s)
 	if err := c.Start(ctx); err != nil {
 		return err
 	}
-	return c.Exec(ctx, "postgres", "CREATE DATABASE "+p.Database)
+	return p.createDatabases(ctx, s)
+}
+
+func (p *Pair) createDatabases(ctx context.Context, s *Site) error {
+	for _, db := range p.databases() {
+		if err := s.Cluster.Exec(ctx, "postgres", "CREATE DATABASE "+pg.QuoteIdent(db)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // configure makes the cluster's files, as `duri init` does.
 func (p *Pair) configure() error {
-	spec := config.InitSpec{Name: "pair", Databases: []config.Database{{Name: p.Database}}, Out: filepath.Join(p.dir, "cluster")}
+	spec := config.InitSpec{Name: "pair", Out: filepath.Join(p.dir, "cluster")}
+	for _, db := range p.databases() {
+		spec.Databases = append(spec.Databases, config.Database{Name: db})
+	}
 	for _, s := range p.Sites {
 		addr, err := freeAddress()
 		if err != nil {
@@ -143,23 +191,41 @@ func (p *Pair) configure() error {
 	if err := config.InitCluster(spec); err != nil {
 		return err
 	}
-	for _, s := range p.Sites {
+	if p.opts.Relays {
+		for i, s := range p.Sites {
+			var err error
+			if s.Relay, err = faultnet.New(spec.Sites[i].Address); err != nil {
+				return err
+			}
+		}
+	}
+	for i, s := range p.Sites {
 		dir := filepath.Join(spec.Out, s.Name)
-		s.ConfigFile = filepath.Join(dir, config.FileName)
-		s.logFile = filepath.Join(dir, "agent.log")
-		s.Control = server.NewControl(filepath.Join(dir, "data"))
-		if p.opts.Config == nil {
-			continue
-		}
-		b, err := os.ReadFile(s.ConfigFile)
+		s.ConfigFile, s.DataDir = filepath.Join(dir, config.FileName), filepath.Join(dir, "data")
+		s.logFile, s.Control = filepath.Join(dir, "agent.log"), server.NewControl(s.DataDir)
+		err := s.EditConfig(func(text string) string {
+			if peer := p.Sites[1-i]; peer.Relay != nil {
+				text = strings.ReplaceAll(text, spec.Sites[1-i].Address, peer.Relay.Addr())
+			}
+			if p.opts.Config != nil {
+				text = p.opts.Config(s.Name, text)
+			}
+			return text
+		})
 		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(s.ConfigFile, []byte(p.opts.Config(s.Name, string(b))), 0o600); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// EditConfig changes the site's configuration file; the agent reads it when it starts.
+func (s *Site) EditConfig(edit func(text string) string) error {
+	b, err := os.ReadFile(s.ConfigFile)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(s.ConfigFile, []byte(edit(string(b))), 0o600)
 }
 
 func freeAddress() (string, error) {
@@ -218,6 +284,22 @@ func (s *Site) SignalAgent(sig syscall.Signal) error {
 	return err
 }
 
+// AgentEnd waits until the agent has ended and gives its exit code, -1 when a signal ended it.
+func (s *Site) AgentEnd(ctx context.Context) (code int, err error) {
+	s.mu.Lock()
+	cmd, done := s.agent, s.done
+	s.mu.Unlock()
+	if cmd == nil {
+		return 0, errors.New("the agent was not started")
+	}
+	select {
+	case <-done:
+		return cmd.ProcessState.ExitCode(), nil
+	case <-ctx.Done():
+		return 0, fmt.Errorf("wait for the end of agent %s: %w", s.Name, ctx.Err())
+	}
+}
+
 // AgentPID is the agent's process id, for measuring its CPU time.
 func (s *Site) AgentPID() int {
 	s.mu.Lock()
@@ -235,18 +317,27 @@ func (s *Site) Log() string {
 	return strings.Join(lines[max(0, len(lines)-30):], "\n")
 }
 
-// Status is what the site's agent says of itself.
+// Status is what the site's agent says of the (first) database.
 func (s *Site) Status(ctx context.Context) (server.DatabaseStatus, error) {
-	st, err := s.Control.Status(ctx)
+	all, err := s.StatusAll(ctx)
 	if err != nil {
 		return server.DatabaseStatus{}, err
 	}
+	return all[0], nil
+}
+
+// StatusAll is what the site's agent says of its databases, in the order of the configuration.
+func (s *Site) StatusAll(ctx context.Context) ([]server.DatabaseStatus, error) {
+	st, err := s.Control.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
 	for _, site := range st.Sites {
 		if site.Site == s.Name && len(site.Databases) > 0 {
-			return site.Databases[0], nil
+			return site.Databases, nil
 		}
 	}
-	return server.DatabaseStatus{}, errors.New("the agent does not report its database")
+	return nil, errors.New("the agent does not report its databases")
 }
 
 // Wait polls until ok says yes or ctx ends; then the error tells what was last seen.
@@ -268,16 +359,18 @@ func (p *Pair) Wait(ctx context.Context, what string, ok func(ctx context.Contex
 	}
 }
 
-// WaitReady waits until both sites stream both ways.
+// WaitReady waits until both sites stream both ways in all databases.
 func (p *Pair) WaitReady(ctx context.Context) error {
 	return p.Wait(ctx, "both sites stream", func(ctx context.Context) (bool, error) {
 		for _, s := range p.Sites {
-			d, err := s.Status(ctx)
+			all, err := s.StatusAll(ctx)
 			if err != nil {
 				return false, err
 			}
-			if d.State != "ready" || len(d.Links) != 1 || d.Links[0].Health != server.HealthOK || d.Links[0].Received.End == 0 {
-				return false, fmt.Errorf("site %s: %+v", s.Name, d)
+			for _, d := range all {
+				if d.State != "ready" || len(d.Links) != 1 || d.Links[0].Health != server.HealthOK || d.Links[0].Received.End == 0 {
+					return false, fmt.Errorf("site %s: %+v", s.Name, d)
+				}
 			}
 		}
 		return true, nil
@@ -286,9 +379,18 @@ func (p *Pair) WaitReady(ctx context.Context) error {
 
 // WaitApplied waits until each site has applied all that the other had committed when it was called.
 func (p *Pair) WaitApplied(ctx context.Context) error {
+	for i, db := range p.databases() {
+		if err := p.waitApplied(ctx, i, db); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *Pair) waitApplied(ctx context.Context, n int, database string) error {
 	marks := make([]wal.LSN, len(p.Sites))
 	for i, s := range p.Sites {
-		rows, err := s.Cluster.QueryText(ctx, p.Database, "SELECT pg_logical_emit_message(true, 'duri.mark', '')")
+		rows, err := s.Cluster.QueryText(ctx, database, "SELECT pg_logical_emit_message(true, 'duri.mark', '')")
 		if err == nil {
 			marks[i], err = wal.ParseLSN(rows[0][0])
 		}
@@ -298,11 +400,11 @@ func (p *Pair) WaitApplied(ctx context.Context) error {
 	}
 	return p.Wait(ctx, "both sites have applied everything", func(ctx context.Context) (bool, error) {
 		for i, mark := range marks {
-			d, err := p.Sites[1-i].Status(ctx)
+			all, err := p.Sites[1-i].StatusAll(ctx)
 			if err != nil {
 				return false, err
 			}
-			if len(d.Links) != 1 || d.Links[0].Apply.Applied < mark {
+			if d := all[n]; len(d.Links) != 1 || d.Links[0].Apply.Applied < mark {
 				return false, fmt.Errorf("site %s has not applied %s yet: %+v", p.Sites[1-i].Name, mark, d.Links)
 			}
 		}
@@ -310,12 +412,17 @@ func (p *Pair) WaitApplied(ctx context.Context) error {
 	})
 }
 
-// Close ends both agents and removes everything.
+// Close ends both agents and removes everything but the caller's own clusters.
 func (p *Pair) Close() error {
 	var errs []error
 	for _, s := range p.Sites {
 		errs = append(errs, s.SignalAgent(syscall.SIGKILL))
-		errs = append(errs, s.Cluster.Destroy())
+		if s.Relay != nil {
+			errs = append(errs, s.Relay.Close())
+		}
+		if p.opts.Clusters == nil {
+			errs = append(errs, s.Cluster.Destroy())
+		}
 	}
 	return errors.Join(append(errs, os.RemoveAll(p.dir))...)
 }
