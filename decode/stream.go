@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"time"
 
@@ -62,10 +63,19 @@ type Stream struct {
 
 // Connect opens a replication connection to the database.
 func Connect(ctx context.Context, dsn, database, name string) (*pgconn.PgConn, error) {
-	// The text of regclass and its kin depends on the search path; apply sessions have the same one.
-	return pg.Connect(ctx, dsn, database, map[string]string{
-		"replication": "database", "application_name": name, "search_path": "pg_catalog",
-	})
+	c, err := pg.Config(dsn, database, map[string]string{"replication": "database", "application_name": name})
+	if err != nil {
+		return nil, err
+	}
+	dial := c.DialFunc
+	c.DialFunc = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return &coalescer{Conn: conn}, nil
+	}
+	return pgconn.ConnectConfig(ctx, c)
 }
 
 // Open starts streaming from a position on a connection made by Connect, which it takes over. The slot must have been

@@ -29,6 +29,7 @@ func main() {
 	flag.IntVar(&b.txns, "n", 100_000, "transactions to drain")
 	flag.IntVar(&b.runs, "runs", 3, "drains of each kind")
 	flag.IntVar(&b.scale, "scale", 10, "pgbench scale")
+	flag.BoolVar(&b.verbose, "v", false, "print each server process's CPU seconds at the end of a drain")
 	flag.StringVar(&b.fsync, "fsync", "off", "fsync of both servers")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -42,7 +43,9 @@ func main() {
 type bench struct {
 	txns, runs, scale int
 	fsync             string
+	verbose           bool
 	p                 *pair.Pair
+	native            []*pgcluster.Cluster // servers of their own, so that neither decodes the other's WAL
 	marks             int
 }
 
@@ -79,6 +82,11 @@ func (b *bench) run(ctx context.Context) (err error) {
 	if err := b.p.WaitReady(wait); err != nil {
 		return err
 	}
+	defer func() {
+		for _, c := range b.native {
+			err = errors.Join(err, c.Destroy())
+		}
+	}()
 	if err := b.prepareNative(ctx); err != nil {
 		return err
 	}
@@ -118,12 +126,20 @@ func (b *bench) pgbench(ctx context.Context, c *pgcluster.Cluster, db string, ar
 
 // prepareNative makes the same database with a native subscription, copied and then disabled.
 func (b *bench) prepareNative(ctx context.Context) error {
-	src, dst := b.p.Sites[0].Cluster, b.p.Sites[1].Cluster
-	for _, c := range []*pgcluster.Cluster{src, dst} {
+	for range 2 {
+		c, err := pgcluster.Create(ctx, pgcluster.Options{BinDir: b.p.Sites[0].Cluster.BinDir(), Settings: b.settings()})
+		if err != nil {
+			return err
+		}
+		b.native = append(b.native, c)
+		if err := c.Start(ctx); err != nil {
+			return err
+		}
 		if err := c.Exec(ctx, "postgres", "CREATE DATABASE "+native); err != nil {
 			return err
 		}
 	}
+	src, dst := b.native[0], b.native[1]
 	if err := b.pgbench(ctx, src, native, "-i", "-q", "-s", strconv.Itoa(b.scale)); err != nil {
 		return err
 	}
@@ -152,8 +168,8 @@ func (b *bench) prepareNative(ctx context.Context) error {
 		return err
 	}
 	// The marker table joins duri's databases at both sites the way a DBA would make it.
-	for _, c := range []*pgcluster.Cluster{src, dst} {
-		if err := c.Exec(ctx, duri, "CREATE TABLE IF NOT EXISTS mark (id int PRIMARY KEY)"); err != nil {
+	for _, s := range b.p.Sites {
+		if err := s.Cluster.Exec(ctx, duri, "CREATE TABLE IF NOT EXISTS mark (id int PRIMARY KEY)"); err != nil {
 			return err
 		}
 	}
@@ -163,12 +179,11 @@ func (b *bench) prepareNative(ctx context.Context) error {
 // drain writes the backlog while nobody replicates and measures until its last row is visible at the target.
 func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 	var d drain
-	src, dst := b.p.Sites[0].Cluster, b.p.Sites[1].Cluster
-	if kind == duri {
-		for _, s := range b.p.Sites {
-			if err := s.SignalAgent(syscall.SIGTERM); err != nil {
-				return d, err
-			}
+	c := b.clusters(kind)
+	src, dst := c[0], c[1]
+	for _, s := range b.p.Sites {
+		if err := s.SignalAgent(syscall.SIGTERM); err != nil {
+			return d, err
 		}
 	}
 	if err := b.pgbench(ctx, src, kind, "-n", "-c", "4", "-t", strconv.Itoa(b.txns/4), "-M", "prepared"); err != nil {
@@ -203,10 +218,18 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 		return d, err
 	}
 	d.wall = time.Since(start)
+	if b.verbose {
+		printCPU("source", src.PID())
+		printCPU("target", dst.PID())
+	}
 	d.source, d.target = treeCPU(src.PID())-s0, treeCPU(dst.PID())-t0
 	if kind == duri {
 		for _, s := range b.p.Sites {
-			d.agents += treeCPU(s.AgentPID())
+			cpu := treeCPU(s.AgentPID())
+			d.agents += cpu
+			if b.verbose {
+				fmt.Printf("    agent %s %5.2f s\n", s.Name, cpu)
+			}
 		}
 	} else if err := dst.Exec(ctx, kind, "ALTER SUBSCRIPTION native DISABLE"); err != nil {
 		return d, err
@@ -214,13 +237,20 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 	return d, b.checkEqual(ctx, kind)
 }
 
+func (b *bench) clusters(kind string) []*pgcluster.Cluster {
+	if kind == native {
+		return b.native
+	}
+	return []*pgcluster.Cluster{b.p.Sites[0].Cluster, b.p.Sites[1].Cluster}
+}
+
 // checkEqual compares the pgbench tables by content.
 func (b *bench) checkEqual(ctx context.Context, kind string) error {
 	for _, t := range []string{"pgbench_accounts", "pgbench_tellers", "pgbench_branches", "pgbench_history"} {
 		sql := "SELECT md5(string_agg(r, ',' ORDER BY r)) FROM (SELECT md5(t::text) AS r FROM " + t + " t) x"
 		var sums [2]string
-		for i, s := range b.p.Sites {
-			rows, err := s.Cluster.QueryText(ctx, kind, sql)
+		for i, c := range b.clusters(kind) {
+			rows, err := c.QueryText(ctx, kind, sql)
 			if err != nil {
 				return err
 			}
@@ -285,4 +315,16 @@ func treeCPU(pid int) float64 {
 	}
 	walk(pid)
 	return total
+}
+
+// printCPU lists the live processes of a server with the CPU time each has used since it began.
+func printCPU(name string, pid int) {
+	kids, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	for _, k := range strings.Fields(string(kids)) {
+		n, _ := strconv.Atoi(k)
+		if cpu := treeCPU(n); cpu > 0.1 {
+			cmd, _ := os.ReadFile("/proc/" + k + "/cmdline")
+			fmt.Printf("    %s %6.2f s  %s\n", name, cpu, strings.TrimRight(string(cmd), "\x00 "))
+		}
+	}
 }

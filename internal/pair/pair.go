@@ -35,7 +35,8 @@ type Options struct {
 	More     []string
 	Names    [2]string // of the sites; default a, b
 	Settings map[string]string
-	// Clusters are running ones of the caller's, which Close leaves alone; nil: two are made, with Settings.
+	// Clusters are running ones of the caller's, which Close leaves alone; nil: two are made, with Settings. One of them
+	// may be nil: that site has a configuration only, and its agent is not started.
 	Clusters []*pgcluster.Cluster
 	// Relays puts a relay in front of each agent: Site.Relay is what the other site connects through.
 	Relays bool
@@ -119,6 +120,9 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 		return nil, err
 	}
 	for _, s := range p.Sites {
+		if s.Cluster == nil {
+			continue
+		}
 		for _, db := range p.databases() {
 			if err := s.Cluster.Exec(ctx, db, grants.SQL(grants.Spec{})); err != nil {
 				return nil, fmt.Errorf("grants at %s: %w", s.Name, err)
@@ -134,6 +138,9 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 // StartAgents starts both agents.
 func (p *Pair) StartAgents() error {
 	for _, s := range p.Sites {
+		if s.Cluster == nil {
+			continue
+		}
 		if err := s.StartAgent(); err != nil {
 			return err
 		}
@@ -148,6 +155,9 @@ func (p *Pair) addSite(ctx context.Context, i int) error {
 	if p.opts.Clusters != nil {
 		s.Cluster = p.opts.Clusters[i]
 		p.Sites = append(p.Sites, s)
+		if s.Cluster == nil {
+			return nil
+		}
 		return p.createDatabases(ctx, s)
 	}
 	c, err := pgcluster.Create(ctx, pgcluster.Options{BinDir: p.opts.BinDir, Dir: filepath.Join(p.dir, s.Name), Settings: p.opts.Settings})
@@ -182,11 +192,12 @@ func (p *Pair) configure() error {
 		if err != nil {
 			return err
 		}
-		spec.Sites = append(spec.Sites, config.InitSite{
-			Name: s.Name, Address: addr, Listen: addr,
-			DSN:      fmt.Sprintf("host=127.0.0.1 port=%d user=duri", s.Cluster.Port()),
-			SetupDSN: fmt.Sprintf("host=127.0.0.1 port=%d user=%s", s.Cluster.Port(), s.Cluster.Superuser()),
-		})
+		site := config.InitSite{Name: s.Name, Address: addr, Listen: addr}
+		if s.Cluster != nil {
+			site.DSN = fmt.Sprintf("host=127.0.0.1 port=%d user=duri", s.Cluster.Port())
+			site.SetupDSN = fmt.Sprintf("host=127.0.0.1 port=%d user=%s", s.Cluster.Port(), s.Cluster.Superuser())
+		}
+		spec.Sites = append(spec.Sites, site)
 	}
 	if err := config.InitCluster(spec); err != nil {
 		return err
