@@ -326,7 +326,6 @@ func slowOnes(tw *tableWave) []*entry {
 func fastOps(tw *tableWave) []op {
 	var del, ins []item
 	var updates []op
-	bySet := map[string]int{}
 	for _, e := range tw.entries {
 		switch {
 		case e.slow:
@@ -335,7 +334,7 @@ func fastOps(tw *tableWave) []op {
 		case e.kind == netInsert:
 			ins = append(ins, item{e: e, row: e.row})
 		default:
-			updates = addUpdate(updates, bySet, tw, item{e: e, row: e.row})
+			updates = addUpdate(updates, tw, item{e: e, row: e.row})
 		}
 	}
 	return assemble(tw, del, updates, ins, !tw.deferrable)
@@ -362,37 +361,32 @@ func allColumns(tw *tableWave) []int {
 }
 
 // addUpdate puts an update into the group of its column set.
-func addUpdate(ops []op, bySet map[string]int, tw *tableWave, it item) []op {
-	set := updateSet(tw, it)
-	name := fmt.Sprint(set)
-	i, ok := bySet[name]
-	if !ok {
+func addUpdate(ops []op, tw *tableWave, it item) []op {
+	tw.set = updateSet(tw.set[:0], tw, it)
+	i := slices.IndexFunc(ops, func(o op) bool { return slices.Equal(o.set, tw.set) }) // there are few
+	if i < 0 {
 		i = len(ops)
-		bySet[name] = i
-		ops = append(ops, op{kind: netUpdate, tw: tw, set: set})
+		ops = append(ops, op{kind: netUpdate, tw: tw, set: slices.Clone(tw.set)})
 	}
 	ops[i].items = append(ops[i].items, it)
 	return ops
 }
 
-// updateSet lists the relation columns an update sets: those that arrived, without the key unless its spelling changes.
-func updateSet(tw *tableWave, it item) []int {
-	isKey := make([]bool, len(it.row))
+// updateSet appends the relation columns an update sets: those that arrived, without the key unless its spelling changes.
+func updateSet(set []int, tw *tableWave, it item) []int {
 	spelled := true
 	for i, k := range tw.target.key {
-		isKey[k.at] = true
 		was := it.e.keyv[i]
 		if it.stored != nil {
 			was = it.stored[k.at]
 		}
 		spelled = spelled && string(was.Data) == string(it.row[k.at].Data)
 	}
-	var set []int
 	for i, v := range it.row {
 		if v.Kind == wal.Unchanged || v.Kind == wal.Omitted || tw.table.columns[tw.cols[i]].always {
 			continue
 		}
-		if !isKey[i] || !spelled {
+		if !tw.isKey[i] || !spelled {
 			set = append(set, i)
 		}
 	}
@@ -566,9 +560,15 @@ func (x *execution) awaitVisible(ctx context.Context) error {
 // judgeAll judges each pending key and writes the results; it returns the inserts that met a row after all. again is
 // false for the entries that the wave's fast statements left.
 func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pending []*entry, rows map[int]held, again bool) ([]*entry, error) {
+	if again {
+		judged := map[*entry]bool{}
+		for i, e := range pending {
+			judged[e] = rows[i].end != math.MaxUint64
+		}
+		x.drop(judged)
+	}
 	var del, ins []item
 	var upd []op
-	bySet := map[string]int{}
 	for i, e := range pending {
 		h, ok := rows[i]
 		if ok && h.end == math.MaxUint64 && (again || !e.slow) {
@@ -585,16 +585,13 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 		if err != nil {
 			return nil, err
 		}
-		if again {
-			x.drop(map[*entry]bool{e: true})
-		}
 		x.record(tw, e, v.records)
 		switch {
 		case !v.changed:
 		case !v.live:
 			del = append(del, item{e: e})
 		case ok:
-			upd = addUpdate(upd, bySet, tw, item{e, v.row, h.image})
+			upd = addUpdate(upd, tw, item{e, v.row, h.image})
 		default:
 			ins = append(ins, item{e: e, row: v.row})
 		}
@@ -753,12 +750,24 @@ func (x *execution) barrier(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout)
+	wait, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout)
 	defer cancel()
-	if err := x.w.cfg.Barrier(ctx, lsn); err != nil {
+	err = x.w.cfg.Barrier(wait, lsn)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return &behindError{lsn}
+	}
+	if err != nil {
 		return fmt.Errorf("wait for local decoding to pass %s: %w", lsn, err)
 	}
 	return nil
+}
+
+// behindError says that local decoding is too far behind to wait for it with rows locked. The batch is given up,
+// decoding is waited for without locks, and the batch tried again.
+type behindError struct{ lsn wal.LSN }
+
+func (e *behindError) Error() string {
+	return fmt.Sprintf("this site's own decoding has not reached %s yet", e.lsn)
 }
 
 // recheck is the capture barrier: keys that were created are looked up among the tombstones again, now that the rows

@@ -23,6 +23,7 @@ type ref struct {
 	txn    *wal.Txn
 	change *wal.Change
 	op     wal.Op    // Insert, Update or Delete, as seen by this key
+	num    int32     // number of the change within its transaction
 	row    wal.Tuple // the image this change gives the key; nil for Delete. May hold Unchanged
 	old    wal.Tuple // the full old image when the origin sent one, else nil
 	prev   int32     // index+1 of the key's previous ref, 0 for none
@@ -57,6 +58,7 @@ type tableWave struct {
 	*target
 	entries []*entry
 	index   map[string]*entry
+	set     []int   // scratch
 	appends []int32 // refs of inserts into a table without key, in order
 	inOrder []int32 // refs of changes from the first update or delete in a table without key on, in order
 }
@@ -68,6 +70,7 @@ type wave struct {
 	moved    []*moved
 	truncate *wal.Change // set: the wave is just this
 	txn      *wal.Txn    // of the truncate
+	num      int32       // of the truncate within its transaction
 }
 
 // batch is a contiguous run of one origin's transactions that is applied in one transaction here.
@@ -97,6 +100,7 @@ type planner struct {
 	byName  map[string]*tableWave         // of the present wave, by local table
 	targets map[wal.RelationID]*tableWave // of the present wave, by origin definition
 	buf     []byte
+	num     int32 // of the change that is being added
 }
 
 // newPlanner starts an empty batch. With merged false every change stands in a wave of its own, in the original
@@ -125,6 +129,7 @@ func (p *planner) full(c Config) bool {
 func (p *planner) addTxn(t *wal.Txn) error {
 	b := p.batch
 	for i := range t.Changes {
+		p.num = int32(i)
 		if err := p.add(t, &t.Changes[i]); err != nil {
 			return err
 		}
@@ -156,7 +161,7 @@ func (p *planner) cut() {
 func (p *planner) add(t *wal.Txn, c *wal.Change) error {
 	if c.Op == wal.Truncate {
 		p.cut()
-		p.batch.waves = append(p.batch.waves, &wave{truncate: c, txn: t})
+		p.batch.waves = append(p.batch.waves, &wave{truncate: c, txn: t, num: p.num})
 		return nil
 	}
 	if p.wave != nil && (!p.batch.merged || len(p.wave.refs) >= waveChanges) {
@@ -204,14 +209,14 @@ func (p *planner) addKeyless(tw *tableWave, t *wal.Txn, c *wal.Change) error {
 	if c.Op == wal.Insert {
 		// An insert after an update or delete in the same wave may be what they must not see: keep the order.
 		if len(tw.inOrder) == 0 {
-			p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op, row: c.New})
+			p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, num: p.num, op: c.Op, row: c.New})
 			tw.appends = append(tw.appends, int32(len(p.wave.refs)))
 			return nil
 		}
 	} else if c.OldKind != wal.OldFull {
 		return &TableError{tw.table.String(), "UPDATE or DELETE in a table without a primary key", "give it a primary key or ALTER TABLE ... REPLICA IDENTITY FULL at the origin"}
 	}
-	p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, op: c.Op, row: c.New})
+	p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, num: p.num, op: c.Op, row: c.New})
 	tw.inOrder = append(tw.inOrder, int32(len(p.wave.refs)))
 	return nil
 }
@@ -223,9 +228,9 @@ func (p *planner) addKeyed(tw *tableWave, t *wal.Txn, c *wal.Change) error {
 	}
 	switch c.Op {
 	case wal.Insert:
-		return p.touch(tw, ref{txn: t, change: c, op: wal.Insert, row: c.New}, c.New)
+		return p.touch(tw, ref{txn: t, change: c, num: p.num, op: wal.Insert, row: c.New}, c.New)
 	case wal.Delete:
-		return p.touch(tw, ref{txn: t, change: c, op: wal.Delete, old: full}, c.Old)
+		return p.touch(tw, ref{txn: t, change: c, num: p.num, op: wal.Delete, old: full}, c.Old)
 	}
 	row := c.New
 	if full != nil {
@@ -234,7 +239,7 @@ func (p *planner) addKeyed(tw *tableWave, t *wal.Txn, c *wal.Change) error {
 	if c.OldKind != wal.OldNone && !p.sameKey(tw, c.Old, row) {
 		return p.move(tw, t, c, row, full)
 	}
-	return p.touch(tw, ref{txn: t, change: c, op: wal.Update, row: row, old: full}, row)
+	return p.touch(tw, ref{txn: t, change: c, num: p.num, op: wal.Update, row: row, old: full}, row)
 }
 
 // move plans a primary key change: delete of the old key, insert of the new one (rule 10).
@@ -254,10 +259,10 @@ func (p *planner) move(tw *tableWave, t *wal.Txn, c *wal.Change, row, full wal.T
 			}
 		}
 	}
-	if err := p.touch(tw, ref{txn: t, change: c, op: wal.Delete, old: full}, c.Old); err != nil {
+	if err := p.touch(tw, ref{txn: t, change: c, num: p.num, op: wal.Delete, old: full}, c.Old); err != nil {
 		return err
 	}
-	if err := p.touch(tw, ref{txn: t, change: c, op: wal.Insert, row: row}, row); err != nil {
+	if err := p.touch(tw, ref{txn: t, change: c, num: p.num, op: wal.Insert, row: row}, row); err != nil {
 		return err
 	}
 	if row.Complete() {

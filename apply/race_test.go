@@ -3,6 +3,7 @@ package apply
 import (
 	"context"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -28,7 +29,7 @@ func await(t *testing.T, what string, c <-chan struct{}) {
 	t.Helper()
 	select {
 	case <-c:
-	case <-time.After(waitMax):
+	case <-time.After(waitMax / 3):
 		t.Fatalf("timed out: %s", what)
 	}
 }
@@ -39,6 +40,14 @@ func (s *site) applyWaits() {
 	eventually(s.t, "apply waits for a lock", func() bool {
 		return s.query("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'duri_apply_%' AND wait_event_type = 'Lock'")[0][0] != "0"
 	})
+}
+
+// closeGate keeps the local stream from being decoded until open is called or the test ends.
+func (s *site) closeGate(t *testing.T) (open func()) {
+	s.gate.Lock()
+	open = sync.OnceFunc(s.gate.Unlock)
+	t.Cleanup(open)
+	return open
 }
 
 // start runs SQL in a client session beside the test.
@@ -88,7 +97,7 @@ func TestWaitsForLocalChangesThatAreNotDecoded(t *testing.T) {
 			a.feed.hold()
 			a.exec(tc.remote)
 			a.captured()
-			b.gate.Lock()
+			open := b.closeGate(t)
 			for _, sql := range strings.Split(tc.local, "; ") {
 				b.exec(sql)
 			}
@@ -97,7 +106,7 @@ func TestWaitsForLocalChangesThatAreNotDecoded(t *testing.T) {
 			if n := b.worker.Status().Applied; n >= a.feed.txnEnd {
 				t.Errorf("applied %s without waiting", n)
 			}
-			b.gate.Unlock()
+			open()
 			settle(a, b)
 			a.expect("in the end", tc.want)
 			b.expect("in the end", tc.want)

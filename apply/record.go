@@ -45,7 +45,7 @@ func newRecord(g *target, o outcome) record {
 		change: r.change,
 		Kind:   string(o.decision.Kind), Code: string(o.decision.Code),
 		Schema: g.schema, Table: g.name, Origin: r.txn.Origin, LSN: r.txn.CommitLSN, XID: r.txn.XID,
-		Change: changeNumber(r.txn, r.change), RemoteTime: r.txn.VersionTime.String(), RemoteRow: rowJSON(g.rel, r.row),
+		Change: int(r.num), RemoteTime: r.txn.VersionTime.String(), RemoteRow: rowJSON(g.rel, r.row),
 	}
 	keyFrom := r.row
 	if keyFrom == nil {
@@ -58,15 +58,6 @@ func newRecord(g *target, o outcome) record {
 	}
 	rec.LocalRow = rowJSON(g.rel, o.rival.image)
 	return rec
-}
-
-func changeNumber(t *wal.Txn, c *wal.Change) int {
-	for i := range t.Changes {
-		if &t.Changes[i] == c {
-			return i
-		}
-	}
-	return -1
 }
 
 // rowJSON writes an image as an object of texts; unchanged and omitted columns are left out.

@@ -253,7 +253,7 @@ func (x *execution) truncatedRow(ctx context.Context, tw *tableWave, wv *wave, r
 		}
 		key[i] = h.image[i]
 	}
-	r := &ref{txn: wv.txn, change: &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: key}, op: wal.Truncate}
+	r := &ref{txn: wv.txn, num: wv.num, change: &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: key}, op: wal.Truncate}
 	if err := x.attribute(ctx, &h, 0, xid); err != nil {
 		return err
 	}

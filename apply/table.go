@@ -41,6 +41,8 @@ type target struct {
 	rel  *wal.Relation
 	cols []int       // relation column -> table column
 	key  []keyColumn // in the table's key order; at indexes the relation's columns
+	// isKey tells the relation's columns that are part of the key.
+	isKey []bool
 }
 
 // TableError says why changes of a table cannot be applied here.
@@ -58,7 +60,7 @@ func (e *TableError) HintText() string { return e.Hint }
 
 // bind joins rel to t. Every column that arrives must exist here; columns that exist only here keep their defaults.
 func bind(t *table, rel *wal.Relation) (*target, error) {
-	g := &target{table: t, rel: rel, cols: make([]int, len(rel.Columns))}
+	g := &target{table: t, rel: rel, cols: make([]int, len(rel.Columns)), isKey: make([]bool, len(rel.Columns))}
 	byName := make(map[string]int, len(t.columns))
 	for i, c := range t.columns {
 		byName[c.name] = i
@@ -83,6 +85,7 @@ func bind(t *table, rel *wal.Relation) (*target, error) {
 			return nil, &TableError{t.String(), fmt.Sprintf("key column %q has type %s, whose equality cannot be told from its text", c.name, c.typ), "use a key of another type or a deterministic collation"}
 		}
 		g.key = append(g.key, keyColumn{at[k], c.norm})
+		g.isKey[at[k]] = true
 	}
 	return g, nil
 }

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/duri-io/duri/internal/pg"
 )
@@ -156,9 +155,7 @@ func TestTypesArriveByteForByte(t *testing.T) {
 	c := a.connect()
 	run(t, c, `SET DateStyle = 'German'; SET IntervalStyle = 'sql_standard'; SET extra_float_digits = -10; SET bytea_output = 'escape';
 		SET TimeZone = 'Asia/Seoul'; SET xmloption = 'content'; SET search_path = public, other`)
-	start := time.Now()
 	check := func(what string) {
-		defer func() { t.Logf("%s: %v %v", what, time.Since(start), b.worker.Status().Retries) }()
 		t.Helper()
 		for i, ty := range everyType {
 			for _, from := range []string{tables[i], tables[i] + "f"} {

@@ -54,7 +54,7 @@ type Config struct {
 	BatchTransactions int           // default 2000
 	BatchBytes        int           // default 8 MiB
 	LockTimeout       time.Duration // default 200 ms; below deadlock_timeout, so that a client is never the victim
-	BarrierTimeout    time.Duration // default 10 s
+	BarrierTimeout    time.Duration // how long rows stay locked for the capture barrier; default 500 ms
 	Logger            *slog.Logger
 }
 
@@ -69,7 +69,7 @@ func (c *Config) defaults() {
 		c.LockTimeout = 200 * time.Millisecond
 	}
 	if c.BarrierTimeout == 0 {
-		c.BarrierTimeout = 10 * time.Second
+		c.BarrierTimeout = 500 * time.Millisecond
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -513,14 +513,23 @@ const maxTries = 3
 func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 	for try := 1; ; try++ {
 		err := w.applyOnce(ctx, b)
+		var behind *behindError
 		switch {
 		case err == nil:
 			return nil
+		case errors.As(err, &behind):
+			w.stuck(err, "it goes on by itself as soon as decoding has caught up")
+			if err := w.cfg.Barrier(ctx, behind.lsn); err != nil {
+				return err
+			}
+			try--
+			continue
 		case ctx.Err() != nil || w.session.conn.IsClosed() || pg.IsConnectionError(err):
 			return err
 		case len(b.txns) == 1 && disturbed(err):
 			if try%maxTries == 0 {
-				w.blocked(b, err)
+				w.stuck(fmt.Errorf("transaction %s waits for locks of this site's clients: %w", b.from(), err),
+					"end or commit the sessions that hold the locks; apply goes on by itself")
 			}
 		case disturbed(err) && try < maxTries:
 		case len(b.txns) > 1:
@@ -544,13 +553,11 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 	}
 }
 
-// blocked shows in the status that a client's locks hold a transaction up.
-func (w *Worker) blocked(b *batch, err error) {
+// stuck shows in the status why nothing is applied just now.
+func (w *Worker) stuck(err error, hint string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.status.LastError = fmt.Sprintf("transaction %s waits for locks of this site's clients: %v", b.from(), err)
-	w.status.LastHint = "end or commit the sessions that hold the locks; apply goes on by itself"
-	w.status.LastErrorAt = time.Now()
+	w.status.LastError, w.status.LastHint, w.status.LastErrorAt = err.Error(), hint, time.Now()
 }
 
 func pause(ctx context.Context, d time.Duration) error {

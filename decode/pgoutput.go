@@ -35,6 +35,7 @@ type parser struct {
 	relations map[uint32]*wal.Relation
 	types     map[uint32]string
 	cur       *Commit
+	usual     int // changes of the last transaction: a guess at those of the next
 	arena     arena
 	tuples    tupleArena
 }
@@ -86,7 +87,6 @@ func (p *parser) message(data []byte) (*Commit, error) {
 func (p *parser) begin(r *reader) {
 	final, ts, xid := r.u64(), r.u64(), r.u32()
 	p.cur = &Commit{Txn: &wal.Txn{XID: xid, CommitLSN: wal.LSN(final), CommitTime: wal.Time(ts)}}
-	p.arena, p.tuples = arena{}, tupleArena{} // the finished transaction owns the old ones
 }
 
 func (p *parser) commit(r *reader) (*Commit, error) {
@@ -98,6 +98,7 @@ func (p *parser) commit(r *reader) (*Commit, error) {
 	}
 	c.Txn.EndLSN, c.Txn.CommitTime = wal.LSN(end), wal.Time(ts)
 	p.cur = nil
+	p.usual = min(len(c.Txn.Changes), 64)
 	return c, nil
 }
 
@@ -159,6 +160,9 @@ func (p *parser) row(kind byte, r *reader) error {
 	}
 	if r.bad {
 		return nil // message reports it
+	}
+	if p.cur.Txn.Changes == nil {
+		p.cur.Txn.Changes = make([]wal.Change, 0, p.usual)
 	}
 	p.cur.Txn.Changes = append(p.cur.Txn.Changes, c)
 	return nil
@@ -277,7 +281,8 @@ func (r *reader) str() string {
 	return s
 }
 
-// arena gives one transaction's values room in few growing blocks instead of one allocation per value.
+// arena gives values room in few growing blocks instead of one allocation per value. Transactions share blocks: one
+// that is kept for long keeps up to 64 kB of its neighbours.
 type arena struct {
 	free []byte
 	last int

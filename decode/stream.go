@@ -63,7 +63,10 @@ type Stream struct {
 
 // Connect opens a replication connection to the database.
 func Connect(ctx context.Context, dsn, database, name string) (*pgconn.PgConn, error) {
-	c, err := pg.Config(dsn, database, map[string]string{"replication": "database", "application_name": name})
+	// The text of regclass and its kin depends on the search path; apply sessions have the same one.
+	c, err := pg.Config(dsn, database, map[string]string{
+		"replication": "database", "application_name": name, "search_path": "pg_catalog",
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -253,4 +252,4 @@ func (c *serverClock) Now() wal.Time {
 	return wal.TimeOf(time.Now()).Add(c.offset)
 }
 
-var errNotReady = errors.New("this site's database is not ready yet")
+var errNotReady = &hinted{"this site's database is not ready yet", "wait, or see with `duri status` there what it waits for"}

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"time"
 
 	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/verify"
@@ -99,10 +100,19 @@ func (c *Control) get(ctx context.Context, path string, query url.Values, v any)
 	return json.NewDecoder(res.Body).Decode(v)
 }
 
-// Status asks the agent for all sites as it sees them.
+// statusMax bounds how long an agent may take to tell its status; it waits no longer than askPeer for each other agent.
+const statusMax = 5 * time.Second
+
+// Status asks the agent for all sites as it sees them. An agent that does not answer in time is an UnreachableError too:
+// it may be stopped, or its machine hang.
 func (c *Control) Status(ctx context.Context) (ClusterStatus, error) {
+	inner, cancel := context.WithTimeout(ctx, statusMax)
+	defer cancel()
 	var s ClusterStatus
-	err := c.get(ctx, "/v1/status", nil, &s)
+	err := c.get(inner, "/v1/status", nil, &s)
+	if err != nil && inner.Err() != nil && ctx.Err() == nil {
+		err = &UnreachableError{c.socket, fmt.Errorf("no answer within %s", statusMax)}
+	}
 	return s, err
 }
 

@@ -23,9 +23,18 @@ import (
 // file may give orders.
 func ControlSocket(dataDir string) string { return filepath.Join(dataDir, "control.sock") }
 
+// socketPathMax is the longest path of a Unix-domain socket on Linux (sun_path without the final zero).
+const socketPathMax = 107
+
 // listenControl takes the socket, and with it the data directory: a second agent is refused.
 func (a *Agent) listenControl() (net.Listener, error) {
 	path := ControlSocket(a.cfg.DataDir)
+	if len(path) > socketPathMax {
+		return nil, &hinted{
+			fmt.Sprintf("listen for the command line: the path %s has %d bytes, and the system allows %d for a socket", path, len(path), socketPathMax),
+			"choose a shorter data_dir",
+		}
+	}
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		_ = c.Close()
 		return nil, &hinted{"an agent already runs on " + a.cfg.DataDir, "end it first, or give this one another data_dir"}

@@ -2,11 +2,13 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +40,7 @@ type node struct {
 	peers    []*peer
 	ready    atomic.Pointer[captured] // set once journal and index are open
 	over     atomic.Bool              // the journal budget is used up
+	gate     gate                     // of decoding
 
 	mu    sync.Mutex // guards state, fault, stepped
 	state string
@@ -48,8 +51,9 @@ type node struct {
 	stepped time.Time // last backward clock step seen
 	keys    *apply.Keys
 
-	emitted time.Time // last heartbeat message; used by the heartbeat loop alone
-	ages    []age     // used by the maintenance loop alone
+	emitted time.Time       // last heartbeat message; used by the heartbeat loop alone
+	ages    []age           // used by the maintenance loop alone
+	told    map[string]bool // findings that are in the log; used by open alone
 	db      *verify.DB
 }
 
@@ -67,6 +71,13 @@ type fault struct {
 	At   time.Time `json:"at"`
 }
 
+// newFault says what was attempted, why it failed, and what to do.
+func newFault(what string, err error) fault {
+	f := fault{Text: what + ": " + err.Error(), Hint: hintOf(err), At: time.Now()}
+	f.Text = strings.TrimSuffix(f.Text, ": "+f.Hint) // some errors end with their hint
+	return f
+}
+
 // age pairs a moment with the journal's end at that moment.
 type age struct {
 	at  time.Time
@@ -76,21 +87,22 @@ type age struct {
 // Slot is the name of a database's replication slot.
 func Slot(database string) string { return "duri_" + slotPart(database) }
 
-// slotPart makes a database name fit a slot's name: lower-case letters, digits and underscores.
+// slotPart makes a database name fit a slot's name: lower-case letters, digits and underscores. A name that does not fit
+// is told apart from others that look like it then by a part of its hash.
 func slotPart(s string) string {
+	const most = 40
 	out := []byte{}
 	for _, c := range []byte(s) {
-		switch {
-		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '_':
-			out = append(out, c)
-		default:
-			out = fmt.Appendf(out, "_%02x", c)
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') {
+			c = '_'
 		}
+		out = append(out, c)
 	}
-	if len(out) > 50 {
-		out = out[:50]
+	if string(out) == s && len(s) <= most {
+		return s
 	}
-	return string(out)
+	sum := sha256.Sum256([]byte(s))
+	return fmt.Sprintf("%s_%x", out[:min(len(out), most)], sum[:4])
 }
 
 func (n *node) dir(parts ...string) string {
@@ -119,7 +131,7 @@ const (
 
 // failed notes why something does not work and logs it when it is news.
 func (n *node) failed(what string, err error) {
-	f := fault{Text: what + ": " + err.Error(), Hint: hintOf(err), At: time.Now()}
+	f := newFault(what, err)
 	n.mu.Lock()
 	news := n.fault.Text != f.Text
 	n.fault = f
@@ -217,11 +229,6 @@ func (n *node) captureLoop(ctx context.Context, c *captured) error {
 	}
 }
 
-var errBudget = &hinted{
-	"the journal's disk budget is used up, so decoding is paused; PostgreSQL keeps its WAL meanwhile",
-	"bring the site that is behind back, or raise journal.budget",
-}
-
 // hinted is an error sentence with advice.
 type hinted struct{ text, hint string }
 
@@ -231,9 +238,11 @@ func (e *hinted) HintText() string { return e.hint }
 // stream opens the replication connection, checks that the slot continues the journal, and streams until something
 // breaks.
 func (n *node) stream(ctx context.Context, c *captured) error {
-	if n.over.Load() {
-		return errBudget
+	ctx, leave, err := n.gate.enter(ctx)
+	if err != nil {
+		return err
 	}
+	defer leave()
 	slot := Slot(n.database.Name)
 	conn, err := decode.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, slot)
 	if err != nil {
@@ -269,7 +278,7 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 	n.setState(stateReady)
 	err = st.Run(ctx, c.capture)
 	if err == nil {
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 	return err
 }
@@ -381,20 +390,30 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 	return n.emit(ctx, "heartbeat")
 }
 
-// maintainEvery is how often retention is looked at.
-const maintainEvery = time.Second
+// maintainEvery is how often retention and the budget are looked at: about how long a journal may grow beyond it.
+const maintainEvery = 250 * time.Millisecond
+
+// progressEvery is how often it is asked for retention how far the peers have been applied.
+const progressEvery = time.Second
 
 func (n *node) maintainLoop(ctx context.Context, c *captured) error {
 	t := time.NewTicker(maintainEvery)
 	defer t.Stop()
-	var tables time.Time
+	var tables, asked time.Time
+	var applied []wal.Seen
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-t.C:
 		}
-		if err := n.retain(c); err != nil {
+		if time.Since(asked) >= progressEvery {
+			if now, err := n.progress(ctx); err == nil {
+				applied = now
+			}
+			asked = time.Now()
+		}
+		if err := n.retain(c, applied); err != nil {
 			return err
 		}
 		if time.Since(tables) < time.Hour {
@@ -412,10 +431,14 @@ func (n *node) maintainLoop(ctx context.Context, c *captured) error {
 }
 
 // retain prunes journals by watermark and age, forgets local history that everybody has seen, and watches the budget.
-func (n *node) retain(c *captured) error {
+// applied is how far the peers have been applied here durably.
+func (n *node) retain(c *captured, applied []wal.Seen) error {
 	now := time.Now()
 	n.ages = append(n.ages, age{now, c.journal.End()})
 	keep := n.cfg.Journal.Keep.Std()
+	if n.over.Load() {
+		keep = 0 // what is only kept for convenience goes first
+	}
 	old := wal.LSN(0)
 	for len(n.ages) > 1 && now.Sub(n.ages[1].at) >= keep {
 		n.ages = n.ages[1:]
@@ -423,23 +446,51 @@ func (n *node) retain(c *captured) error {
 	if now.Sub(n.ages[0].at) >= keep {
 		old = n.ages[0].end
 	}
-	bytes := c.journal.State().DiskBytes
+	sizes := []int64{0}
 	needed, seen := c.journal.Durable(), c.journal.End()
 	for _, p := range n.peers {
 		needed = min(needed, p.acked().Durable, p.seen())
 		seen = min(seen, p.seen())
-		size, err := p.retain(now, keep)
+		size, err := p.retain(now, keep, positionOf(applied, p.site.ID))
 		if err != nil {
 			return err
 		}
-		bytes += size
+		sizes = append(sizes, size)
 	}
 	c.local.Prune(seen, n.clock.Now())
 	if err := c.journal.Prune(min(needed, old)); err != nil {
 		return fmt.Errorf("prune journal: %w", err)
 	}
-	n.over.Store(bytes > n.cfg.Journal.Budget.Bytes())
+	sizes[0] = c.journal.State().DiskBytes
+	n.pause(sizes)
 	return nil
+}
+
+// positionOf finds a site's position; zero when there is none.
+func positionOf(all []wal.Seen, site wal.SiteID) wal.LSN {
+	for _, s := range all {
+		if s.Site == site {
+			return s.LSN
+		}
+	}
+	return 0
+}
+
+// pause ends and lets go on what fills the journals, as their sizes, the own one's first, ask for.
+func (n *node) pause(sizes []int64) {
+	over, paused := overBudget(sizes, share(n.cfg.Journal.Budget.Bytes(), n.cfg.Journal.Segment.Bytes(), len(n.cfg.Databases)))
+	n.over.Store(over)
+	n.gate.set(reason(paused[0], errBudget))
+	for i, p := range n.peers {
+		p.gate.set(reason(paused[i+1], errCopyBudget))
+	}
+}
+
+func reason(paused bool, why error) error {
+	if !paused {
+		return nil
+	}
+	return why
 }
 
 // forgetJournals removes what an interrupted enrolment left. Only a database that was never enrolled may do so.

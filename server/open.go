@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -24,6 +25,7 @@ const (
 	metaCluster  = "cluster"
 	metaSite     = "site"
 	metaEnrolled = "enrolled_at"
+	metaCopied   = "copied_from" // written by the transaction that copies the first content
 )
 
 // open brings the database into the cluster, or back into it: checks, schema duri, slot and journal, first content,
@@ -66,11 +68,7 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 	if err != nil {
 		return false, err
 	}
-	for _, f := range findings {
-		if f.Severity == preflight.SeverityWarning {
-			n.log.Warn(f.Object+" "+f.Text, "database", n.database.Name, "hint", f.Hint)
-		}
-	}
+	n.tell(findings)
 	if err := preflight.Err(findings); err != nil {
 		return false, err
 	}
@@ -83,6 +81,17 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 		}
 	}
 	return enrolled, nil
+}
+
+// tell logs what the check found, each thing once: the check is made again at every attempt to open the database.
+func (n *node) tell(findings []preflight.Finding) {
+	for _, f := range findings {
+		if f.Severity == preflight.SeverityInfo || n.told[f.String()] {
+			continue
+		}
+		n.told[f.String()] = true
+		n.log.Warn(f.String(), "database", n.database.Name, "severity", f.Severity, "hint", f.Hint)
+	}
 }
 
 // claim writes an identity once and refuses another one later.
@@ -115,29 +124,98 @@ func (n *node) enrol(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if got.Exists {
-		if err := decode.DropSlot(ctx, conn, slot); err != nil {
-			return fmt.Errorf("drop the slot of an interrupted enrolment: %w", err)
+	copied, err := n.wasCopied(ctx)
+	if err != nil {
+		return err
+	}
+	if copied && !got.Exists {
+		return &decode.GapError{
+			Slot: slot, Reason: "it vanished while the database was joining, and clients may have written since",
+			Hint: "empty this site's database (drop and create it) and start the agent again",
 		}
 	}
-	if err := n.forgetJournals(); err != nil {
-		return err
+	at := got.Confirmed
+	if !copied {
+		if at, err = n.begin(ctx, conn, got, slot); err != nil {
+			return err
+		}
+	}
+	if n.cfg.Bootstrap == config.BootstrapCopy {
+		if !copied {
+			if err := n.copyFromSeed(ctx); err != nil {
+				return err
+			}
+		}
+		if at, err = n.passCopy(ctx, conn, slot, at); err != nil {
+			return err
+		}
 	}
 	seen, err := n.progress(ctx)
 	if err != nil {
 		return err
 	}
-	at, err := decode.CreateSlot(ctx, conn, slot)
-	if err != nil {
-		return fmt.Errorf("create slot %s: %w", slot, err)
+	if err := n.forgetJournals(); err != nil {
+		return err
 	}
 	if err := n.createJournal(ctx, conn, got, slot, at, seen); err != nil {
 		return err
 	}
-	if n.cfg.Bootstrap == config.BootstrapCopy && len(seen) == 0 {
-		return n.copyFromSeed(ctx) // which marks the database in the transaction that fills it
-	}
 	return n.withSQL(ctx, func(c *pgconn.PgConn) error { return n.enrolled(ctx, c) })
+}
+
+// wasCopied tells whether an attempt that was interrupted has copied the content already. That content is kept, and with
+// it the slot that was there before it: clients may have written since.
+func (n *node) wasCopied(ctx context.Context) (copied bool, err error) {
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		_, copied, err = catalog.Meta(ctx, c, metaCopied)
+		return err
+	})
+	return copied, err
+}
+
+// begin clears what an interrupted attempt or an earlier database has left and makes the slot.
+func (n *node) begin(ctx context.Context, conn *pgconn.PgConn, got decode.Identity, slot string) (wal.LSN, error) {
+	if got.Exists {
+		if err := decode.DropSlot(ctx, conn, slot); err != nil {
+			return 0, fmt.Errorf("drop the slot of an interrupted enrolment: %w", err)
+		}
+	}
+	if err := n.dropOrigins(ctx); err != nil {
+		return 0, err
+	}
+	at, err := decode.CreateSlot(ctx, conn, slot)
+	if err != nil {
+		return 0, fmt.Errorf("create slot %s: %w", slot, err)
+	}
+	return at, nil
+}
+
+// passCopy moves the slot behind the copy: that is one huge transaction of a foreign origin, which decoding would carry
+// through only to drop it. No change of a client is passed over, because until the copy commits its tables are either
+// not visible yet or locked against writers (package enrol).
+func (n *node) passCopy(ctx context.Context, conn *pgconn.PgConn, slot string, at wal.LSN) (wal.LSN, error) {
+	rows, err := pg.Rows(ctx, conn, "SELECT coalesce(max(s.local_lsn), '0/0') FROM pg_catalog.pg_show_replication_origin_status() s "+
+		"WHERE s.external_id IN ("+n.originList()+")")
+	if err != nil {
+		return 0, fmt.Errorf("find the end of the copy: %w", err)
+	}
+	end, err := wal.ParseLSN(rows[0][0])
+	if err != nil || end <= at { // unknown after a restart of the server: then decoding has the longer way
+		return at, err
+	}
+	if _, err := pg.Rows(ctx, conn, fmt.Sprintf("SELECT pg_catalog.pg_replication_slot_advance(%s, '%s')", pg.QuoteLiteral(slot), end)); err != nil {
+		return 0, fmt.Errorf("move slot %s behind the copy: %w", slot, err)
+	}
+	return end, nil
+}
+
+// originList is the peers' replication origins as SQL literals.
+func (n *node) originList() string {
+	var names []string
+	for _, s := range n.cfg.Peers() {
+		names = append(names, pg.QuoteLiteral(apply.OriginName(n.database.Name, s.Name)))
+	}
+	return strings.Join(names, ", ")
 }
 
 // enrolled writes down that the database takes part from now on.
@@ -148,12 +226,24 @@ func (n *node) enrolled(ctx context.Context, c *pgconn.PgConn) error {
 	return catalog.Event(ctx, c, "enrolled", fmt.Sprintf("database %s joined cluster %s as site %s", n.database.Name, n.cfg.Cluster.Name, n.self.Name), nil)
 }
 
-// progress reads how far every other site had been applied here: what this site's next transactions have seen.
+// dropOrigins forgets the progress that an earlier database of the same name has left: replication origins belong to the
+// server and outlive a database.
+func (n *node) dropOrigins(ctx context.Context) error {
+	return n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		_, err := pg.Rows(ctx, c, "SELECT pg_catalog.pg_replication_origin_drop(roname) FROM pg_catalog.pg_replication_origin WHERE roname IN ("+n.originList()+")")
+		if err != nil {
+			return fmt.Errorf("drop the replication origins of an earlier database: %w", err)
+		}
+		return nil
+	})
+}
+
+// progress reads how far every other site has been applied here, durably.
 func (n *node) progress(ctx context.Context) (seen []wal.Seen, err error) {
 	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
 		seen = nil
 		for _, s := range n.cfg.Peers() {
-			rows, err := pg.Query(ctx, c, `SELECT coalesce(pg_catalog.pg_replication_origin_progress(roname, false)::text, '')
+			rows, err := pg.Query(ctx, c, `SELECT coalesce(pg_catalog.pg_replication_origin_progress(roname, true)::text, '')
 				FROM pg_catalog.pg_replication_origin WHERE roname = $1`, apply.OriginName(n.database.Name, s.Name))
 			if err != nil {
 				return err
@@ -228,7 +318,9 @@ func (n *node) copyFromSeed(ctx context.Context) error {
 		res, err := enrol.Receive(ctx, enrol.TargetConfig{
 			DSN: n.cfg.Postgres.DSN, SetupDSN: n.cfg.Postgres.SetupDSN, Database: n.database.Name,
 			Origin: apply.OriginName(n.database.Name, p.site.Name), Schemas: n.database.Schemas, Role: role,
-			Within: func(ctx context.Context, c *pgconn.PgConn, _ enrol.Result) error { return n.enrolled(ctx, c) },
+			Within: func(ctx context.Context, c *pgconn.PgConn, _ enrol.Result) error {
+				return catalog.SetMeta(ctx, c, metaCopied, p.site.Name)
+			},
 		}, r, func(pr enrol.Progress) { n.copying(p.site.Name, pr) })
 		cerr := r.Close()
 		if err != nil {

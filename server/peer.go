@@ -29,11 +29,13 @@ type peer struct {
 	client *link.Client
 	log    *slog.Logger
 	live   atomic.Pointer[incoming] // set once the database is open
+	gate   gate                     // of following
 
-	mu        sync.Mutex // guards the rest
-	ack       link.Ack   // what the peer says of our journal
-	linkFault fault
-	ages      []age // used by the maintenance loop alone
+	mu         sync.Mutex // guards the rest
+	ack        link.Ack   // what the peer says of our journal
+	linkFault  fault
+	applyFault fault // why the worker does not run at all
+	ages       []age // used by the maintenance loop alone
 }
 
 // incoming is the direction from the peer to here.
@@ -73,11 +75,14 @@ func (p *peer) seen() wal.LSN {
 	return 0
 }
 
-func (p *peer) failed(what string, err error) {
-	f := fault{Text: what + ": " + err.Error(), Hint: hintOf(err), At: time.Now()}
+func (p *peer) failed(what string, err error) { p.note(&p.linkFault, what, err) }
+
+// note keeps why something does not work, and logs it when it is news.
+func (p *peer) note(in *fault, what string, err error) {
+	f := newFault(what, err)
 	p.mu.Lock()
-	news := p.linkFault.Text != f.Text
-	p.linkFault = f
+	news := in.Text != f.Text
+	*in = f
 	p.mu.Unlock()
 	if news {
 		p.log.Warn(f.Text, "hint", f.Hint)
@@ -115,9 +120,11 @@ func (p *peer) ackLoop(ctx context.Context, in *incoming) error {
 func (p *peer) followLoop(ctx context.Context, w *link.CopyWriter) error {
 	for {
 		err := retry(ctx, p.failed, "follow "+p.site.Name, func() error {
-			if p.n.over.Load() {
-				return errBudget
+			ctx, leave, err := p.gate.enter(ctx)
+			if err != nil {
+				return err
 			}
+			defer leave()
 			return p.client.Follow(ctx, p.n.database.Name, w)
 		})
 		if err != nil {
@@ -146,16 +153,29 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 	})
 }
 
-// readCopy gives the worker a reader of the copy. Nothing applied yet means: from where the copy begins.
+// readCopy gives the worker a reader of the copy. Nothing applied yet means: from where the copy begins, provided that
+// no transaction lies before that.
 func readCopy(w *link.CopyWriter, from wal.LSN) (apply.Reader, error) {
 	j, err := w.Journal()
 	if err != nil {
 		return nil, err
 	}
+	const hint = "what lies between would be missing: compare with `duri verify`, then re-join this site"
 	if from == 0 {
 		from = j.Start()
+		h, err := j.HeaderAt(from)
+		if err != nil {
+			return nil, err
+		}
+		if h.Txns > 0 {
+			return nil, &hinted{fmt.Sprintf("nothing of it is applied here, but the first %d transactions, up to %s, are no longer kept", h.Txns, from), hint}
+		}
 	}
-	return j.NewReader(from)
+	r, err := j.NewReader(from)
+	if errors.Is(err, journal.ErrPruned) {
+		return nil, &hinted{err.Error(), hint}
+	}
+	return r, err
 }
 
 func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
@@ -164,12 +184,26 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	failed := func(what string, err error) { p.log.Warn(what, "error", err, "hint", hintOf(err)) }
+	// The worker tells of its own faults by its status, and they are only logged here.
+	var own fault
+	started := false
+	failed := func(what string, err error) {
+		if started {
+			p.note(&own, what, err)
+			return
+		}
+		p.note(&p.applyFault, what, err)
+	}
 	for {
 		err := retry(ctx, failed, "apply "+p.site.Name, func() error {
+			started = false
 			if err := p.checkIncarnation(ctx, in.copy); err != nil {
 				return err
 			}
+			started = true
+			p.mu.Lock()
+			p.applyFault = fault{}
+			p.mu.Unlock()
 			err := in.worker.Run(ctx)
 			if err == nil {
 				return ctx.Err()
@@ -208,8 +242,10 @@ func (p *peer) checkIncarnation(ctx context.Context, w *link.CopyWriter) error {
 	})
 }
 
-// retain prunes the copy: what is durable here is needed no more, after the time it is kept for convenience.
-func (p *peer) retain(now time.Time, keep time.Duration) (bytes int64, err error) {
+// retain prunes the copy: what is durable here is needed no more, after the time it is kept for convenience. applied is
+// the durable progress that PostgreSQL keeps, and from which apply begins after a restart; the worker's own idea may be
+// further, as it counts stretches without a transaction too.
+func (p *peer) retain(now time.Time, keep time.Duration, applied wal.LSN) (bytes int64, err error) {
 	in := p.live.Load()
 	j, err := in.copy.Journal()
 	if err != nil {
@@ -220,7 +256,7 @@ func (p *peer) retain(now time.Time, keep time.Duration) (bytes int64, err error
 		p.ages = p.ages[1:]
 	}
 	if now.Sub(p.ages[0].at) >= keep {
-		if err := j.Prune(min(in.worker.Status().Durable, p.ages[0].end)); err != nil {
+		if err := j.Prune(min(applied, p.ages[0].end)); err != nil {
 			return 0, fmt.Errorf("prune the copy of %s's journal: %w", p.site.Name, err)
 		}
 	}

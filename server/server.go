@@ -17,6 +17,7 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/internal/pki"
+	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
@@ -67,7 +68,7 @@ func now() wal.Time { return wal.TimeOf(time.Now()) }
 
 func (a *Agent) newNode(d config.Database) *node {
 	n := &node{
-		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, state: stateStarting,
+		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, state: stateStarting, told: map[string]bool{},
 		db: verify.NewDB(verify.DBConfig{Name: a.self.Name, DSN: a.cfg.Postgres.DSN, Database: d.Name, Publication: Publication}),
 	}
 	for _, s := range a.cfg.Peers() {
@@ -134,8 +135,12 @@ func (a *Agent) offer(database string) (link.Database, bool) {
 // hintOf finds the advice in an error's chain.
 func hintOf(err error) string {
 	var h interface{ HintText() string }
-	if errors.As(err, &h) {
+	var damage *journal.CorruptionError
+	switch {
+	case errors.As(err, &h):
 		return h.HintText()
+	case errors.As(err, &damage):
+		return damage.Hint
 	}
 	return pgHint(err)
 }

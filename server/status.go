@@ -109,7 +109,7 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 	l := LinkStatus{From: p.site.Name, Health: HealthOK}
 	p.mu.Lock()
 	l.PeerHas = p.ack.Durable
-	last := p.linkFault
+	last, idle := p.linkFault, p.applyFault
 	p.mu.Unlock()
 	in := p.live.Load()
 	if in == nil {
@@ -128,7 +128,7 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 		l.Problem = &last
 	}
 	l.lag(time.Now())
-	l.judge(maxSkew)
+	l.judge(maxSkew, idle)
 	return l
 }
 
@@ -143,9 +143,11 @@ func (l *LinkStatus) lag(now time.Time) {
 	}
 }
 
-// judge sets health and the most telling problem.
-func (l *LinkStatus) judge(maxSkew time.Duration) {
+// judge sets health and the most telling problem; idle is why apply does not even run.
+func (l *LinkStatus) judge(maxSkew time.Duration, idle fault) {
 	switch {
+	case idle.Text != "":
+		l.Health, l.Problem = HealthDown, &idle
 	case l.Apply.LastError != "":
 		l.Health = HealthDown
 		l.Problem = &fault{Text: l.Apply.LastError, Hint: l.Apply.LastHint, At: l.Apply.LastErrorAt}

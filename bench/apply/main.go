@@ -211,6 +211,9 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 	}
 	wait, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
+	if b.verbose && kind == duri {
+		go b.timeline(wait, start)
+	}
 	if err := b.p.Wait(wait, "the last transaction is visible", func(ctx context.Context) (bool, error) {
 		rows, err := dst.QueryText(ctx, kind, fmt.Sprintf("SELECT count(*) FROM mark WHERE id = %d", b.marks))
 		return err == nil && rows[0][0] == "1", err
@@ -326,5 +329,20 @@ func printCPU(name string, pid int) {
 			cmd, _ := os.ReadFile("/proc/" + k + "/cmdline")
 			fmt.Printf("    %s %6.2f s  %s\n", name, cpu, strings.TrimRight(string(cmd), "\x00 "))
 		}
+	}
+}
+
+// timeline prints how far each stage has come, every half second, until ctx ends.
+func (b *bench) timeline(ctx context.Context, start time.Time) {
+	for ctx.Err() == nil {
+		time.Sleep(500 * time.Millisecond)
+		a, err1 := b.p.Sites[0].Status(ctx)
+		t, err2 := b.p.Sites[1].Status(ctx)
+		if err1 != nil || err2 != nil || len(t.Links) == 0 {
+			continue
+		}
+		l := t.Links[0]
+		fmt.Printf("    %5.2f s: decoded %s (%d), received %s, applied %s (%d), target's own stream %s, retries %d %s\n", time.Since(start).Seconds(),
+			a.Journal.End, a.Journal.Transactions, l.Received.End, l.Apply.Applied, l.Apply.Transactions, t.Local.Position, l.Apply.Retries, l.Apply.LastError)
 	}
 }

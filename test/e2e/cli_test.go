@@ -82,6 +82,16 @@ func TestCommandsTellTheStateOfRunningAgents(t *testing.T) {
 			t.Errorf("duri %v without an agent: exit code %d\n%s%s", args, r.code, r.stdout, r.stderr)
 		}
 	}
+	t.Log("an agent that hangs is no agent")
+	if err := a.SignalAgent(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if r := duri(t, "status", "-c", a.ConfigFile); r.code != 4 || !strings.Contains(r.stderr, "no agent answers at ") {
+		t.Errorf("status of a stopped agent: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	if err := a.SignalAgent(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
 	if r := duri(t, "verify", "-c", a.ConfigFile); r.code == 0 || r.code == 3 || !strings.Contains(r.stderr, "site b") {
 		t.Errorf("verify without b: exit code %d\n%s%s", r.code, r.stdout, r.stderr)
 	}

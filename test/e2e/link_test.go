@@ -101,6 +101,12 @@ func TestTroubleOfTheNetworkHealsByItself(t *testing.T) {
 	for _, s := range p.Sites {
 		healthy(t, s, healMax)
 	}
+	t.Log("end while cut off")
+	a.Relay.Cut()
+	b.Relay.Cut()
+	ends(t, a)
+	direction(t, b, false)
+	ends(t, b)
 }
 
 // TestIdleSitesAreWellAgainAfterARestartOfPostgreSQL has no load: nothing but the restart itself may clear what the

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -86,7 +87,7 @@ func newPair(t *testing.T, o pair.Options, pgOptions ...pgtest.Option) *pair.Pai
 	}
 	t.Cleanup(func() {
 		for _, s := range p.Sites {
-			if t.Failed() {
+			if t.Failed() && s.Cluster != nil {
 				t.Logf("log of agent %s:\n%s", s.Name, s.Log())
 			}
 		}
@@ -102,6 +103,9 @@ func newPair(t *testing.T, o pair.Options, pgOptions ...pgtest.Option) *pair.Pai
 	return p
 }
 
+// grantsMu lets one test at a time make roles, which all databases of a server share.
+var grantsMu sync.Mutex
+
 // alone makes a site whose peer is never there: a when the seed is asked for, else b. The agent is not started.
 func alone(t *testing.T, c *pgcluster.Cluster, database, site string) (*pair.Pair, *pair.Site) {
 	t.Helper()
@@ -110,6 +114,8 @@ func alone(t *testing.T, c *pgcluster.Cluster, database, site string) (*pair.Pai
 	if site == "b" {
 		o.Clusters, i = []*pgcluster.Cluster{nil, c}, 1
 	}
+	grantsMu.Lock()
+	defer grantsMu.Unlock()
 	p := newPair(t, o)
 	return p, p.Sites[i]
 }

@@ -1,0 +1,89 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestOverTheBudgetSomebodyPausesAndSomebodyGoesOn(t *testing.T) {
+	for _, c := range []struct {
+		sizes  []int64
+		over   bool
+		paused []bool
+	}{
+		{[]int64{40, 60}, false, []bool{false, false}},
+		{[]int64{90, 11}, true, []bool{true, false}},
+		{[]int64{11, 90}, true, []bool{false, true}},
+		{[]int64{51, 51}, true, []bool{true, true}},
+		{[]int64{50, 51}, true, []bool{false, true}},
+		{[]int64{101, 0}, true, []bool{true, false}},
+		{[]int64{34, 34, 33}, true, []bool{true, true, false}},
+	} {
+		over, paused := overBudget(c.sizes, 100)
+		if d := cmp.Diff(c.paused, paused); d != "" || over != c.over {
+			t.Errorf("%v of 100: over %v, %s", c.sizes, over, d)
+		}
+	}
+}
+
+func TestShareOfABudgetHoldsTheLastSegments(t *testing.T) {
+	if got := share(8<<30, 64<<20, 2); got != 4<<30 {
+		t.Errorf("two databases share 8 GiB: %d each", got)
+	}
+	if got := share(256<<20, 64<<20, 100); got != 256<<20 {
+		t.Errorf("a hundred databases get %d each, want four segments", got)
+	}
+}
+
+func TestAShutGateEndsItsUserWithTheReason(t *testing.T) {
+	var g gate
+	ctx, leave, err := g.enter(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.set(errBudget)
+	if <-ctx.Done(); context.Cause(ctx) != errBudget {
+		t.Errorf("cause %v", context.Cause(ctx))
+	}
+	leave()
+	if _, _, err := g.enter(t.Context()); err != errBudget {
+		t.Errorf("a shut gate: %v", err)
+	}
+	g.set(nil)
+	if ctx, leave, err = g.enter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	leave()
+	if !errors.Is(context.Cause(ctx), context.Canceled) {
+		t.Errorf("after leaving: %v", context.Cause(ctx))
+	}
+}
+
+func TestSlotNamesOfDatabasesDiffer(t *testing.T) {
+	long := "a_very_long_database_name_that_fills_all_of_the_63_bytes_of_it_"
+	seen := map[string]string{}
+	for _, db := range []string{"app", "my_app", "my-app", "my_2dapp", "MyApp", "myapp", "my app", `my"app`, "é", "è", "__", "_", long[:62] + "1", long[:62] + "2"} {
+		slot := Slot(db)
+		if other, ok := seen[slot]; ok {
+			t.Errorf("databases %q and %q share slot %s", db, other, slot)
+		}
+		seen[slot] = db
+		if len(slot+"_enrol") > 63 {
+			t.Errorf("database %q: slot name %s is too long", db, slot)
+		}
+		for _, c := range slot {
+			if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '_' {
+				t.Errorf("database %q: slot name %s has %q", db, slot, c)
+			}
+		}
+	}
+	if Slot("my_app") != "duri_my_app" {
+		t.Errorf("an ordinary name: %s", Slot("my_app"))
+	}
+}
