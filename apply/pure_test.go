@@ -235,6 +235,12 @@ func TestJudgeKeepsTheOriginsImage(t *testing.T) {
 	if v, err = judge(chain[1:], rival, 2, gone); err != nil || v.changed || v.records[0].decision.Code != conflict.Won {
 		t.Errorf("gone at the origin: %+v, %v", v, err)
 	}
+	// Half of a key change: what stands under the new key is another row, even if the origin wrote it.
+	own := held{State: conflict.State{Existence: conflict.Live, Version: wal.Version{Time: 5, Site: 1}}, image: rival.image}
+	half := []*ref{{txn: txnAt(10), op: wal.Insert, row: part}}
+	if v, err = judge(half, own, 2, ask); err != nil || string(v.row[2].Data) != "fetched" || v.records[0].decision.Code != conflict.Filled {
+		t.Errorf("key change onto another row: %+v, %v", v, err)
+	}
 	// The rival had been seen: what stands here is what the origin changed.
 	chain[1].txn.Seen = []wal.Seen{{Site: 2, LSN: 5}}
 	if v, err = judge(chain[1:], rival, 2, gone); err != nil || string(v.row[2].Data) != "theirs" || len(v.records) != 0 {

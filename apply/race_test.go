@@ -75,6 +75,7 @@ func TestWaitsForLocalChangesThatAreNotDecoded(t *testing.T) {
 	for _, tc := range []struct{ name, seed, local, remote, want, records string }{
 		{"insert of a deleted key", "", "INSERT INTO t VALUES (1); DELETE FROM t", "INSERT INTO t VALUES (1,'a')", "", "update_deleted lost\n"},
 		{"update of a deleted row", "INSERT INTO t VALUES (1,'seed')", "DELETE FROM t", "UPDATE t SET v = 'a'", "", "update_deleted lost\n"},
+		{"delete of a deleted row", "INSERT INTO t VALUES (1,'seed')", "DELETE FROM t", "DELETE FROM t", "", "delete_missing lost\n"},
 		{"insert of a key that moved away", "", "INSERT INTO t VALUES (1,'b'); UPDATE t SET id = 2", "INSERT INTO t VALUES (1,'a')", "t 2 b\n", "update_deleted lost\n"},
 		{"insert into a truncated table", "INSERT INTO t VALUES (7)", "TRUNCATE t", "INSERT INTO t VALUES (1,'a')", "", "update_deleted lost\n"},
 		{"append to a truncated table", "INSERT INTO bag VALUES (7)", "TRUNCATE bag", "INSERT INTO bag VALUES (1,'a')", "", "update_deleted lost\n"},
@@ -137,11 +138,14 @@ func TestDeleteWaitsForDeleteAndInsert(t *testing.T) {
 	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, config: func(c *Config) { c.LockTimeout = waitMax }})
 	a.exec("INSERT INTO t VALUES (1,'seed')")
 	settle(a, b)
+	b.feed.hold()
+	b.exec("UPDATE t SET v = 'b1'") // so that the fast statement passes the row over, and the closer look waits
 	c := b.connect()
 	run(t, c, "BEGIN; DELETE FROM t; INSERT INTO t VALUES (1,'b')")
 	a.exec("DELETE FROM t")
 	b.applyWaits()
 	run(t, c, "COMMIT")
+	b.feed.release()
 	settle(a, b)
 	a.expect("in the end", "t 1 b\n")
 	b.expect("in the end", "t 1 b\n")

@@ -200,7 +200,7 @@ func (w *Worker) run(ctx context.Context) error {
 	}
 	defer func() { _ = r.Close() }()
 	g, ctx := errgroup.WithContext(ctx)
-	records := make(chan journal.Record, 4096)
+	records := make(chan []journal.Record, 16)
 	batches := make(chan *planner)
 	g.Go(func() error { return read(ctx, r, records) })
 	g.Go(func() error { return w.gather(ctx, records, batches) })
@@ -316,15 +316,33 @@ func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
 	return from, nil
 }
 
-// read moves records from the journal into the channel.
-func read(ctx context.Context, r Reader, out chan<- journal.Record) error {
+// readAhead bounds how many records are handed over at a time: a channel operation for each would cost more than
+// reading it.
+const readAhead = 256
+
+// read moves records from the journal into the channel, as many at a time as there are.
+func read(ctx context.Context, r Reader, out chan<- []journal.Record) error {
+	more, _ := r.(interface {
+		TryNext() (journal.Record, bool, error)
+	})
 	for {
 		rec, err := r.Next(ctx)
 		if err != nil {
 			return err
 		}
+		recs := append(make([]journal.Record, 0, 16), rec)
+		for more != nil && len(recs) < readAhead {
+			rec, ok, err := more.TryNext()
+			if err != nil {
+				return err
+			}
+			if !ok {
+				break
+			}
+			recs = append(recs, rec)
+		}
 		select {
-		case out <- rec:
+		case out <- recs:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -333,8 +351,9 @@ func read(ctx context.Context, r Reader, out chan<- journal.Record) error {
 
 // gather builds batches from what is there and hands one over whenever the executor is free: it never waits to fill
 // one, and a batch grows while the executor is busy. A transaction from the future is held (rule 1).
-func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<- *planner) error {
+func (w *Worker) gather(ctx context.Context, in <-chan []journal.Record, out chan<- *planner) error {
 	p := w.newPlanner()
+	var queue []journal.Record // read, not yet looked at
 	sent := 0
 	var heldTxn *wal.Txn
 	timer := time.NewTimer(time.Hour)
@@ -352,11 +371,36 @@ func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<
 			}
 		}
 		source, sink := in, out
-		if heldTxn != nil || p.full(w.cfg) {
+		take := heldTxn == nil && !p.full(w.cfg)
+		if !take || len(queue) > 0 {
 			source = nil
 		}
 		if len(p.batch.txns) == 0 {
 			sink = nil
+		}
+		if take && len(queue) > 0 {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case sink <- p:
+				p = w.newPlanner()
+				sent++
+			default:
+			}
+			rec := queue[0]
+			queue = queue[1:]
+			switch {
+			case rec.Txn == nil:
+				w.passPosition(rec.Position, sent+min(1, len(p.batch.txns)))
+			case rec.Txn.VersionTime >= w.cfg.Clock():
+				heldTxn = rec.Txn
+				w.hold(rec.Txn.VersionTime.Std())
+			default:
+				if err := w.add(ctx, &p, rec.Txn, out); err != nil {
+					return err
+				}
+			}
+			continue
 		}
 		select {
 		case <-ctx.Done():
@@ -365,19 +409,7 @@ func (w *Worker) gather(ctx context.Context, in <-chan journal.Record, out chan<
 		case sink <- p:
 			p = w.newPlanner()
 			sent++
-		case rec := <-source:
-			if rec.Txn == nil {
-				w.passPosition(rec.Position, sent+min(1, len(p.batch.txns)))
-				continue
-			}
-			if ahead := rec.Txn.VersionTime.Sub(w.cfg.Clock()); ahead >= 0 {
-				heldTxn = rec.Txn
-				w.hold(rec.Txn.VersionTime.Std())
-				continue
-			}
-			if err := w.add(ctx, &p, rec.Txn, out); err != nil {
-				return err
-			}
+		case queue = <-source:
 		}
 	}
 }

@@ -231,6 +231,7 @@ func (s *Server) ship(ctx context.Context, stream followStream, in *inbox, f *fo
 	if err != nil {
 		return readError(err)
 	}
+	reader.TrustChain() // the receiver verifies it
 	pack, err := newPacker()
 	if err != nil {
 		return errors.Join(failure(ErrFailed, err), reader.Close())

@@ -56,8 +56,12 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 	if err != nil {
 		return false, err
 	}
+
 	if who[0][1] == "t" {
 		if _, enrolled, err = catalog.Meta(ctx, c, metaEnrolled); err != nil {
+			return false, err
+		}
+		if _, _, err = catalog.Meta(ctx, c, metaCopied); err != nil {
 			return false, err
 		}
 	}

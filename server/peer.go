@@ -175,7 +175,11 @@ func readCopy(w *link.CopyWriter, from wal.LSN) (apply.Reader, error) {
 	if errors.Is(err, journal.ErrPruned) {
 		return nil, &hinted{err.Error(), hint}
 	}
-	return r, err
+	if err != nil {
+		return nil, err
+	}
+	r.TrustChain() // it was verified when the records were received
+	return r, nil
 }
 
 func (p *peer) applyLoop(ctx context.Context, in *incoming) error {

@@ -186,7 +186,7 @@ func corruption(t *testing.T, p *pair.Pair) {
 	do(t, a, `SELECT pg_replication_origin_session_setup('duri_app_b');
 		UPDATE account SET balance = balance + 1 WHERE id = 33; DELETE FROM account WHERE id = 44`)
 	start(t, a)
-	within(t, startMax, "both stream again", p.WaitReady)
+	streams(t, p)
 	r := duri(t, "verify", "-c", a.ConfigFile)
 	for _, want := range []string{"not equal", "public.account: ", "33", "44", "balance"} {
 		if !strings.Contains(r.stdout, want) {

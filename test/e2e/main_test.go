@@ -96,11 +96,19 @@ func newPair(t *testing.T, o pair.Options, pgOptions ...pgtest.Option) *pair.Pai
 		}
 	})
 	if !o.Held && o.Clusters[0] != nil && o.Clusters[1] != nil {
-		if err := p.WaitReady(ctx); err != nil {
-			t.Fatal(err)
-		}
+		streams(t, p)
 	}
 	return p
+}
+
+// streams waits until both sites stream both ways.
+func streams(t *testing.T, p *pair.Pair) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), startMax)
+	defer cancel()
+	if err := p.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // grantsMu lets one test at a time make roles, which all databases of a server share.

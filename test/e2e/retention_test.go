@@ -58,7 +58,7 @@ func TestJournalsArePrunedAndAnAbsentPeerIsHeldWithinTheBudget(t *testing.T) {
 		ends(t, s)
 		start(t, s)
 	}
-	within(t, startMax, "both stream with pruned journals", p.WaitReady)
+	streams(t, p)
 	write(t, a, 100000, 1)
 	settled(t, p, 30*time.Second)
 	equal(t, p)
