@@ -56,18 +56,18 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 	if err != nil {
 		return false, err
 	}
-
+	copied := false // by an attempt to join that was interrupted after that
 	if who[0][1] == "t" {
 		if _, enrolled, err = catalog.Meta(ctx, c, metaEnrolled); err != nil {
 			return false, err
 		}
-		if _, _, err = catalog.Meta(ctx, c, metaCopied); err != nil {
+		if _, copied, err = catalog.Meta(ctx, c, metaCopied); err != nil {
 			return false, err
 		}
 	}
 	findings, err := preflight.Run(ctx, c, preflight.Spec{
 		Database: n.database.Name, Schemas: n.database.Schemas, Role: who[0][0], Bootstrap: n.cfg.Bootstrap,
-		Joined: enrolled, Sites: len(n.cfg.Sites), Databases: len(n.cfg.Databases),
+		Joined: enrolled || copied, Sites: len(n.cfg.Sites), Databases: len(n.cfg.Databases),
 	})
 	if err != nil {
 		return false, err
