@@ -750,7 +750,8 @@ func (x *execution) barrier(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	wait, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout)
+	// Each try writes WAL of its own that decoding has to pass as well: a large batch needs more patience each time.
+	wait, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout<<min(x.b.behind, 6))
 	defer cancel()
 	err = x.w.cfg.Barrier(wait, lsn)
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {

@@ -78,6 +78,7 @@ type batch struct {
 	txns             []*wal.Txn
 	waves            []*wave
 	changes          int
+	behind           int // how often local decoding was too far behind
 	minTime, maxTime wal.Time
 	merged           bool // false: one wave per change, in the original order
 }

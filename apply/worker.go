@@ -554,6 +554,7 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 			if err := w.cfg.Barrier(ctx, behind.lsn); err != nil {
 				return err
 			}
+			b.behind++
 			try--
 			continue
 		case ctx.Err() != nil || w.session.conn.IsClosed() || pg.IsConnectionError(err):

@@ -328,6 +328,45 @@ func TestReadersFollowAnAppenderAcrossFiles(t *testing.T) {
 	}
 }
 
+// A reader that trusts the chain must still go from file to file, from any beginning.
+func TestReaderThatTrustsTheChainCrossesFiles(t *testing.T) {
+	fsys := newMemFS()
+	j := create(t, fsys, Options{SegmentBytes: 2000})
+	var want []*wal.Txn
+	for i := range 100 {
+		want = append(want, simpleTxn(i))
+	}
+	appendAll(t, j, want...)
+	must(t, j.Flush())
+	if n := j.State().Segments; n < 3 {
+		t.Fatalf("%d segments, want several", n)
+	}
+	for _, skip := range []int{0, 37, 99} {
+		from := j.Start()
+		if skip > 0 {
+			from = want[skip-1].EndLSN
+		}
+		r, err := j.NewReader(from)
+		must(t, err)
+		r.TrustChain()
+		var have []*wal.Txn
+		for {
+			rec, ok, err := r.TryNext()
+			must(t, err)
+			if !ok {
+				break
+			}
+			if rec.Txn != nil {
+				have = append(have, rec.Txn)
+			}
+		}
+		if d := diffTxns(want[skip:], have); d != "" {
+			t.Errorf("from %s: %s", from, d)
+		}
+		must(t, r.Close())
+	}
+}
+
 func followTxns(ctx context.Context, r *Reader, n int) error {
 	for i := range n {
 		rec, err := r.Next(ctx)

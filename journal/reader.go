@@ -138,6 +138,9 @@ func (r *Reader) open(seg *segment) error {
 	r.j.mu.Unlock()
 	sc := scanner{file: file, name: seg.name, limit: limit, after: seg.head.From}
 	h, err := readHeader(&sc)
+	if r.trust && h.From == r.in.at.to {
+		r.in.at = h.tally() // the running values that were not computed
+	}
 	if err == nil && r.seg != nil {
 		err = beginsAs(h, &r.in.at, seg.name)
 	}

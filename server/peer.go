@@ -34,8 +34,9 @@ type peer struct {
 	mu         sync.Mutex // guards the rest
 	ack        link.Ack   // what the peer says of our journal
 	linkFault  fault
-	applyFault fault // why the worker does not run at all
-	ages       []age // used by the maintenance loop alone
+	applyFault fault     // why the worker does not run at all
+	applySince time.Time // when its present run began
+	ages       []age     // used by the maintenance loop alone
 }
 
 // incoming is the direction from the peer to here.
@@ -206,7 +207,7 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 			}
 			started = true
 			p.mu.Lock()
-			p.applyFault = fault{}
+			p.applyFault, p.applySince = fault{}, time.Now()
 			p.mu.Unlock()
 			err := in.worker.Run(ctx)
 			if err == nil {

@@ -109,7 +109,7 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 	l := LinkStatus{From: p.site.Name, Health: HealthOK}
 	p.mu.Lock()
 	l.PeerHas = p.ack.Durable
-	last, idle := p.linkFault, p.applyFault
+	last, idle, since := p.linkFault, p.applyFault, p.applySince
 	p.mu.Unlock()
 	in := p.live.Load()
 	if in == nil {
@@ -117,6 +117,9 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 		return l
 	}
 	l.Apply = in.worker.Status()
+	if past(l.Apply.LastErrorAt, since, time.Now()) {
+		l.Apply.LastError, l.Apply.LastHint = "", ""
+	}
 	if j, err := in.copy.Journal(); err == nil {
 		st := j.State()
 		l.Received = JournalStatus{st.Start, st.End, st.Durable, st.Txns, st.DiskBytes}
@@ -130,6 +133,16 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 	l.lag(time.Now())
 	l.judge(maxSkew, idle)
 	return l
+}
+
+// pastAfter is how long a run of the apply worker must last to prove that the error of the run before is gone. Most
+// errors come back within a moment of the start.
+const pastAfter = 10 * time.Second
+
+// past tells that an error of the worker is of an earlier run, and that the present one goes well: without a transaction
+// to apply, nothing else would ever take it back.
+func past(failed, since, now time.Time) bool {
+	return failed.Before(since) && now.Sub(since) >= pastAfter
 }
 
 // lag measures how far apply is behind. Without anything unapplied it is zero, however long ago the last was.

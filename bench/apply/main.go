@@ -95,6 +95,12 @@ func (b *bench) run(ctx context.Context) (err error) {
 		return err
 	}
 	fmt.Printf("PostgreSQL %s, %d CPUs, pgbench scale %d, %d transactions a drain, fsync %s\n", version, runtime.NumCPU(), b.scale, b.txns, b.fsync)
+	// A drain that does not count: statistics, caches, and the restart point of slots that were only just made.
+	for _, kind := range []string{native, duri} {
+		if _, err := b.drain(ctx, kind); err != nil {
+			return fmt.Errorf("%s, warm-up: %w", kind, err)
+		}
+	}
 	results := map[string][]drain{}
 	for i := range b.runs {
 		for _, kind := range []string{native, duri} {

@@ -183,6 +183,12 @@ func conflict(t *testing.T, p *pair.Pair) {
 func corruption(t *testing.T, p *pair.Pair) {
 	a := p.Sites[0]
 	ends(t, a)
+	within(t, noticeMax, "the agent's sessions have ended", func(ctx context.Context) error {
+		if n := text(t, a, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'duri'"); n != "0" {
+			return fmt.Errorf("%s of them", n)
+		}
+		return nil
+	})
 	do(t, a, `SELECT pg_replication_origin_session_setup('duri_app_b');
 		UPDATE account SET balance = balance + 1 WHERE id = 33; DELETE FROM account WHERE id = 44`)
 	start(t, a)

@@ -126,6 +126,26 @@ func TestIdleSitesAreWellAgainAfterARestartOfPostgreSQL(t *testing.T) {
 	healthy(t, p.Sites[0], healMax)
 }
 
+// TestIdleSitesAreWellAgainAfterApplyFailed ends the session in which apply asks whether a commit is flushed. Everything
+// is applied by then, so there is nothing by which apply could show that it works again.
+func TestIdleSitesAreWellAgainAfterApplyFailed(t *testing.T) {
+	t.Parallel()
+	p := newPair(t, pair.Options{Seed: schema("CREATE TABLE x (id serial PRIMARY KEY)")})
+	a, b := p.Sites[0], p.Sites[1]
+	within(t, noticeMax, "apply fails", func(ctx context.Context) error {
+		do(t, a, "INSERT INTO x DEFAULT VALUES")
+		do(t, b, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'duri_apply_aux'")
+		d, err := b.Status(ctx)
+		if err == nil && d.Links[0].Apply.LastError == "" {
+			err = errors.New("it goes on")
+		}
+		return err
+	})
+	settled(t, p, noticeMax)
+	healthy(t, b, 40*time.Second)
+	equal(t, p)
+}
+
 func TestTwoDatabasesWithOddNamesAndSitesThatBeginAlike(t *testing.T) {
 	t.Parallel()
 	first, second := `My-App "1" é`, "my_app"
