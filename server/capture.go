@@ -149,8 +149,8 @@ func wake(ch chan struct{}) {
 // A hand-over to the journal's readers costs some 200 microseconds of CPU at both sites (write, link, fsyncs, receipts),
 // so the least time between two of them decides what replication costs under load. A lone transaction goes at once.
 const (
-	flushEvery   = time.Millisecond     // keeping up
-	flushCatchUp = 5 * time.Millisecond // behind: nobody waits for a single transaction
+	flushEvery   = time.Millisecond      // keeping up
+	flushCatchUp = 10 * time.Millisecond // behind: nobody waits for a single transaction
 	behindAfter  = 100 * time.Millisecond
 )
 
@@ -210,6 +210,7 @@ func rebuild(ctx context.Context, j *journal.Journal, local *apply.Local, from w
 	if err != nil {
 		return err
 	}
+	r.TrustChain()
 	defer func() { _ = r.Close() }()
 	for {
 		rec, ok, err := r.TryNext()

@@ -154,7 +154,7 @@ func (n *node) siteOf(origin string) (wal.SiteID, bool) {
 // Run opens the database, joining the cluster first if need be, and works until ctx ends. Whatever fails is tried
 // again and shown in the status meanwhile; only a damaged journal ends it.
 func (n *node) Run(ctx context.Context) error {
-	err := retry(ctx, n.failed, "open database "+n.database.Name, func() error { return n.open(ctx) })
+	err := retry(ctx, n.failed, "open database "+n.database.Name, longestPause, func() error { return n.open(ctx) })
 	if err != nil {
 		return err
 	}
@@ -184,9 +184,12 @@ func (n *node) Run(ctx context.Context) error {
 	return err
 }
 
-// retry runs f until it succeeds or ctx ends, pausing longer each time, up to two seconds.
-func retry(ctx context.Context, failed func(string, error), what string, f func() error) error {
-	const first, longest, settled = 100 * time.Millisecond, 2 * time.Second, 5 * time.Second
+// longestPause is the longest time between two attempts at what may mend itself.
+const longestPause = 2 * time.Second
+
+// retry runs f until it succeeds or ctx ends, pausing longer each time, up to longest.
+func retry(ctx context.Context, failed func(string, error), what string, longest time.Duration, f func() error) error {
+	const first, settled = 100 * time.Millisecond, 5 * time.Second
 	pause := first
 	for {
 		began := time.Now()
@@ -198,16 +201,17 @@ func retry(ctx context.Context, failed func(string, error), what string, f func(
 			return ctx.Err()
 		}
 		failed(what, err)
-		switch {
-		case permanent(err):
-			pause = 5 * longest
-		case time.Since(began) > settled: // it had worked meanwhile
+		if time.Since(began) > settled { // it had worked meanwhile
 			pause = first
+		}
+		wait := pause
+		if permanent(err) {
+			wait = 5 * longestPause
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(pause):
+		case <-time.After(wait):
 		}
 		pause = min(2*pause, longest)
 	}
@@ -222,7 +226,7 @@ func permanent(err error) bool {
 // captureLoop keeps the decode stream running.
 func (n *node) captureLoop(ctx context.Context, c *captured) error {
 	for {
-		err := retry(ctx, n.failed, "decode", func() error { return n.stream(ctx, c) })
+		err := retry(ctx, n.failed, "decode", longestPause, func() error { return n.stream(ctx, c) })
 		if err != nil {
 			return err
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/duri-io/duri/enrol"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/preflight"
 	"github.com/duri-io/duri/wal"
 )
@@ -357,51 +358,109 @@ func (n *node) openJournal(ctx context.Context) error {
 			Hint: "put the directory back, or re-join this site",
 		}
 	}
-	seen, err := n.lowestSeen(ctx)
-	if err != nil {
+	if err := n.openAround(ctx, j); err != nil {
 		return errors.Join(err, j.Close())
 	}
+	return nil
+}
+
+// openAround opens what stands around the own journal: the copies of the peers' ones, the index, capture and workers.
+func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
+	copies := make([]*link.CopyWriter, len(n.peers))
 	n.keys = apply.NewKeys(n.cfg.Postgres.DSN, n.database.Name)
+	defer func() {
+		if err == nil {
+			return
+		}
+		n.keys.Close()
+		for _, w := range copies {
+			if w != nil {
+				err = errors.Join(err, w.Close())
+			}
+		}
+	}()
+	for i, p := range n.peers {
+		copies[i], err = link.OpenCopy(link.CopyConfig{Dir: n.dir(p.site.Name), Journal: n.journalOptions(), Logger: p.log})
+		if err != nil {
+			return fmt.Errorf("open the copy of %s's journal: %w", p.site.Name, err)
+		}
+	}
+	seen, err := n.lowestSeen(ctx, copies)
+	if err != nil {
+		return err
+	}
 	local := apply.NewLocal(n.self.ID, seen, j.State().MaxVersionTime, n.keys)
 	if err := rebuild(ctx, j, local, seen); err != nil {
-		n.keys.Close()
-		return errors.Join(fmt.Errorf("rebuild the index of local changes: %w", err), j.Close())
+		return fmt.Errorf("rebuild the index of local changes: %w", err)
 	}
 	c := &captured{journal: j, local: local}
 	c.capture = newCapture(n.self.ID, n.siteOf, j, local, n.clock.Now)
 	c.capture.step = func(t *wal.Txn) { n.clockStepped(t) }
-	for _, p := range n.peers {
-		if err := p.open(c); err != nil {
-			n.keys.Close()
-			return errors.Join(err, j.Close())
-		}
+	for i, p := range n.peers {
+		p.live.Store(&incoming{copies[i], p.newWorker(c, copies[i])})
 	}
 	n.ready.Store(c)
 	return nil
 }
 
-// lowestSeen reads how far the last applied transaction of each peer had seen this site; what came later is needed in
-// the local index. A peer of which nothing was applied has seen nothing.
-func (n *node) lowestSeen(ctx context.Context) (lowest wal.LSN, err error) {
-	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
-		for i, s := range n.cfg.Peers() {
-			rows, err := pg.Query(ctx, c, "SELECT seen FROM duri.applied WHERE origin = $1::int2 ORDER BY to_lsn DESC LIMIT 1", fmt.Sprint(s.ID))
-			if err != nil {
-				return err
-			}
-			lsn := wal.LSN(0)
-			if len(rows) > 0 {
-				if lsn, err = wal.ParseLSN(rows[0][0]); err != nil {
-					return err
-				}
-			}
-			if i == 0 || lsn < lowest {
-				lowest = lsn
-			}
+// lowestSeen finds how far the next transaction of any peer will have seen this site, at least; what came later is
+// needed in the local index. The last applied transaction tells, or the positions of a peer that has written nothing
+// since. A peer of which nothing is known has seen nothing.
+func (n *node) lowestSeen(ctx context.Context, copies []*link.CopyWriter) (wal.LSN, error) {
+	applied, err := n.progress(ctx)
+	if err != nil {
+		return 0, err
+	}
+	lowest := wal.LSN(0)
+	for i, p := range n.peers {
+		lsn, err := n.lastSeen(ctx, p.site.ID)
+		if err != nil {
+			return 0, err
 		}
-		return nil
+		idle, err := seenIdle(copies[i], positionOf(applied, p.site.ID), n.self.ID)
+		if err != nil {
+			return 0, err
+		}
+		if lsn = max(lsn, idle); i == 0 || lsn < lowest {
+			lowest = lsn
+		}
+	}
+	return lowest, nil
+}
+
+// lastSeen reads what the last applied transaction of a site had seen.
+func (n *node) lastSeen(ctx context.Context, site wal.SiteID) (lsn wal.LSN, err error) {
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		rows, err := pg.Query(ctx, c, "SELECT seen FROM duri.applied WHERE origin = $1::int2 ORDER BY to_lsn DESC LIMIT 1", fmt.Sprint(site))
+		if err == nil && len(rows) > 0 {
+			lsn, err = wal.ParseLSN(rows[0][0])
+		}
+		return err
 	})
-	return lowest, err
+	return lsn, err
+}
+
+// seenIdle is what a peer's journal copy had seen of site at its end, provided that it holds no transaction beyond
+// applied; zero otherwise.
+func seenIdle(w *link.CopyWriter, applied wal.LSN, site wal.SiteID) (wal.LSN, error) {
+	j, err := w.Journal()
+	if err != nil {
+		return 0, nil // nothing was received yet
+	}
+	r, err := j.NewReader(max(applied, j.Start()))
+	if err != nil {
+		return 0, err
+	}
+	r.TrustChain()
+	for {
+		rec, ok, err := r.TryNext()
+		if err != nil || rec.Txn != nil {
+			return 0, errors.Join(err, r.Close())
+		}
+		if !ok {
+			return positionOf(j.State().Seen, site), r.Close()
+		}
+	}
 }
 
 // clockStepped makes a backward clock step known (rule 3).

@@ -45,16 +45,6 @@ type incoming struct {
 	worker *apply.Worker
 }
 
-// open opens the copy of the peer's journal and makes the worker that will apply it.
-func (p *peer) open(c *captured) error {
-	w, err := link.OpenCopy(link.CopyConfig{Dir: p.n.dir(p.site.Name), Journal: p.n.journalOptions(), Logger: p.log})
-	if err != nil {
-		return fmt.Errorf("open the copy of %s's journal: %w", p.site.Name, err)
-	}
-	p.live.Store(&incoming{w, p.newWorker(c, w)})
-	return nil
-}
-
 // acknowledged notes what the peer has of our journal.
 func (p *peer) acknowledged(a link.Ack) {
 	p.mu.Lock()
@@ -118,9 +108,12 @@ func (p *peer) ackLoop(ctx context.Context, in *incoming) error {
 	}
 }
 
+// followPause is the longest time between two attempts to reach a peer that may come back any moment.
+const followPause = 300 * time.Millisecond
+
 func (p *peer) followLoop(ctx context.Context, w *link.CopyWriter) error {
 	for {
-		err := retry(ctx, p.failed, "follow "+p.site.Name, func() error {
+		err := retry(ctx, p.failed, "follow "+p.site.Name, followPause, func() error {
 			ctx, leave, err := p.gate.enter(ctx)
 			if err != nil {
 				return err
@@ -200,7 +193,7 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 		p.note(&p.applyFault, what, err)
 	}
 	for {
-		err := retry(ctx, failed, "apply "+p.site.Name, func() error {
+		err := retry(ctx, failed, "apply "+p.site.Name, longestPause, func() error {
 			started = false
 			if err := p.checkIncarnation(ctx, in.copy); err != nil {
 				return err
