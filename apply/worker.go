@@ -156,7 +156,7 @@ func (e *TransactionError) HintText() string {
 		return t.Hint
 	}
 	if pg.SQLState(e.Err) == "23505" {
-		return "another unique value collides; free it at this site, apply then goes on by itself"
+		return "two rows want one unique value; change one of them at the site that has it, apply then goes on by itself"
 	}
 	return "remove the cause at this site; apply then goes on by itself"
 }

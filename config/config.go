@@ -106,7 +106,7 @@ type Journal struct {
 type Apply struct {
 	BatchTransactions int      `yaml:"batch_transactions" json:"batch_transactions"`
 	BatchBytes        Size     `yaml:"batch_bytes" json:"batch_bytes"`
-	LockTimeout       Duration `yaml:"lock_timeout" json:"lock_timeout"` // then blocked keys are set aside (rule 19)
+	LockTimeout       Duration `yaml:"lock_timeout" json:"lock_timeout"` // then apply gives way and tries again
 }
 
 // Conflict is about the records of conflicts (replication.md rule 16).

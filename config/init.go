@@ -341,12 +341,12 @@ journal:
 apply:   # bounds of one apply transaction
   batch_transactions: {{.Default.Apply.BatchTransactions}}
   batch_bytes: {{.Default.Apply.BatchBytes}}
-  lock_timeout: {{.Default.Apply.LockTimeout}}   # then the blocked keys are set aside while the rest flows
+  lock_timeout: {{.Default.Apply.LockTimeout}}   # then apply gives way to the client and tries again
 
 conflict:
   keep: {{.Default.Conflict.Keep}}   # records of conflicts, with both images
 
-max_clock_skew: {{.Default.MaxClockSkew}}   # beyond it the direction from the faster site is held
+max_clock_skew: {{.Default.MaxClockSkew}}   # beyond it the link is shown as degraded
 heartbeat: {{.Default.Heartbeat}}
 
 log:

@@ -50,7 +50,6 @@ const (
 	Lost       Code = "lost"       // truly concurrent, and older
 	Won        Code = "won"        // truly concurrent, and newer
 	Filled     Code = "filled"     // written after completing unchanged TOAST values from elsewhere (rule 9)
-	Kept       Code = "kept"       // a row newer than an applied TRUNCATE was left
 )
 
 // Decision is the outcome for one incoming change against one state.

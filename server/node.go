@@ -139,6 +139,21 @@ func (n *node) failed(what string, err error) {
 	if news {
 		n.log.Warn(f.Text, "database", n.database.Name, "hint", f.Hint)
 	}
+	var gap *decode.GapError
+	if news && errors.As(err, &gap) {
+		n.event("gap", f.Text)
+	}
+}
+
+// event keeps what people must see in duri.event as well as in the log. It does not insist: the server may be what
+// fails.
+func (n *node) event(kind, text string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	err := n.withSQL(ctx, func(c *pgconn.PgConn) error { return catalog.Event(ctx, c, kind, text, nil) })
+	if err != nil {
+		n.log.Debug("record an event", "database", n.database.Name, "kind", kind, "error", err)
+	}
 }
 
 // siteOf maps a replication origin's name to a site.

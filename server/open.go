@@ -355,7 +355,7 @@ func (n *node) openJournal(ctx context.Context) error {
 	if j == nil {
 		return &decode.GapError{
 			Slot: Slot(n.database.Name), Reason: "the journal directory " + n.dir(n.self.Name) + " is gone",
-			Hint: "put the directory back, or re-join this site",
+			Hint: "put the directory back, or join this site again (docs/guide/runbook.md)",
 		}
 	}
 	if err := n.openAround(ctx, j); err != nil {
@@ -473,5 +473,6 @@ func (n *node) clockStepped(t *wal.Txn) {
 		n.log.Error("this site's clock stepped back; versions are corrected until it has caught up",
 			"database", n.database.Name, "commit_time", t.CommitTime, "version_time", t.VersionTime,
 			"hint", "let the clock be disciplined by NTP without steps")
+		n.event("clock_step", fmt.Sprintf("the clock stepped back: a commit of %s got the version time %s", t.CommitTime, t.VersionTime))
 	}
 }

@@ -20,8 +20,12 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/wal"
 )
 
 func main() {
@@ -55,10 +59,26 @@ type drain struct {
 	source, target, agents float64 // CPU seconds
 }
 
+// What is measured. The names of the databases are the first and the second.
 const (
-	native = "native" // database of the native subscription
-	duri   = "app"
+	native   = "native" // PostgreSQL's apply worker; the subscription was disabled while the load was written
+	cold     = "app"    // duri; both agents were down
+	returned = "back"   // duri; the target's agent was down and returns: the source's agent has decoded meanwhile
+	duri     = cold
 )
+
+var kinds = []string{native, cold, returned}
+
+// names are how the kinds are printed.
+var names = map[string]string{native: "native", cold: "duri, both agents down", returned: "duri, target's agent down"}
+
+// database is where a kind runs.
+func database(kind string) string {
+	if kind == native {
+		return native
+	}
+	return duri
+}
 
 func (b *bench) run(ctx context.Context) (err error) {
 	dir, err := os.MkdirTemp("", "duri-bench-")
@@ -96,19 +116,19 @@ func (b *bench) run(ctx context.Context) (err error) {
 	}
 	fmt.Printf("PostgreSQL %s, %d CPUs, pgbench scale %d, %d transactions a drain, fsync %s\n", version, runtime.NumCPU(), b.scale, b.txns, b.fsync)
 	// A drain that does not count: statistics, caches, and the restart point of slots that were only just made.
-	for _, kind := range []string{native, duri} {
+	for _, kind := range kinds {
 		if _, err := b.drain(ctx, kind); err != nil {
 			return fmt.Errorf("%s, warm-up: %w", kind, err)
 		}
 	}
 	results := map[string][]drain{}
 	for i := range b.runs {
-		for _, kind := range []string{native, duri} {
+		for _, kind := range kinds {
 			d, err := b.drain(ctx, kind)
 			if err != nil {
 				return fmt.Errorf("%s, run %d: %w", kind, i+1, err)
 			}
-			fmt.Printf("  %-6s %6.2f s  %7.0f tx/s\n", kind, d.wall.Seconds(), float64(b.txns)/d.wall.Seconds())
+			fmt.Printf("  %-26s %6.2f s  %7.0f tx/s\n", names[kind], d.wall.Seconds(), float64(b.txns)/d.wall.Seconds())
 			results[kind] = append(results[kind], d)
 		}
 	}
@@ -187,16 +207,14 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 	var d drain
 	c := b.clusters(kind)
 	src, dst := c[0], c[1]
-	for _, s := range b.p.Sites {
-		if err := s.SignalAgent(syscall.SIGTERM); err != nil {
-			return d, err
-		}
+	if err := b.stopAgents(kind); err != nil {
+		return d, err
 	}
-	if err := b.pgbench(ctx, src, kind, "-n", "-c", "4", "-t", strconv.Itoa(b.txns/4), "-M", "prepared"); err != nil {
+	if err := b.pgbench(ctx, src, database(kind), "-n", "-c", "4", "-t", strconv.Itoa(b.txns/4), "-M", "prepared"); err != nil {
 		return d, err
 	}
 	b.marks++
-	if err := src.Exec(ctx, kind, fmt.Sprintf("INSERT INTO mark VALUES (%d)", b.marks)); err != nil {
+	if err := src.Exec(ctx, database(kind), fmt.Sprintf("INSERT INTO mark VALUES (%d)", b.marks)); err != nil {
 		return d, err
 	}
 	for _, c := range []*pgcluster.Cluster{src, dst} {
@@ -204,27 +222,35 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 			return d, err
 		}
 	}
-	s0, t0 := treeCPU(src.PID()), treeCPU(dst.PID())
-	start := time.Now()
-	if kind == duri {
-		for _, s := range b.p.Sites {
-			if err := s.StartAgent(); err != nil {
-				return d, err
-			}
+	if kind == returned {
+		if err := b.awaitDecoded(ctx); err != nil {
+			return d, err
 		}
-	} else if err := dst.Exec(ctx, kind, "ALTER SUBSCRIPTION native ENABLE"); err != nil {
-		return d, err
+	}
+	s0, t0, a0 := treeCPU(src.PID()), treeCPU(dst.PID()), 0.0
+	start := time.Now()
+	switch kind {
+	case native:
+		if err := dst.Exec(ctx, native, "ALTER SUBSCRIPTION native ENABLE"); err != nil {
+			return d, err
+		}
+	case cold:
+		if err := b.p.StartAgents(); err != nil {
+			return d, err
+		}
+	case returned:
+		a0 = treeCPU(b.p.Sites[0].AgentPID())
+		if err := b.p.Sites[1].StartAgent(); err != nil {
+			return d, err
+		}
 	}
 	wait, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
-	if b.verbose && kind == duri {
+	if b.verbose && kind != native {
 		go b.timeline(wait, start)
 	}
-	if err := b.p.Wait(wait, "the last transaction is visible", func(ctx context.Context) (bool, error) {
-		rows, err := dst.QueryText(ctx, kind, fmt.Sprintf("SELECT count(*) FROM mark WHERE id = %d", b.marks))
-		return err == nil && rows[0][0] == "1", err
-	}); err != nil {
-		return d, err
+	if err := awaitMark(wait, dst.DSN(database(kind), ""), b.marks); err != nil {
+		return d, fmt.Errorf("wait for the last transaction: %w\nagent b: %s", err, b.p.Sites[1].Log())
 	}
 	d.wall = time.Since(start)
 	if b.verbose {
@@ -232,7 +258,8 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 		printCPU("target", dst.PID())
 	}
 	d.source, d.target = treeCPU(src.PID())-s0, treeCPU(dst.PID())-t0
-	if kind == duri {
+	if kind != native {
+		d.agents = -a0
 		for _, s := range b.p.Sites {
 			cpu := treeCPU(s.AgentPID())
 			d.agents += cpu
@@ -240,10 +267,30 @@ func (b *bench) drain(ctx context.Context, kind string) (drain, error) {
 				fmt.Printf("    agent %s %5.2f s\n", s.Name, cpu)
 			}
 		}
-	} else if err := dst.Exec(ctx, kind, "ALTER SUBSCRIPTION native DISABLE"); err != nil {
+	} else if err := dst.Exec(ctx, native, "ALTER SUBSCRIPTION native DISABLE"); err != nil {
 		return d, err
 	}
 	return d, b.checkEqual(ctx, kind)
+}
+
+// awaitMark waits until a marker row is visible. One session asks, so that the question costs next to nothing.
+func awaitMark(ctx context.Context, dsn string, mark int) error {
+	c, err := pgconn.Connect(ctx, dsn)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close(context.WithoutCancel(ctx)) }()
+	for {
+		rows, err := pg.Rows(ctx, c, fmt.Sprintf("SELECT 1 FROM mark WHERE id = %d", mark))
+		if err != nil || len(rows) > 0 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 func (b *bench) clusters(kind string) []*pgcluster.Cluster {
@@ -259,7 +306,7 @@ func (b *bench) checkEqual(ctx context.Context, kind string) error {
 		sql := "SELECT md5(string_agg(r, ',' ORDER BY r)) FROM (SELECT md5(t::text) AS r FROM " + t + " t) x"
 		var sums [2]string
 		for i, c := range b.clusters(kind) {
-			rows, err := c.QueryText(ctx, kind, sql)
+			rows, err := c.QueryText(ctx, database(kind), sql)
 			if err != nil {
 				return err
 			}
@@ -285,19 +332,50 @@ func (b *bench) report(results map[string][]drain) error {
 	fmt.Printf("\nmedians of %d runs, contents compared equal after each\n\n", b.runs)
 	fmt.Println("| | drain s | tx/s | target CPU s | source CPU s | agents CPU s | total CPU s |")
 	fmt.Println("| --- | --- | --- | --- | --- | --- | --- |")
-	for _, kind := range []string{native, duri} {
+	for _, kind := range kinds {
 		wall := median(kind, func(d drain) float64 { return d.wall.Seconds() })
 		t, s, a := median(kind, func(d drain) float64 { return d.target }), median(kind, func(d drain) float64 { return d.source }), median(kind, func(d drain) float64 { return d.agents })
-		name := map[string]string{native: "native", duri: "duri"}[kind]
-		fmt.Printf("| %s | %.2f | %.0f | %.1f | %.1f | %.1f | %.1f |\n", name, wall, float64(b.txns)/wall, t, s, a, t+s+a)
+		fmt.Printf("| %s | %.2f | %.0f | %.1f | %.1f | %.1f | %.1f |\n", names[kind], wall, float64(b.txns)/wall, t, s, a, t+s+a)
 	}
-	var ratios []float64
-	for i := range results[native] {
-		ratios = append(ratios, results[native][i].wall.Seconds()/results[duri][i].wall.Seconds())
+	for _, kind := range kinds[1:] {
+		var ratios []float64
+		for i := range results[native] {
+			ratios = append(ratios, results[native][i].wall.Seconds()/results[kind][i].wall.Seconds())
+		}
+		slices.Sort(ratios)
+		fmt.Printf("\n%s, against native run by run: median %.2fx (%.2f .. %.2f)\n", names[kind], ratios[len(ratios)/2], ratios[0], ratios[len(ratios)-1])
 	}
-	slices.Sort(ratios)
-	fmt.Printf("\nduri / native, run by run: median %.2fx (%.2f .. %.2f)\n", ratios[len(ratios)/2], ratios[0], ratios[len(ratios)-1])
 	return nil
+}
+
+// stopAgents ends the agents that a kind wants down, and sees that the others run.
+func (b *bench) stopAgents(kind string) error {
+	for _, s := range b.p.Sites {
+		if err := s.SignalAgent(syscall.SIGTERM); err != nil {
+			return err
+		}
+	}
+	if kind == returned {
+		return b.p.Sites[0].StartAgent()
+	}
+	return nil
+}
+
+// awaitDecoded waits until the source's agent has journalled everything.
+func (b *bench) awaitDecoded(ctx context.Context) error {
+	src := b.p.Sites[0]
+	rows, err := src.Cluster.QueryText(ctx, duri, "SELECT pg_logical_emit_message(true, 'duri.mark', '')")
+	if err != nil {
+		return err
+	}
+	lsn, err := wal.ParseLSN(rows[0][0])
+	if err != nil {
+		return err
+	}
+	return b.p.Wait(ctx, "the source's agent has decoded the load", func(ctx context.Context) (bool, error) {
+		d, err := src.Status(ctx)
+		return err == nil && d.Local.Position > lsn, err
+	})
 }
 
 // treeCPU is the CPU time, in seconds, of a process, its children and the children it has waited for.

@@ -52,4 +52,4 @@ CREATE TABLE duri.event (
 	text text NOT NULL,
 	data jsonb
 );
-COMMENT ON TABLE duri.event IS 'what people must see: enrolment, held directions, gaps, clock steps';
+COMMENT ON TABLE duri.event IS 'what people must see, one row each: enrolment, gaps, clock steps';

@@ -23,6 +23,7 @@ var commands = []entry{
 	{"everyday", newStatusCmd},
 	{"everyday", newVerifyCmd},
 	{"data", newConflictCmd},
+	{"data", newJournalCmd},
 	{"setup", newInitCmd},
 	{"setup", newGrantsCmd},
 	{"setup", newConfigCmd},

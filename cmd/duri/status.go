@@ -89,7 +89,11 @@ func summary(s server.ClusterStatus) (string, bool) {
 	for _, site := range s.Sites {
 		for _, d := range site.Databases {
 			if d.Health != server.HealthOK {
-				bad = append(bad, fmt.Sprintf("database %s at %s is %s", d.Name, site.Site, d.State))
+				why := d.State
+				if d.Problem != nil {
+					why = "has a problem"
+				}
+				bad = append(bad, fmt.Sprintf("database %s at %s %s", d.Name, site.Site, why))
 			}
 			for _, l := range d.Links {
 				conflicts += l.Apply.Conflicts

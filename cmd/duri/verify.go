@@ -49,7 +49,7 @@ differences. Nothing is locked and no snapshot is held. Exit code 0: equal; 3: n
 		},
 	}
 	cmd.Flags().StringVar(&database, "database", "", "`name` of the database, when several are replicated")
-	cmd.Flags().IntVar(&req.Parallel, "parallel", 2, "ranges compared at the same `time`")
+	cmd.Flags().IntVar(&req.Parallel, "parallel", 2, "`number` of ranges compared at the same time")
 	return cmd
 }
 
