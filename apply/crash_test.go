@@ -35,8 +35,10 @@ func TestCrashesLoseAndRepeatNothing(t *testing.T) {
 	seed := newSeed(t)
 	rng := rand.New(rand.NewPCG(seed, 1))
 	const schema = `CREATE TABLE log (id int, v text); CREATE TABLE acc (id int PRIMARY KEY, n int NOT NULL)`
-	a, b := newRig(t, schema, rigOptions{asRole: true, clusters: 2, pgtest: []pgtest.Option{pgtest.WithFsync()},
-		config: func(c *Config) { c.BatchTransactions = 50 }})
+	a, b := newRig(t, schema, rigOptions{
+		asRole: true, clusters: 2, pgtest: []pgtest.Option{pgtest.WithFsync()},
+		config: func(c *Config) { c.BatchTransactions = 50 },
+	})
 	b.faults = true
 	ctx, cancel := context.WithCancel(t.Context())
 	written := make(chan int, 1)

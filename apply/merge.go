@@ -191,13 +191,13 @@ func (p *planner) table(rel *wal.Relation) (*tableWave, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p.byName[g.table.String()] != nil {
+	if p.byName[g.String()] != nil {
 		p.cut()
 		p.open()
 	}
 	tw := &tableWave{target: g, index: map[string]*entry{}}
 	p.wave.tables = append(p.wave.tables, tw)
-	p.byName[g.table.String()], p.targets[rel.ID] = tw, tw
+	p.byName[g.String()], p.targets[rel.ID] = tw, tw
 	return tw, nil
 }
 
@@ -215,7 +215,7 @@ func (p *planner) addKeyless(tw *tableWave, t *wal.Txn, c *wal.Change) error {
 			return nil
 		}
 	} else if c.OldKind != wal.OldFull {
-		return &TableError{tw.table.String(), "UPDATE or DELETE in a table without a primary key", "give it a primary key or ALTER TABLE ... REPLICA IDENTITY FULL at the origin"}
+		return &TableError{tw.String(), "UPDATE or DELETE in a table without a primary key", "give it a primary key or ALTER TABLE ... REPLICA IDENTITY FULL at the origin"}
 	}
 	p.wave.refs = append(p.wave.refs, ref{txn: t, change: c, num: p.num, op: c.Op, row: c.New})
 	tw.inOrder = append(tw.inOrder, int32(len(p.wave.refs)))
@@ -273,8 +273,8 @@ func (p *planner) move(tw *tableWave, t *wal.Txn, c *wal.Change, row, full wal.T
 	if err != nil {
 		return err
 	}
-	old := make(wal.Tuple, len(tw.target.key))
-	for i, k := range tw.target.key {
+	old := make(wal.Tuple, len(tw.key))
+	for i, k := range tw.key {
 		old[i] = c.Old[k.at]
 	}
 	p.wave.moved = append(p.wave.moved, &moved{tw: tw, e: e, ref: int32(len(p.wave.refs)), old: old})
@@ -284,20 +284,20 @@ func (p *planner) move(tw *tableWave, t *wal.Txn, c *wal.Change, row, full wal.T
 // find returns the entry of a tuple's key, nil when the wave has none yet.
 func (p *planner) find(tw *tableWave, keyTuple wal.Tuple) (*entry, error) {
 	var ok bool
-	if p.buf, ok = keyOf(p.buf[:0], tw.target.key, keyTuple); !ok {
+	if p.buf, ok = keyOf(p.buf[:0], tw.key, keyTuple); !ok {
 		return nil, noKey(tw, wal.Update)
 	}
 	return tw.index[string(p.buf)], nil
 }
 
 func noKey(tw *tableWave, op wal.Op) error {
-	return &TableError{tw.table.String(), fmt.Sprintf("%s arrives without its key", op), "its replica identity at the origin must include the primary key"}
+	return &TableError{tw.String(), fmt.Sprintf("%s arrives without its key", op), "its replica identity at the origin must include the primary key"}
 }
 
 // sameKey reports whether two tuples have the same key values. It compares texts: a key that changes in spelling only
 // (1.0 to 1.00) is then deleted and inserted under one normal form, which nets to an update.
 func (p *planner) sameKey(tw *tableWave, a, b wal.Tuple) bool {
-	for _, k := range tw.target.key {
+	for _, k := range tw.key {
 		if string(a[k.at].Data) != string(b[k.at].Data) {
 			return false
 		}
@@ -308,14 +308,14 @@ func (p *planner) sameKey(tw *tableWave, a, b wal.Tuple) bool {
 // touch folds one change into the net change of its key.
 func (p *planner) touch(tw *tableWave, r ref, keyTuple wal.Tuple) error {
 	var ok bool
-	if p.buf, ok = keyOf(p.buf[:0], tw.target.key, keyTuple); !ok {
+	if p.buf, ok = keyOf(p.buf[:0], tw.key, keyTuple); !ok {
 		return noKey(tw, r.op)
 	}
 	e := tw.index[string(p.buf)]
 	fresh := e == nil
 	if fresh {
-		e = &entry{key: string(p.buf), keyv: make(wal.Tuple, len(tw.target.key))}
-		for i, k := range tw.target.key {
+		e = &entry{key: string(p.buf), keyv: make(wal.Tuple, len(tw.key))}
+		for i, k := range tw.key {
 			e.keyv[i] = keyTuple[k.at]
 		}
 		tw.index[e.key] = e
@@ -333,11 +333,12 @@ func (p *planner) touch(tw *tableWave, r ref, keyTuple wal.Tuple) error {
 func fold(e *entry, r ref, fresh bool) {
 	switch r.op {
 	case wal.Insert:
-		if fresh {
+		switch {
+		case fresh:
 			e.kind = netInsert
-		} else if e.kind == netDelete && !e.maybe {
+		case e.kind == netDelete && !e.maybe:
 			e.kind = netUpdate
-		} else if e.kind == netDelete {
+		case e.kind == netDelete:
 			e.kind, e.maybe = netInsert, false
 		}
 		e.row, e.slow = r.row, !r.row.Complete()

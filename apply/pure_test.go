@@ -31,7 +31,8 @@ var planRelation = (&wal.Relation{OID: 1, Namespace: "public", Name: "t", Identi
 func planResolver(rel *wal.Relation) (*target, error) {
 	t := &table{schema: "public", name: "t", full: "public.t", key: []int{0}, deletable: true, columns: []column{
 		{name: "id", typ: "integer", arrayType: "integer[]", norm: normExact},
-		{name: "v", typ: "text", arrayType: "text[]"}, {name: "big", typ: "text", arrayType: "text[]"},
+		{name: "v", typ: "text", arrayType: "text[]"},
+		{name: "big", typ: "text", arrayType: "text[]"},
 	}}
 	return bind(t, rel)
 }
@@ -476,7 +477,7 @@ func TestNormsAgreeWithPostgreSQL(t *testing.T) {
 		"numeric", "numeric(20,4)", "float8", "float4", "interval", "char(6)", "bpchar", "inet", "timestamptz", "timetz", "uuid",
 		"varbit", "int4range", "tsrange", "money", "macaddr", "text", "varchar", "name", "bytea",
 	} {
-		base := strings.SplitN(typ, "(20", 2)[0]
+		base, _, _ := strings.Cut(typ, "(20")
 		var values []string
 		for range 60 {
 			v := randomKeyValue(rng, base)

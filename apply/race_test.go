@@ -99,7 +99,7 @@ func TestWaitsForLocalChangesThatAreNotDecoded(t *testing.T) {
 			a.exec(tc.remote)
 			a.captured()
 			open := b.closeGate(t)
-			for _, sql := range strings.Split(tc.local, "; ") {
+			for sql := range strings.SplitSeq(tc.local, "; ") {
 				b.exec(sql)
 			}
 			a.feed.release()
@@ -230,7 +230,7 @@ func TestSeesCommitsThatWaitForTheirStandby(t *testing.T) {
 // the clock is set back meanwhile.
 func TestHoldsTransactionsFromTheFuture(t *testing.T) {
 	var behind time.Duration
-	var clock = make(chan time.Duration, 1)
+	clock := make(chan time.Duration, 1)
 	clock <- time.Hour
 	a, b := newRig(t, scenarioSchema, rigOptions{config: func(c *Config) {
 		if c.Site == 2 {

@@ -91,7 +91,7 @@ func (c *client) statement() (sql string, events func(rows [][]string) []event) 
 	case p < 40:
 		return insert + " " + ret, live
 	case p < 70: // old key by a subquery, because RETURNING shows the new one
-		keyExpr := strings.Split(strings.TrimPrefix(ret, "RETURNING "), ",")[0]
+		keyExpr, _, _ := strings.Cut(strings.TrimPrefix(ret, "RETURNING "), ",")
 		old := fmt.Sprintf("(SELECT %s FROM %s WHERE %s)", keyExpr, table, where)
 		parts := strings.SplitN(ret, ", ", 3)
 		return fmt.Sprintf("UPDATE %s SET %s WHERE %s RETURNING %s, %s, %s", table, set[c.rng.IntN(len(set))], where, old, parts[1], parts[2]), live
@@ -262,7 +262,7 @@ func round(t *testing.T, a, b *site, seed uint64) {
 		return strings.Join(lines, "")
 	}
 	x, y := sorted(a), sorted(b)
-	txns := append(a.feed.txns()[firstA:], b.feed.txns()[firstB:]...)
+	txns := slices.Concat(a.feed.txns()[firstA:], b.feed.txns()[firstB:])
 	want := h.model(t, txns)
 	if x != y {
 		t.Errorf("seed %d: sites differ (-A +B):\n%s", seed, shorten(cmp.Diff(x, y)))

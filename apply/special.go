@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/duri-io/duri/conflict"
@@ -59,7 +60,7 @@ func (x *execution) appends1(tw *tableWave, r *ref) []wal.Tuple {
 
 // removed reports whether a local TRUNCATE beats a change of a table without a key.
 func (x *execution) removed(tw *tableWave, r *ref) (tombstone, bool) {
-	s, ok := x.w.cfg.Local.truncated(tw.table.String())
+	s, ok := x.w.cfg.Local.truncated(tw.String())
 	return s, ok && s.end > r.txn.SeenOf(x.w.cfg.Site) && r.txn.Version().Less(s.version)
 }
 
@@ -80,7 +81,7 @@ func (x *execution) recheckBags(ctx context.Context) error {
 	}
 	known := true
 	for i, tw := range x.bags {
-		known = known && x.s.files[tw.table.String()] == string(res[i].Rows[0][0])
+		known = known && x.s.files[tw.String()] == string(res[i].Rows[0][0])
 	}
 	if known {
 		return nil
@@ -89,7 +90,7 @@ func (x *execution) recheckBags(ctx context.Context) error {
 		return err
 	}
 	for i, tw := range x.bags {
-		x.s.files[tw.table.String()] = string(res[i].Rows[0][0])
+		x.s.files[tw.String()] = string(res[i].Rows[0][0])
 	}
 	return x.recheckRemoved()
 }
@@ -107,7 +108,7 @@ func (x *execution) recheckRemoved() error {
 	}
 	for _, wv := range x.b.waves {
 		for _, tw := range wv.tables {
-			for _, i := range append(tw.appends[:len(tw.appends):len(tw.appends)], tw.inOrder...) {
+			for _, i := range append(slices.Clip(tw.appends), tw.inOrder...) {
 				r := &wv.refs[i-1]
 				if _, removed := x.removed(tw, r); removed && r.op != wal.Delete && !recorded[r.change] {
 					return errTruncated
@@ -207,15 +208,12 @@ func truncateSQL(t *table, before, at wal.Time, older string) string {
 	from, to := pg.QuoteLiteral(before.String())+"::timestamptz", pg.QuoteLiteral(at.String())+"::timestamptz"
 	local := fmt.Sprintf("(%s).roident = 0 AND (%s).timestamp", f, f)
 	losing := fmt.Sprintf("%s >= %s AND (%s).timestamp %s %s", local, from, f, older, to)
-	columns := fmt.Sprintf("t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000", f)
-	plain := ""
+	names := make([]string, len(t.columns))
 	for i, c := range t.columns {
-		columns += ", t." + pg.QuoteIdent(c.name)
-		if i > 0 {
-			plain += ", "
-		}
-		plain += pg.QuoteIdent(c.name)
+		names[i] = pg.QuoteIdent(c.name)
 	}
+	plain := strings.Join(names, ", ")
+	columns := fmt.Sprintf("t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000, t.%s", f, strings.Join(names, ", t."))
 	if t.deletable {
 		return strings.Join([]string{
 			"LOCK TABLE ONLY " + name + " IN SHARE ROW EXCLUSIVE MODE",

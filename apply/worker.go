@@ -151,8 +151,7 @@ func (e *TransactionError) Unwrap() error { return e.Err }
 
 // HintText is the advice that goes with the error.
 func (e *TransactionError) HintText() string {
-	var t *TableError
-	if errors.As(e.Err, &t) {
+	if t, ok := errors.AsType[*TableError](e.Err); ok {
 		return t.Hint
 	}
 	if pg.SQLState(e.Err) == "23505" {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -208,7 +209,7 @@ func TestValuesDoNotAliasTheBuffer(t *testing.T) {
 	var values int
 	for _, c := range commits {
 		for _, ch := range c.Txn.Changes {
-			for _, v := range append(ch.Old[:len(ch.Old):len(ch.Old)], ch.New...) {
+			for _, v := range append(slices.Clip(ch.Old), ch.New...) {
 				values++
 				if bytes.IndexByte(v.Data, 0xff) >= 0 {
 					t.Fatalf("a value of %s shows the overwritten buffer", ch.Relation)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"strconv"
 	"strings"
 
@@ -74,9 +75,7 @@ func settings(extra map[string]string) map[string]string {
 		"lock_timeout":                        "30s",
 		"jit":                                 "off",
 	}
-	for k, v := range extra {
-		all[k] = v
-	}
+	maps.Copy(all, extra)
 	return all
 }
 

@@ -11,7 +11,6 @@ import (
 // tpcb yields pgbench-like transactions: three updates and one insert. The transaction is reused between calls.
 type tpcb struct {
 	txn  wal.Txn
-	next int
 	bufs [20][]byte
 }
 

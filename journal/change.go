@@ -29,6 +29,7 @@ const (
 
 // hasNew and hasOld say which tuples a change carries.
 func hasNew(op wal.Op) bool { return op == wal.Insert || op == wal.Update }
+
 func hasOld(op wal.Op, kind wal.OldKind) bool {
 	return kind != wal.OldNone && (op == wal.Update || op == wal.Delete)
 }

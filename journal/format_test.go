@@ -52,7 +52,8 @@ func TestHeaderThatIsNotOneIsRefused(t *testing.T) {
 	if _, err := ParseHeader(appendFrame(nil, TypeHeader, flagCritical, appendUint(nil, 1, critical, FormatVersion+1))); !errors.As(err, &up) {
 		t.Errorf("next version: %v", err)
 	}
-	if (Incarnation{1, 2, "db", "slot", 3}) != (Incarnation{1, 2, "db", "slot", 3}) || (Incarnation{Timeline: 1}) == (Incarnation{Timeline: 2}) {
+	one, same := Incarnation{1, 2, "db", "slot", 3}, Incarnation{1, 2, "db", "slot", 3}
+	if one != same || (Incarnation{Timeline: 1}) == (Incarnation{Timeline: 2}) {
 		t.Error("incarnations do not compare")
 	}
 }

@@ -39,7 +39,8 @@ func testHeader() Header {
 var testRelations = sync.OnceValue(func() []*wal.Relation {
 	return []*wal.Relation{
 		(&wal.Relation{OID: 16384, Namespace: "public", Name: "account", Identity: wal.IdentityDefault, Columns: []wal.Column{
-			{Name: "id", TypeOID: 20, TypeMod: -1, Key: true}, {Name: "balance", TypeOID: 1700, TypeMod: 655366},
+			{Name: "id", TypeOID: 20, TypeMod: -1, Key: true},
+			{Name: "balance", TypeOID: 1700, TypeMod: 655366},
 			{Name: "note", TypeOID: 25, TypeMod: -1},
 		}}).Seal(),
 		(&wal.Relation{OID: 16390, Namespace: "public", Name: "log", Identity: wal.IdentityFull, Columns: []wal.Column{

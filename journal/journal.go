@@ -129,8 +129,7 @@ func Create(dir string, h Header, o Options) (_ *Journal, err error) {
 	j := newJournal(dir, o, lock)
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("create journal in %s: %w", dir, err)
-			j.release()
+			err = errors.Join(fmt.Errorf("create journal in %s: %w", dir, err), j.release())
 		}
 	}()
 	froms, err := listSegments(o.FS, dir)
@@ -568,8 +567,7 @@ func (j *Journal) rotate() error {
 	}
 	j.nextID++
 	seg, err := createSegment(j.o.FS, j.dir, j.nextHeader(), j.nextID, j.o.SegmentBytes)
-	var half *halfCreatedError
-	if errors.As(err, &half) {
+	if _, ok := errors.AsType[*halfCreatedError](err); ok {
 		return j.fail(err)
 	}
 	if err != nil {

@@ -48,7 +48,7 @@ func TestChainIsAFunctionOfTheTransactionsOnly(t *testing.T) {
 }
 
 func TestChainDoesNotDependOnChunks(t *testing.T) {
-	var c chainer = newChainer()
+	c := newChainer()
 	data := []byte("some entries of changes")
 	want, _ := c.link(Chain{1}, [][]byte{data}, []byte("core"))
 	for i := range data {

@@ -88,13 +88,11 @@ func (s *scanner) damaged(err error) error { return s.at(s.offset(), err, true) 
 
 // at turns an error about the bytes at an offset into one that names the file.
 func (s *scanner) at(off int64, err error, torn bool) error {
-	var up *UpgradeError
-	if errors.As(err, &up) {
+	if up, ok := errors.AsType[*UpgradeError](err); ok {
 		return &UpgradeError{File: s.name, Offset: off, What: up.What}
 	}
 	reason, cause := err.Error(), error(nil)
-	var form *FormatError
-	if errors.As(err, &form) {
+	if form, ok := errors.AsType[*FormatError](err); ok {
 		reason = form.Reason
 	}
 	if errors.Is(err, ErrChain) {
@@ -136,9 +134,6 @@ func newIntake(h Header) intake {
 
 // reset forgets a group under way.
 func (in *intake) reset() { in.kind, in.entries, in.size = 0, in.entries[:0], 0 }
-
-// underWay reports whether changes wait for their txn record.
-func (in *intake) underWay() bool { return in.kind == 0 && len(in.entries) > 0 }
 
 // add takes a frame; done means that it completed a group. On an error the running values are those before the group.
 func (in *intake) add(f frame) (done bool, err error) {

@@ -221,7 +221,7 @@ func (c *Client) Copy(ctx context.Context, database string) (io.ReadCloser, erro
 	}
 	r := &contentReader{c: c, ctx: ctx, cancel: cancel, stream: stream, unpack: unpack}
 	// The first message tells a refusal now rather than at the first Read.
-	if err := r.fill(); err != nil && err != io.EOF {
+	if err := r.fill(); err != nil && !errors.Is(err, io.EOF) {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
@@ -246,7 +246,7 @@ func (r *contentReader) fill() error {
 	}
 	m, err := r.stream.Recv()
 	switch {
-	case err == io.EOF:
+	case errors.Is(err, io.EOF):
 		r.err = io.EOF
 	case err != nil:
 		r.err = r.c.fail(r.ctx, err)

@@ -115,8 +115,7 @@ func refuse(kind error, hint, format string, args ...any) *Error {
 
 // failure turns an error of the site's own code into one that travels; what is an Error already stays.
 func failure(kind error, err error) *Error {
-	var e *Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*Error](err); ok {
 		return e
 	}
 	return &Error{Kind: kind, Sentence: err.Error(), Hint: hintOf(err)}
@@ -134,7 +133,7 @@ func hintOf(err error) string {
 func (e *Error) GRPCStatus() *status.Status {
 	r := &linkpb.Refusal{Sentence: e.Sentence, Hint: e.Hint, Start: uint64(e.Start), End: uint64(e.End)}
 	for code, kind := range kinds {
-		if kind == e.Kind {
+		if errors.Is(kind, e.Kind) {
 			r.Code = code
 		}
 	}
@@ -157,8 +156,7 @@ func received(ctx context.Context, err error, peer, address string) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	var mine *Error
-	if errors.As(err, &mine) {
+	if _, ok := errors.AsType[*Error](err); ok {
 		return err
 	}
 	st, _ := status.FromError(err)

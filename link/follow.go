@@ -49,7 +49,7 @@ func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
 		queue: newQueue(c.c.Window), step: make(chan struct{}, 1), lastHeard: time.Now(),
 	}
 	// A Send that fails says only io.EOF; Recv then tells why.
-	if err := stream.Send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Start{Start: start}}); err != nil && err != io.EOF {
+	if err := stream.Send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Start{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
 		return c.fail(ctx, err)
 	}
 	return f.run(ctx, inner, cancel)
@@ -91,8 +91,7 @@ func (f *following) watch(ctx context.Context, failed <-chan error) error {
 	for {
 		select {
 		case err := <-failed:
-			var mine *ownError
-			if errors.As(err, &mine) {
+			if mine, ok := errors.AsType[*ownError](err); ok {
 				return mine.error
 			}
 			return f.c.fail(ctx, err)
@@ -159,7 +158,7 @@ func (f *following) receive(ctx context.Context, wg *sync.WaitGroup, failed chan
 
 func (f *following) recv() (*linkpb.FollowReply, error) {
 	m, err := f.stream.Recv()
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil, &Error{Kind: ErrBroken, Peer: f.c.c.Peer, Sentence: "the peer ended the stream"}
 	}
 	f.mu.Lock()
@@ -293,7 +292,7 @@ func (f *following) tell(ctx context.Context, t told) error {
 	a.Clock = f.echo.say(f.c.c.Now())
 	f.mu.Unlock()
 	err := f.stream.Send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Ack{Ack: a}})
-	if err == io.EOF { // the stream ended: receive is told why, and its error must be the first
+	if errors.Is(err, io.EOF) { // the stream ended: receive is told why, and its error must be the first
 		<-ctx.Done()
 		return ctx.Err()
 	}

@@ -176,12 +176,10 @@ func readError(err error) *Error {
 
 // journalHint is the advice in a journal's error.
 func journalHint(err error) string {
-	var corrupt *journal.CorruptionError
-	if errors.As(err, &corrupt) {
+	if corrupt, ok := errors.AsType[*journal.CorruptionError](err); ok {
 		return corrupt.Hint
 	}
-	var upgrade *journal.UpgradeError
-	if errors.As(err, &upgrade) {
+	if _, ok := errors.AsType[*journal.UpgradeError](err); ok {
 		return "upgrade duri at the site that cannot read it"
 	}
 	return hintOf(err)
@@ -312,7 +310,7 @@ func (s *Server) clockSample(site string, x exchange) {
 
 // pump reads the journal into messages. It owns the reader.
 func pump(ctx context.Context, reader *journal.Reader, pack *packer, w *window, out chan<- *linkpb.Frames) error {
-	defer reader.Close()
+	defer func() { _ = reader.Close() }() // what it read is all that matters
 	size := chunkFor(w.limit)
 	for {
 		fr, err := reader.NextFrames(ctx, size)

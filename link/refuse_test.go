@@ -35,12 +35,14 @@ func (s *fakeSink) Welcome(h journal.Header) error {
 	}
 	return s.welcome(h)
 }
+
 func (s *fakeSink) Frames(data []byte, from, to wal.LSN) error {
 	if s.frames == nil {
 		return nil
 	}
 	return s.frames(data, from, to)
 }
+
 func (s *fakeSink) Ack() Ack {
 	if s.ack == nil {
 		return Ack{}
@@ -261,7 +263,7 @@ func TestEveryKindTravels(t *testing.T) {
 		sent := &Error{Kind: kind, Sentence: "s", Hint: "h", Start: 1, End: 2}
 		err := received(context.Background(), sent.GRPCStatus().Err(), "seoul", "x:1")
 		var got *Error
-		if !errors.As(err, &got) || got.Kind != kind || got.Sentence != "s" || got.Hint != "h" || got.Start != 1 || got.End != 2 || got.Peer != "seoul" {
+		if !errors.As(err, &got) || !errors.Is(got.Kind, kind) || got.Sentence != "s" || got.Hint != "h" || got.Start != 1 || got.End != 2 || got.Peer != "seoul" {
 			t.Errorf("%v became %+v", sent, err)
 		}
 	}
@@ -320,7 +322,7 @@ func TestOriginEndsStreamsThatBreakTheProtocol(t *testing.T) {
 			newHistory(w.db.j, 1).fill(t, 3)
 			s := w.raw(t)
 			for _, m := range c.messages {
-				if err := s.Send(m); err != nil && err != io.EOF {
+				if err := s.Send(m); err != nil && !errors.Is(err, io.EOF) {
 					t.Fatal(err)
 				}
 			}
@@ -451,7 +453,7 @@ func TestErrorsOfTheSinkEndFollow(t *testing.T) {
 		"welcome": {welcome: func(journal.Header) error { return boom }},
 		"frames":  {frames: func([]byte, wal.LSN, wal.LSN) error { return boom }},
 	} {
-		if err := follow(t, w.client(nil), sink).wait(t); err != boom {
+		if err := follow(t, w.client(nil), sink).wait(t); !errors.Is(err, boom) {
 			t.Errorf("%s: got %v, want the sink's own error", name, err)
 		}
 	}

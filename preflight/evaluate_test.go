@@ -174,7 +174,7 @@ func TestCapacityGrowsWithSitesAndDatabases(t *testing.T) {
 func TestAlikeFindingsAreOneAndErrorsComeFirst(t *testing.T) {
 	f := healthy()
 	f.tables = nil
-	for _, name := range strings.Split("a b c d e f g", " ") {
+	for name := range strings.SplitSeq("a b c d e f g", " ") {
 		f.tables = append(f.tables, table{schema: "s", name: name, kind: 'r', identity: 'd', published: true})
 	}
 	f.tables = append(f.tables, table{schema: "s", name: "z", kind: 'r', identity: 'n', published: true})

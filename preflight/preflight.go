@@ -119,9 +119,11 @@ func (r *report) add(severity Severity, code, object, text, hint string) {
 func (r *report) error(code, object, text, hint string) {
 	r.add(SeverityError, code, object, text, hint)
 }
+
 func (r *report) warn(code, object, text, hint string) {
 	r.add(SeverityWarning, code, object, text, hint)
 }
+
 func (r *report) info(code, object, text, hint string) { r.add(SeverityInfo, code, object, text, hint) }
 
 // sorted gives the findings, errors first, each kind in the order it was found.

@@ -48,11 +48,11 @@ func TestAShutGateEndsItsUserWithTheReason(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.set(errBudget)
-	if <-ctx.Done(); context.Cause(ctx) != errBudget {
+	if <-ctx.Done(); !errors.Is(context.Cause(ctx), errBudget) {
 		t.Errorf("cause %v", context.Cause(ctx))
 	}
 	leave()
-	if _, _, err := g.enter(t.Context()); err != errBudget {
+	if _, _, err := g.enter(t.Context()); !errors.Is(err, errBudget) {
 		t.Errorf("a shut gate: %v", err)
 	}
 	g.set(nil)

@@ -402,7 +402,7 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 		return err
 	}
 	behind := flush > c.local.Position()
-	if time.Since(n.emitted) < heartbeatEvery && !(behind && time.Since(n.emitted) > time.Second) {
+	if time.Since(n.emitted) < heartbeatEvery && (!behind || time.Since(n.emitted) <= time.Second) {
 		return nil
 	}
 	n.emitted = time.Now()

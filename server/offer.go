@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -85,14 +86,15 @@ func (o offered) FetchRow(ctx context.Context, rel *wal.Relation, key []string, 
 
 // fetchSQL selects one row by key. Parameters are untyped, so PostgreSQL reads each as the column's own type.
 func fetchSQL(rel *wal.Relation, key []string, row wal.Tuple) (string, []string, error) {
-	sql := "SELECT "
+	var sql strings.Builder
+	sql.WriteString("SELECT ")
 	for i, c := range rel.Columns {
 		if i > 0 {
-			sql += ", "
+			sql.WriteString(", ")
 		}
-		sql += pg.QuoteIdent(c.Name)
+		sql.WriteString(pg.QuoteIdent(c.Name))
 	}
-	sql += " FROM ONLY " + pg.QuoteName(rel.Namespace, rel.Name) + " WHERE "
+	sql.WriteString(" FROM ONLY " + pg.QuoteName(rel.Namespace, rel.Name) + " WHERE ")
 	var args []string
 	for i, k := range key {
 		at := slices.IndexFunc(rel.Columns, func(c wal.Column) bool { return c.Name == k })
@@ -100,12 +102,12 @@ func fetchSQL(rel *wal.Relation, key []string, row wal.Tuple) (string, []string,
 			return "", nil, fmt.Errorf("fetch a row of %s: key column %q is missing", rel, k)
 		}
 		if i > 0 {
-			sql += " AND "
+			sql.WriteString(" AND ")
 		}
 		args = append(args, string(row[at].Data))
-		sql += fmt.Sprintf("%s = $%d", pg.QuoteIdent(k), len(args))
+		fmt.Fprintf(&sql, "%s = $%d", pg.QuoteIdent(k), len(args))
 	}
-	return sql, args, nil
+	return sql.String(), args, nil
 }
 
 func pgHint(err error) string { return pg.Hint(err) }

@@ -252,7 +252,7 @@ func (c *comparison) leaf(ctx context.Context, r Range, limit int) error {
 // passParts compares a table without usable order.
 func (c *comparison) passParts(ctx context.Context) error {
 	var groups []Range
-	for _, p := range partGroups(c.match.rows()) {
+	for _, p := range partGroups(c.rows()) {
 		groups = append(groups, Range{By: c.by, Parts: &p})
 	}
 	return c.forRanges(ctx, groups, c.compareGroup)

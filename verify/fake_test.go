@@ -26,9 +26,11 @@ func (f *fakeSide) Tables(context.Context) ([]Table, error) { return f.tables() 
 func (f *fakeSide) Bounds(_ context.Context, t Table, r Range, n int) ([]Key, error) {
 	return f.bounds(t, r, n)
 }
+
 func (f *fakeSide) Hash(_ context.Context, t Table, r Range, n int) (Sum, error) {
 	return f.hash(t, r, n)
 }
+
 func (f *fakeSide) Rows(_ context.Context, t Table, r Range, n int) ([]Row, error) {
 	return f.rows(t, r, n)
 }
@@ -174,12 +176,6 @@ func (m *memTable) set(k, v string) {
 	} else {
 		m.data[k] = v
 	}
-}
-
-func (m *memTable) get(k string) string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.data[k]
 }
 
 // memPairOf gives two equal tables of n rows.

@@ -147,8 +147,10 @@ func testEqualSites(t *testing.T, major pgtest.Option) {
 				t.Errorf("%+v", x)
 			}
 		}
-		want := map[string]int64{"plain": 5002, `Quoted "Table`: 300, "texts": 3000, "odd": 100, "heap": 500, "gen": 10,
-			"parts_eu": 25, "parts_rest": 25, "typed": 120, "parent": 2, "child": 2, "empty": 2}
+		want := map[string]int64{
+			"plain": 5002, `Quoted "Table`: 300, "texts": 3000, "odd": 100, "heap": 500, "gen": 10,
+			"parts_eu": 25, "parts_rest": 25, "typed": 120, "parent": 2, "child": 2, "empty": 2,
+		}
 		if diff := cmp.Diff(want, rows); diff != "" {
 			t.Errorf("rows (-want +got):\n%s", diff)
 		}

@@ -49,8 +49,7 @@ func Serve(ctx context.Context, s Side, req []byte) ([]byte, error) {
 }
 
 func toReply(err error) *replyError {
-	var te *TableError
-	if errors.As(err, &te) {
+	if te, ok := errors.AsType[*TableError](err); ok {
 		return &replyError{te.Side, te.Table, te.Reason, te.Hint}
 	}
 	return &replyError{Reason: err.Error(), Hint: hintOf(err)}

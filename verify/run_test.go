@@ -312,9 +312,16 @@ func TestWildcard(t *testing.T) {
 		pattern, s string
 		want       bool
 	}{
-		{"public.t", "public.t", true}, {"public.t", "public.tt", false}, {"public.*", "public.t", true},
-		{"*.t", "public.t", true}, {"*", "", true}, {"a*b*c", "axbyc", true}, {"a*b*c", "axbycz", false},
-		{"**", "x", true}, {"", "x", false}, {"p*", "q", false},
+		{"public.t", "public.t", true},
+		{"public.t", "public.tt", false},
+		{"public.*", "public.t", true},
+		{"*.t", "public.t", true},
+		{"*", "", true},
+		{"a*b*c", "axbyc", true},
+		{"a*b*c", "axbycz", false},
+		{"**", "x", true},
+		{"", "x", false},
+		{"p*", "q", false},
 	} {
 		if got := wildcard(c.pattern, c.s); got != c.want {
 			t.Errorf("%q matches %q: %v", c.pattern, c.s, got)

@@ -196,15 +196,6 @@ func hintOf(err error) string {
 	return ""
 }
 
-// names lists the columns' names.
-func names(columns []Column) []string {
-	out := make([]string, len(columns))
-	for i, c := range columns {
-		out[i] = c.Name
-	}
-	return out
-}
-
 // columnByName finds a column.
 func columnByName(columns []Column, name string) (Column, bool) {
 	i := slices.IndexFunc(columns, func(c Column) bool { return c.Name == name })

@@ -394,7 +394,7 @@ func treeCPU(pid int) float64 {
 			total += n / ticks
 		}
 		kids, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-		for _, k := range strings.Fields(string(kids)) {
+		for k := range strings.FieldsSeq(string(kids)) {
 			if n, err := strconv.Atoi(k); err == nil {
 				walk(n)
 			}
@@ -407,7 +407,7 @@ func treeCPU(pid int) float64 {
 // printCPU lists the live processes of a server with the CPU time each has used since it began.
 func printCPU(name string, pid int) {
 	kids, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-	for _, k := range strings.Fields(string(kids)) {
+	for k := range strings.FieldsSeq(string(kids)) {
 		n, _ := strconv.Atoi(k)
 		if cpu := treeCPU(n); cpu > 0.1 {
 			cmd, _ := os.ReadFile("/proc/" + k + "/cmdline")

@@ -177,7 +177,7 @@ func TestCutHidesTheEndOfAConnection(t *testing.T) {
 	expectNothing(t, c) // the echo server would close
 	r.Heal()
 	c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("after healing: %v, want the end", err)
 	}
 }
@@ -226,7 +226,7 @@ func TestResetAbortsAlsoWhatIsCut(t *testing.T) {
 	send(t, c, "b")
 	r.Reset()
 	c.SetReadDeadline(time.Now().Add(10 * time.Second))
-	if _, err := c.Read(make([]byte, 1)); err == nil || err == io.EOF || errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("after the reset: %v, want the connection to be reset", err)
 	}
 	waitFor(t, "the connection to be gone", func() bool { return r.Connections() == 0 })

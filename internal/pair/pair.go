@@ -364,7 +364,7 @@ func (p *Pair) Wait(ctx context.Context, what string, ok func(ctx context.Contex
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait until %s: %w (last: %v)\nagent a: %s\nagent b: %s", what, ctx.Err(), last, p.Sites[0].Log(), p.Sites[1].Log())
+			return fmt.Errorf("wait until %s: %w (last: %w)\nagent a: %s\nagent b: %s", what, ctx.Err(), last, p.Sites[0].Log(), p.Sites[1].Log())
 		case <-time.After(20 * time.Millisecond):
 		}
 	}

@@ -105,8 +105,7 @@ func Close(c *pgconn.PgConn) {
 
 // SQLState returns the SQLSTATE of a server error in err's chain, or "".
 func SQLState(err error) string {
-	var pe *pgconn.PgError
-	if errors.As(err, &pe) {
+	if pe, ok := errors.AsType[*pgconn.PgError](err); ok {
 		return pe.Code
 	}
 	return ""
@@ -133,7 +132,6 @@ func IsConnectionError(err error) bool {
 
 // Hint returns the one-sentence advice for a server or connection error, or "".
 func Hint(err error) string {
-	var ce *pgconn.ConnectError
 	switch SQLState(err) {
 	case "28P01", "28000":
 		return "check user and password of postgres.dsn (file, PGPASSWORD or ~/.pgpass) and pg_hba.conf"
@@ -144,7 +142,7 @@ func Hint(err error) string {
 	case "53300":
 		return "raise max_connections, or close clients"
 	case "":
-		if errors.As(err, &ce) {
+		if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
 			return "check that PostgreSQL runs and that host and port of postgres.dsn are right"
 		}
 	}

@@ -25,11 +25,11 @@ func fields(t reflect.Type, into map[string]bool) {
 		if t == reflect.TypeFor[time.Time]() {
 			return
 		}
-		for i := range t.NumField() {
-			name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
+		for field := range t.Fields() {
+			name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 			if name != "" && name != "-" {
 				into[name] = true
-				fields(t.Field(i).Type, into)
+				fields(field.Type, into)
 			}
 		}
 	}

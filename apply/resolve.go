@@ -1,0 +1,447 @@
+package apply
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/duri-io/duri/conflict"
+	"github.com/duri-io/duri/wal"
+)
+
+// maxResolve bounds how often a key may slip away (created by a client between our look and our write).
+const maxResolve = 8
+
+// errRestless says that clients kept changing the same keys; the batch is tried again.
+var errRestless = errors.New("rows kept changing while they were resolved")
+
+// resolve decides keys whose rows were not quiet: it locks the rows, judges, and writes.
+func (x *execution) resolve(ctx context.Context, wv *wave, tw *tableWave, pending []*entry) error {
+	for round := range maxResolve {
+		if len(pending) == 0 {
+			return nil
+		}
+		rows, err := x.lock(ctx, tw, pending)
+		if err == nil && len(rows) < len(pending) {
+			err = x.lockMissing(ctx, tw, pending, rows)
+		}
+		if err != nil {
+			return err
+		}
+		pending, err = x.judgeAll(ctx, wv, tw, pending, rows, round > 0)
+		if err != nil {
+			return err
+		}
+	}
+	return errRestless
+}
+
+// lockMissing looks once more for the rows that were not found, after the capture barrier and with every transaction
+// visible that is decoded: only then is a missing row known to be absent, and its tombstone to be all there is. The
+// first look may have waited for a transaction that deletes a row and inserts it again, of which it sees the delete
+// only; or a commit may wait for its synchronous standby, in the WAL but not visible yet.
+func (x *execution) lockMissing(ctx context.Context, tw *tableWave, pending []*entry, rows map[int]held) error {
+	if err := x.barrier(ctx); err != nil {
+		return err
+	}
+	if err := x.awaitVisible(ctx); err != nil {
+		return err
+	}
+	var at []int
+	var missing []*entry
+	for i, e := range pending {
+		if _, ok := rows[i]; !ok {
+			at, missing = append(at, i), append(missing, e)
+		}
+	}
+	found, err := x.lock(ctx, tw, missing)
+	for i, h := range found {
+		rows[at[i]] = h
+	}
+	return err
+}
+
+// unfinishedSQL lists the transactions whose changes are not visible to the next statement.
+const (
+	clearSQL      = "SELECT pg_catalog.pg_stat_clear_snapshot()"
+	unfinishedSQL = `SELECT backend_xid::text FROM pg_catalog.pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_catalog.pg_backend_pid()
+UNION SELECT x::xid::text FROM pg_catalog.pg_snapshot_xip(pg_catalog.pg_current_snapshot()) AS x`
+)
+
+// errInvisible says that a local transaction is in the WAL but not visible for longer than locks are waited for.
+var errInvisible = errors.New("a committed transaction of this site waits for its synchronous standby")
+
+// awaitVisible waits until no transaction that is decoded is still invisible.
+func (x *execution) awaitVisible(ctx context.Context) error {
+	deadline := time.Now().Add(x.w.cfg.LockTimeout)
+	for {
+		res, err := x.s.run(ctx, []call{{clearSQL, nil}, {unfinishedSQL, nil}})
+		if err != nil {
+			return err
+		}
+		waiting := slices.ContainsFunc(res[1].Rows, func(row [][]byte) bool {
+			xid, err := strconv.ParseUint(string(row[0]), 10, 32)
+			_, decoded := x.w.cfg.Local.lookup(uint32(xid))
+			return err == nil && decoded
+		})
+		if !waiting {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return errInvisible
+		}
+		if err := pause(ctx, time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// judgeAll judges each pending key and writes the results; it returns the inserts that met a row after all. again is
+// false for the entries that the wave's fast statements left.
+func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pending []*entry, rows map[int]held, again bool) ([]*entry, error) {
+	if again {
+		judged := map[*entry]bool{}
+		for i, e := range pending {
+			judged[e] = rows[i].end != math.MaxUint64
+		}
+		x.drop(judged)
+	}
+	var del, ins []item
+	var upd []op
+	for i, e := range pending {
+		h, ok := rows[i]
+		if ok && h.end == math.MaxUint64 && (again || !e.slow) {
+			// Our own insert, or another fast statement of this wave, wrote it already.
+			if again || e.kind == netInsert {
+				x.created = append(x.created, created{tw, wv, e})
+			}
+			continue
+		}
+		if !ok {
+			h = x.grave(tw, e)
+		}
+		v, err := judge(wv.chain(e), h, x.w.cfg.Site, x.fetch(ctx, tw))
+		if err != nil {
+			return nil, err
+		}
+		x.record(tw, e, v.records)
+		switch {
+		case !v.changed:
+		case !v.live:
+			del = append(del, item{e: e})
+		case ok:
+			upd = addUpdate(upd, tw, item{e, v.row, h.image})
+		default:
+			ins = append(ins, item{e: e, row: v.row})
+		}
+	}
+	return x.write(ctx, wv, assemble(tw, del, upd, ins, true))
+}
+
+// write runs decided operations. Rows that exist are locked, so only an insert can still meet a surprise.
+func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, error) {
+	if len(ops) == 0 {
+		return nil, nil
+	}
+	calls := make([]call, len(ops))
+	for i, o := range ops {
+		calls[i] = o.call(x.origin, forever)
+	}
+	res, err := x.s.run(ctx, calls)
+	if err != nil {
+		return nil, err
+	}
+	var again []*entry
+	for i, o := range ops {
+		n := res[i].CommandTag.RowsAffected()
+		switch {
+		case n == int64(len(o.items)):
+			if o.kind == netInsert {
+				x.noteCreated(wv, o)
+			}
+		case o.kind == netInsert:
+			for _, it := range o.items {
+				again = append(again, it.e)
+			}
+		default:
+			return nil, fmt.Errorf("table %s: %d of %d locked rows could be written", o.tw.table, n, len(o.items))
+		}
+	}
+	return again, nil
+}
+
+// drop takes back the records of keys that are judged again.
+func (x *execution) drop(entries map[*entry]bool) {
+	x.records = slices.DeleteFunc(x.records, func(r record) bool { return entries[r.entry] })
+}
+
+func (x *execution) record(tw *tableWave, e *entry, outs []outcome) {
+	for _, o := range outs {
+		r := newRecord(tw.target, o)
+		r.entry = e
+		x.records = append(x.records, r)
+	}
+}
+
+// lock locks and reads the rows of the pending keys, by their position in pending.
+func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (map[int]held, error) {
+	o := op{tw: tw}
+	for _, e := range pending {
+		o.items = append(o.items, item{e: e})
+	}
+	var params [][]byte
+	for k := range tw.key {
+		params = append(params, o.array(func(it item) wal.Value { return it.e.keyv[k] }))
+	}
+	x.fresh = false
+	res, err := x.s.run(ctx, []call{{lockSQL(tw.table), params}})
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[int]held, len(res[0].Rows))
+	for _, row := range res[0].Rows {
+		n, err := strconv.Atoi(string(row[0]))
+		if err != nil || n < 1 || n > len(pending) {
+			return nil, fmt.Errorf("lock rows of %s: unexpected ordinal %q", tw.table, row[0])
+		}
+		if out[n-1], err = x.heldRow(ctx, tw, row); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// heldRow reads one row of lockSQL.
+func (x *execution) heldRow(ctx context.Context, tw *tableWave, row [][]byte) (held, error) {
+	h := held{State: conflict.State{Existence: conflict.Live}}
+	switch {
+	case string(row[1]) == x.xid:
+		h.end = math.MaxUint64
+		h.Version.Site = x.w.cfg.Origin
+	case row[2] == nil:
+		h.Seen = true // beyond the horizon: older than anything concurrent (rule 5)
+	default:
+		micros, err1 := strconv.ParseInt(string(row[2]), 10, 64)
+		roident, err2 := strconv.ParseUint(string(row[3]), 10, 32)
+		xmin, err3 := strconv.ParseUint(string(row[1]), 10, 32)
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return h, fmt.Errorf("lock rows of %s: %w", tw.table, err)
+		}
+		h.Version.Time = wal.Time(micros)
+		if err := x.attribute(ctx, &h, uint32(roident), uint32(xmin)); err != nil {
+			return h, err
+		}
+	}
+	h.image = make(wal.Tuple, len(tw.rel.Columns))
+	for i, c := range tw.cols {
+		if v := row[4+c]; v != nil {
+			h.image[i] = wal.Value{Kind: wal.Text, Data: v}
+		} else {
+			h.image[i] = wal.Value{Kind: wal.Null}
+		}
+	}
+	return h, nil
+}
+
+// attribute finds out whose a row's version is, and for a local one its exact version and position.
+func (x *execution) attribute(ctx context.Context, h *held, roident, xmin uint32) error {
+	if roident != 0 {
+		site, ok := x.w.siteOf(roident)
+		if !ok {
+			return fmt.Errorf("a row was written under replication origin %d, which is no site of this cluster", roident)
+		}
+		h.Version.Site = site
+		return nil
+	}
+	h.Version.Site = x.w.cfg.Site
+	k, ok := x.w.cfg.Local.lookup(xmin)
+	if !ok && !x.fresh {
+		// Either seen long ago, or committed so lately that it is not decoded yet: reading on tells which.
+		if err := x.barrier(ctx); err != nil {
+			return err
+		}
+		x.fresh = true
+		k, ok = x.w.cfg.Local.lookup(xmin)
+	}
+	if !ok {
+		h.Seen = true
+		return nil
+	}
+	h.Version, h.end = k.version, k.end
+	return nil
+}
+
+// grave is the state of a key that has no row.
+func (x *execution) grave(tw *tableWave, e *entry) held {
+	if s, ok := x.w.cfg.Local.tombstone(tw.String(), e.key); ok {
+		return held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+	}
+	return held{}
+}
+
+// barrier waits until the local stream has passed everything that was committed when it is called (rule 8). It holds
+// row locks meanwhile, but needs none, so it cannot deadlock.
+func (x *execution) barrier(ctx context.Context) error {
+	res, err := x.s.run(ctx, []call{{positionSQL, nil}})
+	if err != nil {
+		return err
+	}
+	lsn, err := wal.ParseLSN(string(res[0].Rows[0][0]))
+	if err != nil {
+		return err
+	}
+	// Each try writes WAL of its own that decoding has to pass as well: a large batch needs more patience each time.
+	wait, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout<<min(x.b.behind, 6))
+	defer cancel()
+	err = x.w.cfg.Barrier(wait, lsn)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return &behindError{lsn}
+	}
+	if err != nil {
+		return fmt.Errorf("wait for local decoding to pass %s: %w", lsn, err)
+	}
+	return nil
+}
+
+// behindError says that local decoding is too far behind to wait for it with rows locked. The batch is given up,
+// decoding is waited for without locks, and the batch tried again.
+type behindError struct{ lsn wal.LSN }
+
+func (e *behindError) Error() string {
+	return fmt.Sprintf("this site's own decoding has not reached %s yet", e.lsn)
+}
+
+// recheck is the capture barrier: keys that were created are looked up among the tombstones again, now that the rows
+// are in place and every delete that came before them is decoded.
+func (x *execution) recheck(ctx context.Context) error {
+	if len(x.created) == 0 {
+		return nil
+	}
+	if err := x.barrier(ctx); err != nil {
+		return err
+	}
+	done := map[grave]bool{}
+	for _, c := range x.created {
+		g := grave{c.tw.String(), c.e.key}
+		s, ok := x.w.cfg.Local.tombstone(g.table, g.key)
+		if !ok || done[g] {
+			continue
+		}
+		done[g] = true
+		if err := x.recheckKey(ctx, c, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// recheckKey judges a created key against its tombstone: all that the batch did to it since, in later waves too.
+func (x *execution) recheckKey(ctx context.Context, c created, s tombstone) error {
+	chain, entries := x.since(c)
+	h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+	v, err := judge(chain, h, x.w.cfg.Site, x.fetch(ctx, c.tw))
+	if err != nil {
+		return err
+	}
+	x.drop(entries)
+	x.record(c.tw, c.e, v.records)
+	if v.live {
+		return nil
+	}
+	// A later wave may have removed the row already.
+	del := op{kind: netDelete, tw: c.tw, items: []item{{e: c.e}}}
+	_, err = x.s.run(ctx, []call{del.call(x.origin, forever)})
+	return err
+}
+
+// since returns the changes of a created key from the wave that created it on.
+func (x *execution) since(c created) (chain []*ref, entries map[*entry]bool) {
+	entries = map[*entry]bool{}
+	for _, wv := range x.b.waves[max(0, slices.Index(x.b.waves, c.wv)):] {
+		for _, tw := range wv.tables {
+			if tw.String() != c.tw.String() {
+				continue
+			}
+			if e := tw.index[c.e.key]; e != nil {
+				chain = append(chain, wv.chain(e)...)
+				entries[e] = true
+			}
+		}
+	}
+	return chain, entries
+}
+
+// complete fills the images of rows that changed their key with the values that PostgreSQL did not send, from the row
+// under the old key as long as it is still there and undisputed, else from the origin (rule 9).
+func (x *execution) complete(ctx context.Context, wv *wave) error {
+	for _, tw := range wv.tables {
+		var all []*moved
+		var old []*entry
+		for _, m := range wv.moved {
+			if m.tw == tw && !wv.refs[m.ref-1].row.Complete() { // a batch that is tried again has it
+				all, old = append(all, m), append(old, &entry{keyv: m.old})
+			}
+		}
+		if len(all) == 0 {
+			continue
+		}
+		rows, err := x.lock(ctx, tw, old)
+		if err != nil {
+			return err
+		}
+		for i, m := range all {
+			h, ok := rows[i]
+			if err := x.completeOne(ctx, wv, m, h, ok); err != nil {
+				return err
+			}
+		}
+	}
+	for _, m := range wv.moved {
+		if m.fetched {
+			d := conflict.Decision{Apply: true, Code: conflict.Filled}
+			x.record(m.tw, m.e, []outcome{{ref: &wv.refs[m.ref-1], decision: d}})
+		}
+	}
+	return nil
+}
+
+func (x *execution) completeOne(ctx context.Context, wv *wave, m *moved, h held, found bool) error {
+	r := &wv.refs[m.ref-1]
+	row := h.image
+	if !found || !undisputed(r, h, x.w.cfg.Site) {
+		var err error
+		if row, found, err = x.fetch(ctx, m.tw)(r); err != nil || !found {
+			return err // not found: gone at the origin, and what removed it is on its way
+		}
+		m.fetched = true
+	}
+	r.row = fill(r.row, row)
+	wv.refold(m.e)
+	return nil
+}
+
+// fetch completes rows by asking the origin.
+func (x *execution) fetch(ctx context.Context, tw *tableWave) fetcher {
+	return func(r *ref) (wal.Tuple, bool, error) {
+		if x.w.cfg.Fetch == nil {
+			return nil, false, errors.New("an unchanged out-of-line value is needed from the origin, which cannot be asked")
+		}
+		row, ok, err := x.w.cfg.Fetch(ctx, tw.rel, keyNames(tw.target), r.row)
+		if err != nil {
+			err = fmt.Errorf("fetch a row of %s from its origin: %w", tw.table, err)
+		}
+		return row, ok, err
+	}
+}
+
+func keyNames(g *target) []string {
+	var out []string
+	for _, k := range g.key {
+		out = append(out, g.rel.Columns[k.at].Name)
+	}
+	return out
+}
