@@ -54,8 +54,8 @@ func CheckSlot(want Expected, got Identity) error {
 	gap := func(hint, reason string, args ...any) error {
 		return &GapError{Slot: want.Slot, Reason: fmt.Sprintf(reason, args...), Hint: hint, From: want.End}
 	}
-	const rejoin = "join this site again (docs/guide/runbook.md): it needs a new slot and journal, and its content from the other site"
-	const resync = "changes made meanwhile are not in the journal: compare with `duri verify`, then join again (docs/guide/runbook.md)"
+	const rejoin = "re-join this site (docs/guide/runbook.md): it needs a new slot and journal, and its content from the other site"
+	const resync = "changes made meanwhile are not in the journal: compare with `duri verify`, then re-join (docs/guide/runbook.md)"
 	switch {
 	case got.SystemID != want.SystemID:
 		return gap(rejoin, "this is another database cluster (system identifier %d, the journal is of %d)", got.SystemID, want.SystemID)

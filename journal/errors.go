@@ -62,7 +62,7 @@ type PrunedError struct {
 
 // Error names both positions and what to do.
 func (e *PrunedError) Error() string {
-	return fmt.Sprintf("journal begins at %s, position %s is no longer kept: take it from a peer's copy, or join the site again", e.Start, e.From)
+	return fmt.Sprintf("journal begins at %s, position %s is no longer kept: take it from a peer's copy, or re-join the site", e.Start, e.From)
 }
 
 // Unwrap makes errors.Is(err, ErrPruned) true.
@@ -94,7 +94,7 @@ func (e *CorruptionError) Error() string {
 func (e *CorruptionError) Unwrap() error { return e.cause }
 
 // hintPeer is the remedy for damage in general.
-const hintPeer = "keep the file, and take the range from a peer's copy, or join again (docs/guide/runbook.md)"
+const hintPeer = "keep the file, and take the range from a peer's copy, or re-join (docs/guide/runbook.md)"
 
 // UpgradeError is a record that this version must not skip and cannot read (archive.md J3).
 type UpgradeError struct {

@@ -164,7 +164,7 @@ func readError(err error) *Error {
 	var pruned *journal.PrunedError
 	switch {
 	case errors.As(err, &pruned):
-		e := refuse(ErrPruned, "join the site that asks again (docs/guide/runbook.md)",
+		e := refuse(ErrPruned, "re-join the site that asks (docs/guide/runbook.md)",
 			"the journal here begins at %s, position %s is no longer kept", pruned.Start, pruned.From)
 		e.Start = pruned.Start
 		return e

@@ -355,7 +355,7 @@ func (n *node) openJournal(ctx context.Context) error {
 	if j == nil {
 		return &decode.GapError{
 			Slot: Slot(n.database.Name), Reason: "the journal directory " + n.dir(n.self.Name) + " is gone",
-			Hint: "put the directory back, or join this site again (docs/guide/runbook.md)",
+			Hint: "put the directory back, or re-join this site (docs/guide/runbook.md)",
 		}
 	}
 	if err := n.openAround(ctx, j); err != nil {
