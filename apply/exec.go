@@ -122,8 +122,10 @@ const (
 	positionSQL = "SELECT pg_catalog.pg_current_wal_insert_lsn()"
 	// The commit's own end: the insert position may be that of another session's unfinished work, which nobody flushes.
 	committedSQL = "SELECT local_lsn FROM pg_catalog.pg_show_replication_origin_status() WHERE local_id = $1::oid"
-	commitSQL    = "COMMIT"
-	rollbackSQL  = "ROLLBACK"
+	// What is deferred to the commit is checked before it.
+	constraintsSQL = "SET CONSTRAINTS ALL IMMEDIATE"
+	commitSQL      = "COMMIT"
+	rollbackSQL    = "ROLLBACK"
 )
 
 // apply runs the batch. On success it returns the local WAL position behind the commit. On any error the transaction
@@ -141,7 +143,6 @@ func (x *execution) apply(ctx context.Context) (wal.LSN, error) {
 func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
 	head := []call{
 		{beginSQL, nil},
-		{originSQL, [][]byte{[]byte(x.b.to().String()), []byte(x.b.maxTime.String())}},
 		{xidSQL, nil},
 	}
 	for _, wv := range x.b.waves {
@@ -169,11 +170,13 @@ func (x *execution) begin(ctx context.Context, head []call) error {
 	if err != nil {
 		return err
 	}
-	x.xid = string(res[2].Rows[0][0])
+	x.xid = string(res[1].Rows[0][0])
 	return nil
 }
 
-// finish writes records and progress and commits.
+// finish writes records and progress and commits. The origin's position comes last, behind everything that can fail:
+// from 16 on PostgreSQL moves an origin's progress with an abort as well. Progress is therefore what duri.applied says,
+// which an abort undoes (docs/adr/0002).
 func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 	var tail []call
 	if len(x.records) > 0 {
@@ -186,6 +189,8 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 	last := x.b.txns[len(x.b.txns)-1]
 	tail = append(tail,
 		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, len(x.records), last.SeenOf(x.w.cfg.Site))},
+		call{constraintsSQL, nil},
+		call{originSQL, [][]byte{[]byte(x.b.to().String()), []byte(x.b.maxTime.String())}},
 		call{commitSQL, nil},
 		call{committedSQL, [][]byte{[]byte(x.origin)}})
 	res, err := x.s.run(ctx, tail)
@@ -243,7 +248,7 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 		return err
 	}
 	if head != nil {
-		x.xid = string(res[2].Rows[0][0])
+		x.xid = string(res[1].Rows[0][0])
 		res = res[len(head):]
 	}
 	return x.settle(ctx, wv, ops, res)

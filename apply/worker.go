@@ -2,8 +2,8 @@
 // merged into one local transaction, resolving conflicts by the rules of replication.md section 2. Whatever did not
 // simply apply is recorded with both images in schema duri, in the same transaction.
 //
-// Progress is PostgreSQL's own replication origin progress, written by the commit that carries the data, so a crash at
-// any moment neither loses nor repeats a transaction (rule 18). Apply sessions are ordinary clients with
+// Progress is a row of duri.applied, written by the transaction that carries the data, so a crash at any moment neither
+// loses nor repeats a transaction (rule 18). Apply sessions are ordinary clients with
 // session_replication_role = replica; what they write carries the origin and is never sent again (rule 20).
 package apply
 
@@ -296,17 +296,20 @@ func (w *Worker) siteOf(roident uint32) (wal.SiteID, bool) {
 	return site, ok
 }
 
-// progress reads how far this origin has been applied, and what the last transaction had seen.
+// progress reads how far this origin has been applied: what the transactions that applied it say. The replication
+// origin's own progress is not asked, because an apply transaction that was undone may have moved it (PostgreSQL 16 and
+// later). What is read is flushed before it counts as durable.
 func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
-	rows, err := pg.Rows(ctx, w.session.conn, "SELECT pg_catalog.pg_replication_origin_session_progress(true)")
+	rows, err := pg.Query(ctx, w.session.conn, "SELECT coalesce(max(to_lsn), '0/0') FROM duri.applied WHERE origin = $1::int2", fmt.Sprint(w.cfg.Origin))
 	if err != nil {
 		return 0, err
 	}
-	var from wal.LSN
-	if rows[0][0] != "" {
-		if from, err = wal.ParseLSN(rows[0][0]); err != nil {
-			return 0, err
-		}
+	from, err := wal.ParseLSN(rows[0][0])
+	if err != nil {
+		return 0, err
+	}
+	if _, err := pg.Rows(ctx, w.session.conn, "SELECT pg_catalog.pg_replication_origin_session_progress(true)"); err != nil {
+		return 0, err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()

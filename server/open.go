@@ -248,13 +248,17 @@ func (n *node) progress(ctx context.Context) (seen []wal.Seen, err error) {
 	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
 		seen = nil
 		for _, s := range n.cfg.Peers() {
-			rows, err := pg.Query(ctx, c, `SELECT coalesce(pg_catalog.pg_replication_origin_progress(roname, true)::text, '')
-				FROM pg_catalog.pg_replication_origin WHERE roname = $1`, apply.OriginName(n.database.Name, s.Name))
+			rows, err := pg.Query(ctx, c, "SELECT max(to_lsn)::text FROM duri.applied WHERE origin = $1::int2", fmt.Sprint(s.ID))
 			if err != nil {
 				return err
 			}
-			if len(rows) == 0 || rows[0][0] == "" {
+			if rows[0][0] == "" {
 				continue
+			}
+			// What was read may not be flushed yet, as apply commits asynchronously; this flushes it.
+			if _, err := pg.Query(ctx, c, `SELECT pg_catalog.pg_replication_origin_progress(roname, true)
+				FROM pg_catalog.pg_replication_origin WHERE roname = $1`, apply.OriginName(n.database.Name, s.Name)); err != nil {
+				return err
 			}
 			lsn, err := wal.ParseLSN(rows[0][0])
 			if err != nil {
@@ -323,8 +327,11 @@ func (n *node) copyFromSeed(ctx context.Context) error {
 		res, err := enrol.Receive(ctx, enrol.TargetConfig{
 			DSN: n.cfg.Postgres.DSN, SetupDSN: n.cfg.Postgres.SetupDSN, Database: n.database.Name,
 			Origin: apply.OriginName(n.database.Name, p.site.Name), Schemas: n.database.Schemas, Role: role,
-			Within: func(ctx context.Context, c *pgconn.PgConn, _ enrol.Result) error {
-				return catalog.SetMeta(ctx, c, metaCopied, p.site.Name)
+			Within: func(ctx context.Context, c *pgconn.PgConn, r enrol.Result) error {
+				if err := catalog.SetMeta(ctx, c, metaCopied, p.site.Name); err != nil {
+					return err
+				}
+				return noteCopy(ctx, c, p.site.ID, r)
 			},
 		}, r, func(pr enrol.Progress) { n.copying(p.site.Name, pr) })
 		cerr := r.Close()
@@ -338,6 +345,14 @@ func (n *node) copyFromSeed(ctx context.Context) error {
 		return nil
 	}
 	return errors.Join(errs...)
+}
+
+// noteCopy writes the copy down as what has been applied of its source: apply goes on from there.
+func noteCopy(ctx context.Context, c *pgconn.PgConn, source wal.SiteID, r enrol.Result) error {
+	_, err := pg.Query(ctx, c, `INSERT INTO duri.applied (xid, origin, from_lsn, to_lsn, min_time, max_time, transactions, changes, records, seen)
+		VALUES (pg_catalog.pg_current_xact_id(), $1::int2, '0/0', $2::pg_lsn, '-infinity', $3::timestamptz, 0, 0, 0, '0/0')`,
+		fmt.Sprint(source), r.At.String(), r.Time.String())
+	return err
 }
 
 func (n *node) copying(from string, p enrol.Progress) {

@@ -13,8 +13,8 @@ import (
 )
 
 // gcPercent lets the heap grow more between collections than Go's default: the agent's live heap is small beside what
-// passes through it, and collecting four times as rarely saves CPU that PostgreSQL beside it can use.
-const gcPercent = 400
+// passes through it, and collecting half as often saves CPU that PostgreSQL beside it can use.
+const gcPercent = 200
 
 func newAgentCmd(a *app) *cobra.Command {
 	return &cobra.Command{
