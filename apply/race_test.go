@@ -205,6 +205,8 @@ func TestSeesCommitsThatWaitForTheirStandby(t *testing.T) {
 			c := b.connect()
 			run(t, c, "SET synchronous_commit = on")
 			eventually(t, "the standby's name is known", func() bool { return run(t, c, "SHOW synchronous_standby_names")[0][0] == "nobody" })
+			// Commits wait from the moment that the checkpointer has read the setting, which it does before a checkpoint.
+			b.exec("CHECKPOINT")
 			done := start(t, c, "INSERT INTO t VALUES (1,'b')")
 			eventually(t, "the commit is decoded", func() bool { return len(b.feed.txns()) == 1 })
 			a.feed.hold()
