@@ -207,10 +207,10 @@ func TestSeesCommitsThatWaitForTheirStandby(t *testing.T) {
 			eventually(t, "the standby's name is known", func() bool { return run(t, c, "SHOW synchronous_standby_names")[0][0] == "nobody" })
 			// Commits wait from the moment that the checkpointer has read the setting, which it does before a checkpoint.
 			b.exec("CHECKPOINT")
-			done := start(t, c, "INSERT INTO t VALUES (1,'b')")
-			eventually(t, "the commit is decoded", func() bool { return len(b.feed.txns()) == 1 })
 			a.feed.hold()
 			b.feed.hold()
+			done := start(t, c, "INSERT INTO t VALUES (1,'b')")
+			eventually(t, "the commit is decoded", func() bool { return len(b.feed.txns()) == 1 })
 			a.exec(tc.remote)
 			a.captured()
 			a.feed.release()
