@@ -3,18 +3,12 @@ package main
 import (
 	"io"
 	"log/slog"
-	"os"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/server"
 )
-
-// gcPercent lets the heap grow more between collections than Go's default: the agent's live heap is small beside what
-// passes through it, and collecting half as often saves CPU that PostgreSQL beside it can use.
-const gcPercent = 200
 
 func newAgentCmd(a *app) *cobra.Command {
 	return &cobra.Command{
@@ -30,9 +24,7 @@ theirs. It runs until it is interrupted; killed at any moment, it goes on where 
 			if err != nil {
 				return err
 			}
-			if os.Getenv("GOGC") == "" {
-				debug.SetGCPercent(gcPercent)
-			}
+			tuneGC()
 			agent, err := server.New(cfg, readVersion().Version, newLogger(a.stderr, cfg.Log))
 			if err != nil {
 				return err
