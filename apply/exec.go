@@ -156,10 +156,22 @@ func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
 			return 0, err
 		}
 	}
+	if len(x.created) > 0 {
+		if err := x.barrier(ctx); err != nil {
+			return 0, err
+		}
+	}
+	if err := x.recheckBags(ctx); err != nil {
+		return 0, err
+	}
+	if len(x.created)+len(x.bags) > 0 { // see Mesh.commit
+		x.w.cfg.Mesh.commit.Lock()
+		defer x.w.cfg.Mesh.commit.Unlock()
+	}
 	if err := x.recheck(ctx); err != nil {
 		return 0, err
 	}
-	if err := x.recheckBags(ctx); err != nil {
+	if err := x.recheckRemoved(); err != nil {
 		return 0, err
 	}
 	return x.finish(ctx)

@@ -29,17 +29,17 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // waitMax bounds every wait of these tests.
 const waitMax = 60 * time.Second
 
-// feed is one origin's journal in memory, with a gate: readers see the records before limit only.
+// feed is one origin's journal in memory, with a gate per receiver: it sees the records before its limit only.
 type feed struct {
 	mu     sync.Mutex
 	recs   []journal.Record
-	limit  int
+	limits map[wal.SiteID]int // none: no limit
 	moved  chan struct{}
 	end    wal.LSN
 	txnEnd wal.LSN
 }
 
-func newFeed() *feed { return &feed{limit: math.MaxInt, moved: make(chan struct{})} }
+func newFeed() *feed { return &feed{limits: map[wal.SiteID]int{}, moved: make(chan struct{})} }
 
 func (f *feed) signal() {
 	close(f.moved)
@@ -57,37 +57,45 @@ func (f *feed) add(r journal.Record) {
 	f.signal()
 }
 
-// hold lets readers see nothing that is not there yet.
-func (f *feed) hold() {
+// hold lets a receiver see nothing that is not there yet.
+func (f *feed) hold(to wal.SiteID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.limit = len(f.recs)
+	f.limits[to] = len(f.recs)
 }
 
-func (f *feed) release() {
+func (f *feed) release(to wal.SiteID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.limit = math.MaxInt
+	delete(f.limits, to)
 	f.signal()
 }
 
-// step lets n more records through; false when there are none.
-func (f *feed) step(n int) bool {
+// step lets n more records through to a receiver; false when there are none.
+func (f *feed) step(to wal.SiteID, n int) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.limit >= len(f.recs) {
+	if f.limit(to) >= len(f.recs) {
 		return false
 	}
-	f.limit = min(f.limit+n, len(f.recs))
+	f.limits[to] = min(f.limits[to]+n, len(f.recs))
 	f.signal()
 	return true
 }
 
-// shown is the end of the last transaction that readers may see.
-func (f *feed) shown() wal.LSN {
+// limit is how many records a receiver may see. f.mu is held.
+func (f *feed) limit(to wal.SiteID) int {
+	if n, held := f.limits[to]; held {
+		return n
+	}
+	return math.MaxInt
+}
+
+// shown is the end of the last transaction that a receiver may see.
+func (f *feed) shown(to wal.SiteID) wal.LSN {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for i := min(f.limit, len(f.recs)); i > 0; i-- {
+	for i := min(f.limit(to), len(f.recs)); i > 0; i-- {
 		if f.recs[i-1].Txn != nil {
 			return f.recs[i-1].To
 		}
@@ -110,17 +118,21 @@ func (f *feed) txns() []*wal.Txn {
 // feedReader is the Reader of a feed.
 type feedReader struct {
 	f    *feed
+	to   wal.SiteID
 	next int
 }
 
-func (f *feed) open(from wal.LSN) (Reader, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	i := 0
-	for i < len(f.recs) && f.recs[i].To <= from {
-		i++
+// reader opens a feed for a receiver.
+func (f *feed) reader(to wal.SiteID) func(from wal.LSN) (Reader, error) {
+	return func(from wal.LSN) (Reader, error) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		i := 0
+		for i < len(f.recs) && f.recs[i].To <= from {
+			i++
+		}
+		return &feedReader{f, to, i}, nil
 	}
-	return &feedReader{f, i}, nil
 }
 
 func (r *feedReader) Close() error { return nil }
@@ -128,7 +140,7 @@ func (r *feedReader) Close() error { return nil }
 func (r *feedReader) Next(ctx context.Context) (journal.Record, error) {
 	for {
 		r.f.mu.Lock()
-		if r.next < min(len(r.f.recs), r.f.limit) {
+		if r.next < min(len(r.f.recs), r.f.limit(r.to)) {
 			rec := r.f.recs[r.next]
 			r.next++
 			r.f.mu.Unlock()
@@ -153,19 +165,21 @@ type site struct {
 	cluster *pgcluster.Cluster
 	dsn     string
 	feed    *feed
-	local   *Local
+	local   *History
+	mesh    *Mesh
 	keys    *Keys
-	worker  *Worker
-	peer    *site
+	peers   []*site        // by id
+	workers []*Worker      // of the peers
+	worker  *Worker        // with two sites: the only one
+	peer    *site          // likewise
 	sql     *pgconn.PgConn // of the test
 	siteOf  func(string) (wal.SiteID, bool)
-	origin  string // replication origin under which the peer's changes are applied
 
 	// gate is held by a test to keep the local stream from being decoded.
 	gate sync.Mutex
 	// stamp may change a transaction's version, as after a clock step.
 	stamp func(*wal.Txn)
-	seen  wal.LSN
+	seen  []wal.Seen
 
 	faults bool // errors of the worker and the stream are expected
 	errMu  sync.Mutex
@@ -178,11 +192,12 @@ func (s *site) Commit(c *decode.Commit) error {
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	t := c.Txn
-	if c.Origin != "" {
-		if _, ok := s.siteOf(c.Origin); !ok {
+	if c.Origin != "" && !IsClockOrigin(s.db, c.Origin) {
+		from, ok := s.siteOf(c.Origin)
+		if !ok {
 			return fmt.Errorf("unexpected origin %q", c.Origin)
 		}
-		s.seen = max(s.seen, c.OriginLSN)
+		s.see(from, c.OriginLSN)
 		s.local.Advance(t.EndLSN)
 		return nil
 	}
@@ -205,12 +220,18 @@ func (s *site) Commit(c *decode.Commit) error {
 	return nil
 }
 
-func (s *site) seenList() []wal.Seen {
-	if s.seen == 0 {
-		return nil
+func (s *site) see(from wal.SiteID, lsn wal.LSN) {
+	for i := range s.seen {
+		if s.seen[i].Site == from {
+			s.seen[i].LSN = max(s.seen[i].LSN, lsn)
+			return
+		}
 	}
-	return []wal.Seen{{Site: s.peer.id, LSN: s.seen}}
+	s.seen = append(s.seen, wal.Seen{Site: from, LSN: lsn})
+	slices.SortFunc(s.seen, func(a, b wal.Seen) int { return int(a.Site) - int(b.Site) })
 }
+
+func (s *site) seenList() []wal.Seen { return slices.Clone(s.seen) }
 
 func (s *site) Advance(to wal.LSN) error {
 	s.gate.Lock()
@@ -300,7 +321,7 @@ func (s *site) barrier(ctx context.Context, lsn wal.LSN) error {
 
 // fetch reads the present row of this site for the peer (rule 9).
 func (s *site) fetch(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error) {
-	c, err := pg.Connect(ctx, s.dsn, s.db, map[string]string{"search_path": "pg_catalog"})
+	c, err := pg.Connect(ctx, s.dsn, s.db, map[string]string{"search_path": "pg_catalog", "lock_timeout": "200ms"})
 	if err != nil {
 		return nil, false, err
 	}
@@ -364,12 +385,23 @@ func (s *site) startDecode() {
 	})
 }
 
-func (s *site) startApply() { s.stopApply = s.loop(s.worker.Run) }
+func (s *site) startApply() {
+	var stops []func()
+	for _, w := range s.workers {
+		stops = append(stops, s.loop(w.Run))
+	}
+	s.stopApply = func() {
+		for _, stop := range stops {
+			stop()
+		}
+	}
+}
 
 // options of a rig.
 type rigOptions struct {
 	asRole   bool // the agent's role instead of a superuser
 	clusters int  // 2: a PostgreSQL per site
+	sites    int  // default 2
 	pgtest   []pgtest.Option
 	config   func(*Config)
 }
@@ -382,22 +414,44 @@ func newRig(t testing.TB, schema string, o rigOptions) (a, b *site) {
 	if o.clusters == 2 {
 		clusters[1] = pgtest.New(t, o.pgtest...)
 	}
-	a = &site{t: t, id: 1, name: "a", db: "a", cluster: clusters[0], feed: newFeed()}
-	b = &site{t: t, id: 2, name: "b", db: "b", cluster: clusters[1], feed: newFeed()}
-	a.peer, b.peer = b, a
-	for _, s := range []*site{a, b} {
+	sites := newMeshOn(t, schema, o, clusters)
+	return sites[0], sites[1]
+}
+
+// newMeshRig makes n sites A, B, C, ... in one PostgreSQL, each streaming to all others.
+func newMeshRig(t testing.TB, n int, schema string, o rigOptions) []*site {
+	t.Helper()
+	return newMeshOn(t, schema, o, slices.Repeat([]*pgcluster.Cluster{pgtest.New(t, o.pgtest...)}, n))
+}
+
+func newMeshOn(t testing.TB, schema string, o rigOptions, clusters []*pgcluster.Cluster) []*site {
+	t.Helper()
+	var sites []*site
+	for i, c := range clusters {
+		name := string(rune('a' + i))
+		sites = append(sites, &site{t: t, id: wal.SiteID(i + 1), name: name, db: name, cluster: c, feed: newFeed()})
+	}
+	for _, s := range sites {
+		for _, p := range sites {
+			if p != s {
+				s.peers = append(s.peers, p)
+			}
+		}
+		s.peer = s.peers[0]
+	}
+	for _, s := range sites {
 		s.setUp(schema, o)
 	}
-	for _, s := range []*site{a, b} {
+	for _, s := range sites {
 		s.startDecode()
 		s.startApply()
 	}
 	t.Cleanup(func() {
-		for _, s := range []*site{a, b} {
+		for _, s := range sites {
 			s.tearDown()
 		}
 	})
-	return a, b
+	return sites
 }
 
 func (s *site) setUp(schema string, o rigOptions) {
@@ -429,19 +483,42 @@ func (s *site) setUp(schema string, o rigOptions) {
 		t.Fatal(err)
 	}
 	pg.Close(r)
-	s.origin = OriginName(s.db, s.peer.name)
-	s.siteOf = func(name string) (wal.SiteID, bool) { return s.peer.id, name == s.origin }
+	s.siteOf = func(name string) (wal.SiteID, bool) {
+		for _, p := range s.peers {
+			if name == OriginName(s.db, p.name) {
+				return p.id, true
+			}
+		}
+		return s.id, IsClockOrigin(s.db, name)
+	}
 	s.keys = NewKeys(s.dsn, s.db)
-	s.local = NewLocal(s.id, at, 0, s.keys)
-	cfg := Config{
-		Site: s.id, Origin: s.peer.id, OriginName: s.origin, SiteOf: s.siteOf, DSN: s.dsn, Database: s.db,
-		Open: s.peer.feed.open, Local: s.local, Barrier: s.barrier, Fetch: s.peer.fetch,
-		Clock: func() wal.Time { return wal.TimeOf(time.Now()) },
+	s.local = NewHistory(s.id, at, 0, s.keys)
+	s.mesh = s.newMesh()
+	for _, p := range s.peers {
+		cfg := Config{
+			Site: s.id, Origin: p.id, OriginName: OriginName(s.db, p.name), SiteOf: s.siteOf, DSN: s.dsn, Database: s.db,
+			Open: p.feed.reader(s.id), Mesh: s.mesh, Barrier: s.barrier, Fetch: p.fetch,
+			Clock: func() wal.Time { return wal.TimeOf(time.Now()) },
+		}
+		if o.config != nil {
+			o.config(&cfg)
+		}
+		s.workers = append(s.workers, New(cfg))
 	}
-	if o.config != nil {
-		o.config(&cfg)
+	s.worker = s.workers[0]
+}
+
+// newMesh makes what the workers share; peers' histories are needed with three sites only.
+func (s *site) newMesh() *Mesh {
+	var peers []*History
+	feeds := map[wal.SiteID]*feed{}
+	for _, p := range s.peers {
+		feeds[p.id] = p.feed
+		if len(s.peers) > 1 {
+			peers = append(peers, NewPeerHistory(p.id, 0, s.keys))
+		}
 	}
-	s.worker = New(cfg)
+	return NewMesh(s.local, func(site wal.SiteID, from wal.LSN) (Reader, error) { return feeds[site].reader(s.id)(from) }, peers...)
 }
 
 func (s *site) tearDown() {
@@ -490,36 +567,42 @@ func (s *site) problem() error {
 // applied waits until everything that the peer captured has been applied here.
 func (s *site) applied() {
 	s.t.Helper()
-	s.peer.feed.mu.Lock()
-	end := s.peer.feed.txnEnd
-	s.peer.feed.mu.Unlock()
-	s.appliedTo(end)
+	for i, p := range s.peers {
+		p.feed.mu.Lock()
+		end := p.feed.txnEnd
+		p.feed.mu.Unlock()
+		s.appliedTo(s.workers[i], end)
+	}
 }
 
 // caughtUp waits until everything that the gate lets through has been applied here.
 func (s *site) caughtUp() {
 	s.t.Helper()
-	s.appliedTo(s.peer.feed.shown())
+	for i, p := range s.peers {
+		s.appliedTo(s.workers[i], p.feed.shown(s.id))
+	}
 }
 
-func (s *site) appliedTo(end wal.LSN) {
+func (s *site) appliedTo(w *Worker, end wal.LSN) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), waitMax)
 	defer cancel()
-	for s.worker.Status().Applied < end {
+	for w.Status().Applied < end {
 		if pause(ctx, 2*time.Millisecond) != nil || (!s.faults && s.problem() != nil) {
-			s.t.Fatalf("site %s: applied %s of %s: %+v: %v", s.name, s.worker.Status().Applied, end, s.worker.Status(), s.problem())
+			s.t.Fatalf("site %s: applied %s of %s: %+v: %v", s.name, w.Status().Applied, end, w.Status(), s.problem())
 		}
 	}
 }
 
 // settle waits until both sites have everything.
-func settle(a, b *site) {
-	a.t.Helper()
-	a.captured()
-	b.captured()
-	a.applied()
-	b.applied()
+func settle(sites ...*site) {
+	sites[0].t.Helper()
+	for _, s := range sites {
+		s.captured()
+	}
+	for _, s := range sites {
+		s.applied()
+	}
 }
 
 // same checks that queries give the same at both sites and returns the last result.

@@ -9,9 +9,15 @@ import (
 type held struct {
 	conflict.State
 	image wal.Tuple // in the relation's column order; nil unless Live
-	// end is the commit position, at this site, of the local transaction that made the state; zero when an origin
-	// made it or when every peer has seen it.
-	end wal.LSN
+	// end is where, at its site, the transaction ends that made the state; zero when the incoming origin made it or when
+	// every site has seen it.
+	end  wal.LSN
+	seen []wal.Seen // of other sites, by that transaction
+	// third: a site wrote the row that is neither this one nor the incoming one; xid is the transaction that did.
+	third bool
+	xid   uint32
+	// behind: the incoming transaction had seen what has not been applied here yet.
+	behind bool
 }
 
 // verdict is what becomes of one key.
@@ -33,19 +39,18 @@ type outcome struct {
 // row, or ok false when the origin has the row no more; then a later change in the stream will say so.
 type fetcher func(r *ref) (row wal.Tuple, ok bool, err error)
 
-// judge runs a key's changes, in order, against what is held. site is this site: the origin's transactions say how
-// much of it they had seen.
-func judge(chain []*ref, h held, site wal.SiteID, fetch fetcher) (verdict, error) {
+// judge runs a key's changes, in order, against what is held.
+func judge(chain []*ref, h held, fetch fetcher) (verdict, error) {
 	var v verdict
 	wasLive := h.Existence == conflict.Live
 	var known wal.Tuple // the origin's image after the changes so far, as far as they tell
-	for _, r := range chain {
+	for i, r := range chain {
 		row := r.row
-		if r.op == wal.Update {
+		if r.op == wal.Update && !r.blind && i > 0 && r.follows(chain[i-1]) {
 			row = fill(row, known)
 		}
 		known = row
-		d := conflict.Decide(r.op, r.txn.Version(), h.toward(r, site))
+		d := conflict.Decide(r.op, r.txn.Version(), h.toward(r))
 		rival := h
 		if d.Apply {
 			next, code, err := succeed(r, row, h, d, fetch)
@@ -70,16 +75,18 @@ func judge(chain []*ref, h held, site wal.SiteID, fetch fetcher) (verdict, error
 }
 
 // undisputed reports that what is held is what the origin had before a change of r's transaction.
-func undisputed(r *ref, h held, site wal.SiteID) bool {
-	d := conflict.Decide(wal.Delete, r.txn.Version(), h.toward(r, site))
+func undisputed(r *ref, h held) bool {
+	d := conflict.Decide(wal.Delete, r.txn.Version(), h.toward(r))
 	return d.Apply && d.Kind == conflict.None
 }
 
 // toward is the state as the incoming transaction of r meets it.
-func (h held) toward(r *ref, site wal.SiteID) conflict.State {
+func (h held) toward(r *ref) conflict.State {
 	s := h.State
+	s.Behind = h.behind
 	if h.end != 0 {
-		s.Seen = h.end <= r.txn.SeenOf(site)
+		s.Seen = h.end <= r.txn.SeenOf(s.Version.Site)
+		s.Saw = wal.SeenOf(h.seen, r.txn.Origin) >= r.txn.EndLSN
 	}
 	return s
 }
@@ -98,7 +105,7 @@ func succeed(r *ref, row wal.Tuple, h held, d conflict.Decision, fetch fetcher) 
 	}
 	// No rival: what stands here is what the origin had before this change. An insert lacks values only when it is one
 	// half of a key change; what stands under its key is then another row.
-	if r.op == wal.Update && d.Kind == conflict.None && h.image != nil {
+	if r.op == wal.Update && !r.blind && d.Kind == conflict.None && h.image != nil {
 		next.image = fill(row, h.image)
 		return next, conflict.AsSent, nil
 	}

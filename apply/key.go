@@ -156,3 +156,12 @@ func keyOf(b []byte, cols []keyColumn, t wal.Tuple) (_ []byte, ok bool) {
 	}
 	return b, true
 }
+
+// normal brings the values of a key, in the table's key order, into normal form.
+func (g *target) normal(values wal.Tuple) string {
+	var b []byte
+	for i, k := range g.key {
+		b = appendKey(b, k.norm, values[i].Data)
+	}
+	return string(b)
+}

@@ -27,6 +27,15 @@ type ref struct {
 	row    wal.Tuple // the image this change gives the key; nil for Delete. May hold Unchanged
 	old    wal.Tuple // the full old image when the origin sent one, else nil
 	prev   int32     // index+1 of the key's previous ref, 0 for none
+	// blind: the image lacks values, and the row that they stand in at the origin may carry a third site's change that is
+	// not here yet
+	blind bool
+}
+
+// follows reports that nothing from elsewhere was applied at the origin between two changes of a key, so that the first
+// one's values are what the second one left alone.
+func (r *ref) follows(earlier *ref) bool {
+	return r.txn == earlier.txn || slices.Equal(r.txn.Seen, earlier.txn.Seen)
 }
 
 // entry is the net change of one key over a wave.
@@ -97,6 +106,7 @@ type planner struct {
 	batch   *batch
 	bytes   int
 	resolve resolver
+	behind  func(*wal.Txn) bool // see Mesh.behind
 	wave    *wave
 	byName  map[string]*tableWave         // of the present wave, by local table
 	targets map[wal.RelationID]*tableWave // of the present wave, by origin definition
@@ -106,13 +116,13 @@ type planner struct {
 
 // newPlanner starts an empty batch. With merged false every change stands in a wave of its own, in the original
 // order: slower, and right where set order and row order differ (unique swaps).
-func newPlanner(resolve resolver, merged bool) *planner {
-	return &planner{batch: &batch{merged: merged}, resolve: resolve}
+func newPlanner(resolve resolver, behind func(*wal.Txn) bool, merged bool) *planner {
+	return &planner{batch: &batch{merged: merged}, resolve: resolve, behind: behind}
 }
 
 // planTxns plans given transactions.
-func planTxns(txns []*wal.Txn, resolve resolver, merged bool) (*planner, error) {
-	p := newPlanner(resolve, merged)
+func planTxns(txns []*wal.Txn, resolve resolver, behind func(*wal.Txn) bool, merged bool) (*planner, error) {
+	p := newPlanner(resolve, behind, merged)
 	for _, t := range txns {
 		if err := p.addTxn(t); err != nil {
 			return nil, err
@@ -250,7 +260,7 @@ func (p *planner) move(tw *tableWave, t *wal.Txn, c *wal.Change, row, full wal.T
 		if err != nil {
 			return err
 		}
-		if old != nil {
+		if old != nil && (&ref{txn: t}).follows(&p.wave.refs[old.last-1]) {
 			row = fill(row, old.row)
 		}
 		if old != nil && !row.Complete() { // the row must be as the changes so far leave it
@@ -290,6 +300,23 @@ func (p *planner) find(tw *tableWave, keyTuple wal.Tuple) (*entry, error) {
 	return tw.index[string(p.buf)], nil
 }
 
+// keysOf gives the keys that a change touches in a local table, in normal form; none for a table without a key.
+func (w *Worker) keysOf(c *wal.Change) (table string, keys []string, err error) {
+	g, err := w.resolve(c.Relation)
+	if err != nil {
+		return "", nil, err
+	}
+	for _, t := range []wal.Tuple{c.Old, c.New} {
+		if t == nil || len(g.key) == 0 {
+			continue
+		}
+		if k, ok := keyOf(nil, g.key, t); ok {
+			keys = append(keys, string(k))
+		}
+	}
+	return g.String(), keys, nil
+}
+
 func noKey(tw *tableWave, op wal.Op) error {
 	return &TableError{tw.String(), fmt.Sprintf("%s arrives without its key", op), "its replica identity at the origin must include the primary key"}
 }
@@ -322,15 +349,24 @@ func (p *planner) touch(tw *tableWave, r ref, keyTuple wal.Tuple) error {
 		tw.entries = append(tw.entries, e)
 	}
 	r.prev = e.last
+	if r.op != wal.Delete && !r.row.Complete() && p.behind(r.txn) {
+		r.blind = true
+	}
 	p.wave.refs = append(p.wave.refs, r)
 	e.last = int32(len(p.wave.refs))
-	fold(e, r, fresh)
+	if fresh {
+		fold(e, r, nil)
+	} else {
+		fold(e, r, &p.wave.refs[r.prev-1])
+	}
 	return nil
 }
 
 // fold is the table of net changes (peers.md section 5): insert+update -> insert, update+update -> last,
-// delete+insert -> update by the full image, insert+delete -> delete of a row that need not be there.
-func fold(e *entry, r ref, fresh bool) {
+// delete+insert -> update by the full image, insert+delete -> delete of a row that need not be there. last is the key's
+// change before r, nil for the first.
+func fold(e *entry, r ref, last *ref) {
+	fresh := last == nil
 	switch r.op {
 	case wal.Insert:
 		switch {
@@ -345,11 +381,15 @@ func fold(e *entry, r ref, fresh bool) {
 	case wal.Update:
 		if fresh || e.kind == netDelete {
 			e.kind = netUpdate
-			e.row = r.row
+			e.row, e.slow = r.row, r.blind
+			return
+		}
+		if !r.follows(last) { // what the origin's row was before it does not follow from e
+			e.row, e.slow = r.row, !r.row.Complete()
 			return
 		}
 		e.row = fill(r.row, e.row)
-		e.slow = e.slow && !e.row.Complete()
+		e.slow = e.slow && !e.row.Complete() || r.blind
 	case wal.Delete:
 		e.maybe = e.kind == netInsert && !fresh
 		e.kind, e.row, e.slow = netDelete, nil, false
@@ -359,8 +399,10 @@ func fold(e *entry, r ref, fresh bool) {
 // refold computes an entry's net change anew, after images of its chain were completed.
 func (w *wave) refold(e *entry) {
 	e.kind, e.maybe, e.slow, e.row = netInsert, false, false, nil
-	for i, r := range w.chain(e) {
-		fold(e, *r, i == 0)
+	var last *ref
+	for _, r := range w.chain(e) {
+		fold(e, *r, last)
+		last = r
 	}
 }
 
@@ -379,6 +421,15 @@ func fill(row, base wal.Tuple) wal.Tuple {
 		return out
 	}
 	return row
+}
+
+// first returns an entry's first ref.
+func (w *wave) first(e *entry) *ref {
+	r := &w.refs[e.last-1]
+	for r.prev != 0 {
+		r = &w.refs[r.prev-1]
+	}
+	return r
 }
 
 // chain returns the refs of an entry in order.

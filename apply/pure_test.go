@@ -145,7 +145,7 @@ func TestMergedEqualsOneByOne(t *testing.T) {
 				}
 				txns = append(txns, txn)
 			}
-			p, err := planTxns(txns, planResolver, rapid.Bool().Draw(t, "merged"))
+			p, err := planTxns(txns, planResolver, abreast, rapid.Bool().Draw(t, "merged"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -166,7 +166,7 @@ func TestWavesAreBounded(t *testing.T) {
 	for i := range 2*waveChanges + 10 {
 		txn.Changes = append(txn.Changes, wal.Change{Op: wal.Insert, Relation: planRelation, New: wal.Tuple{text(strconv.Itoa(i)), text(""), text("")}})
 	}
-	p, err := planTxns([]*wal.Txn{txn}, planResolver, true)
+	p, err := planTxns([]*wal.Txn{txn}, planResolver, abreast, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +212,7 @@ func TestBindRefusesWhatItCannotKeep(t *testing.T) {
 // TestJudgeKeepsTheOriginsImage: an update whose out-of-line value did not arrive takes it from the origin's earlier
 // change, even when that one lost; never from a rival.
 func TestJudgeKeepsTheOriginsImage(t *testing.T) {
-	txnAt := func(at wal.Time) *wal.Txn { return &wal.Txn{Origin: 1, VersionTime: at} }
+	txnAt := func(at wal.Time) *wal.Txn { return &wal.Txn{Origin: 1, EndLSN: 7, VersionTime: at} }
 	whole := wal.Tuple{text("1"), text("a"), text("ours")}
 	part := wal.Tuple{text("1"), text("b"), {Kind: wal.Unchanged}}
 	chain := []*ref{{txn: txnAt(10), op: wal.Insert, row: whole}, {txn: txnAt(30), op: wal.Update, row: part}}
@@ -222,36 +222,39 @@ func TestJudgeKeepsTheOriginsImage(t *testing.T) {
 		asked++
 		return wal.Tuple{text("1"), text("z"), text("fetched")}, true, nil
 	}
-	v, err := judge(chain, rival, 2, ask)
+	v, err := judge(chain, rival, ask)
 	if err != nil || !v.live || !v.changed || string(v.row[1].Data) != "b" || string(v.row[2].Data) != "ours" || asked != 0 {
 		t.Errorf("%+v, %v, asked %d times", v, err, asked)
 	}
 	if len(v.records) != 2 || v.records[0].decision.Code != conflict.Lost || v.records[1].decision.Code != conflict.Won {
 		t.Errorf("records %+v", v.records)
 	}
-	if v, err = judge(chain[1:], rival, 2, ask); err != nil || asked != 1 || string(v.row[2].Data) != "fetched" || string(v.row[1].Data) != "b" {
+	if v, err = judge(chain[1:], rival, ask); err != nil || asked != 1 || string(v.row[2].Data) != "fetched" || string(v.row[1].Data) != "b" {
 		t.Errorf("alone: %+v, %v, asked %d times", v, err, asked)
 	}
 	gone := func(*ref) (wal.Tuple, bool, error) { return nil, false, nil }
-	if v, err = judge(chain[1:], rival, 2, gone); err != nil || v.changed || v.records[0].decision.Code != conflict.Won {
+	if v, err = judge(chain[1:], rival, gone); err != nil || v.changed || v.records[0].decision.Code != conflict.Won {
 		t.Errorf("gone at the origin: %+v, %v", v, err)
 	}
 	// Half of a key change: what stands under the new key is another row, even if the origin wrote it.
 	own := held{State: conflict.State{Existence: conflict.Live, Version: wal.Version{Time: 5, Site: 1}}, image: rival.image}
 	half := []*ref{{txn: txnAt(10), op: wal.Insert, row: part}}
-	if v, err = judge(half, own, 2, ask); err != nil || string(v.row[2].Data) != "fetched" || v.records[0].decision.Code != conflict.Filled {
+	if v, err = judge(half, own, ask); err != nil || string(v.row[2].Data) != "fetched" || v.records[0].decision.Code != conflict.Filled {
 		t.Errorf("key change onto another row: %+v, %v", v, err)
 	}
 	// The rival had been seen: what stands here is what the origin changed.
 	chain[1].txn.Seen = []wal.Seen{{Site: 2, LSN: 5}}
-	if v, err = judge(chain[1:], rival, 2, gone); err != nil || string(v.row[2].Data) != "theirs" || len(v.records) != 0 {
+	if v, err = judge(chain[1:], rival, gone); err != nil || string(v.row[2].Data) != "theirs" || len(v.records) != 0 {
 		t.Errorf("seen: %+v, %v", v, err)
 	}
 }
 
-// newTestLocal is a Local whose tables have the key of planRelation.
-func newTestLocal() *Local {
-	l := NewLocal(2, 0, 0, NewKeys("", ""))
+// abreast: nothing is missing of third sites.
+func abreast(*wal.Txn) bool { return false }
+
+// newTestLocal is a history whose tables have the key of planRelation.
+func newTestLocal() *History {
+	l := NewHistory(2, 0, 0, NewKeys("", ""))
 	l.keys = func(*wal.Relation) ([]namedKey, error) { return []namedKey{{"id", normExact}}, nil }
 	return l
 }
@@ -298,7 +301,7 @@ func TestSafeBeforeNeverCoversAnUnseenCommit(t *testing.T) {
 			if txn.CommitTime < safe {
 				t.Fatalf("transaction %d at %s is not seen (%d are), but lies below %s", txn.XID, txn.CommitTime, seen, safe)
 			}
-			if k, ok := l.lookup(txn.XID); !ok || k.version != txn.Version() || k.end != txn.EndLSN {
+			if k, ok := l.lookup(txn.XID); !ok || k.made != txn.Version() || k.end != txn.EndLSN {
 				t.Fatalf("transaction %d is unseen, and forgotten: %+v", txn.XID, k)
 			}
 		}
@@ -340,7 +343,7 @@ func TestTombstones(t *testing.T) {
 		t.Helper()
 		for _, k := range []string{"1", "2", "3", "4", "5"} {
 			s, ok := l.tombstone("public.t", key(k))
-			if ok != (want[k] != 0) || s.version.Time != want[k] || ok && (s.version.Site != 2 || s.end != wal.LSN(want[k]*10)) {
+			if ok != (want[k] != 0) || s.made.Time != want[k] || ok && (s.made.Site != 2 || s.end != wal.LSN(want[k]*10)) {
 				t.Errorf("%s: tombstone of %s: %+v, %t; want time %d", what, k, s, ok, want[k])
 			}
 		}
@@ -623,7 +626,7 @@ func BenchmarkPlan(b *testing.B) {
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		p, err := planTxns(txns, func(*wal.Relation) (*target, error) { return g, nil }, true)
+		p, err := planTxns(txns, func(*wal.Relation) (*target, error) { return g, nil }, abreast, true)
 		if err != nil {
 			b.Fatal(err)
 		}

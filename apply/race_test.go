@@ -95,14 +95,14 @@ func TestWaitsForLocalChangesThatAreNotDecoded(t *testing.T) {
 			b.stopApply() // the worker must see the new Barrier
 			at := atBarrier(b)
 			b.startApply()
-			a.feed.hold()
+			a.feed.hold(b.id)
 			a.exec(tc.remote)
 			a.captured()
 			open := b.closeGate(t)
 			for sql := range strings.SplitSeq(tc.local, "; ") {
 				b.exec(sql)
 			}
-			a.feed.release()
+			a.feed.release(b.id)
 			await(t, "the worker waits for local decoding", at)
 			if n := b.worker.Status().Applied; n >= a.feed.txnEnd {
 				t.Errorf("applied %s without waiting", n)
@@ -138,14 +138,14 @@ func TestDeleteWaitsForDeleteAndInsert(t *testing.T) {
 	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, config: func(c *Config) { c.LockTimeout = waitMax }})
 	a.exec("INSERT INTO t VALUES (1,'seed')")
 	settle(a, b)
-	b.feed.hold()
+	b.feed.hold(a.id)
 	b.exec("UPDATE t SET v = 'b1'") // so that the fast statement passes the row over, and the closer look waits
 	c := b.connect()
 	run(t, c, "BEGIN; DELETE FROM t; INSERT INTO t VALUES (1,'b')")
 	a.exec("DELETE FROM t")
 	b.applyWaits()
 	run(t, c, "COMMIT")
-	b.feed.release()
+	b.feed.release(a.id)
 	settle(a, b)
 	a.expect("in the end", "t 1 b\n")
 	b.expect("in the end", "t 1 b\n")
@@ -207,20 +207,20 @@ func TestSeesCommitsThatWaitForTheirStandby(t *testing.T) {
 			eventually(t, "the standby's name is known", func() bool { return run(t, c, "SHOW synchronous_standby_names")[0][0] == "nobody" })
 			// Commits wait from the moment that the checkpointer has read the setting, which it does before a checkpoint.
 			b.exec("CHECKPOINT")
-			a.feed.hold()
-			b.feed.hold()
+			a.feed.hold(b.id)
+			b.feed.hold(a.id)
 			done := start(t, c, "INSERT INTO t VALUES (1,'b')")
 			eventually(t, "the commit is decoded", func() bool { return len(b.feed.txns()) == 1 })
 			a.exec(tc.remote)
 			a.captured()
-			a.feed.release()
+			a.feed.release(b.id)
 			eventually(t, "apply waits for it", func() bool { return b.worker.Status().Retries > 1 })
 			b.exec("ALTER SYSTEM RESET synchronous_standby_names")
 			b.exec("SELECT pg_reload_conf()")
 			if err := <-done; err != nil {
 				t.Fatal(err)
 			}
-			b.feed.release()
+			b.feed.release(a.id)
 			settle(a, b)
 			a.expect("in the end", "")
 			b.expect("in the end", "")
@@ -261,12 +261,12 @@ func TestStopsAtWhatCannotBeApplied(t *testing.T) {
 	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true})
 	b.faults = true
 	a.exec("CREATE TABLE onlyhere (id int PRIMARY KEY)")
-	a.feed.hold()
+	a.feed.hold(b.id)
 	a.exec("INSERT INTO t VALUES (1,'before')")
 	a.exec("INSERT INTO onlyhere VALUES (1)")
 	a.exec("INSERT INTO t VALUES (2,'behind')")
 	a.captured()
-	a.feed.release()
+	a.feed.release(b.id)
 	want := "apply transaction " + a.feed.txns()[1].CommitLSN.String()
 	eventually(t, "the error names transaction and table", func() bool {
 		got := b.worker.Status().LastError
@@ -280,7 +280,7 @@ func TestStopsAtWhatCannotBeApplied(t *testing.T) {
 	same(t, a, b, dump("onlyhere"))
 
 	// A unique value that a local row holds, until it lets go.
-	b.feed.hold()
+	b.feed.hold(a.id)
 	b.exec("INSERT INTO t VALUES (10,'local',0,5)")
 	a.exec("INSERT INTO t VALUES (11,'remote',0,5)")
 	eventually(t, "the collision shows", func() bool { return strings.Contains(b.worker.Status().LastError, "23505") })

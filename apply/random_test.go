@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -189,29 +190,37 @@ func (h *history) model(t testing.TB, txns []*wal.Txn) string {
 	return strings.Join(rows, "\n") + "\n"
 }
 
-// TestConvergesToTheGreatestVersions is the oracle of scenarios.md for two sites: random transactions on few keys at
-// both, links held and released at random, batches of random sizes, workers restarted, local decoding held back. At the
-// end both sites and the model hold the same rows.
+// TestConvergesToTheGreatestVersions is the oracle of scenarios.md, for two sites and for three: random transactions on few keys at
+// all, links held and released at random, batches of random sizes, workers restarted, local decoding held back. At the
+// end all sites and the model hold the same rows.
 func TestConvergesToTheGreatestVersions(t *testing.T) {
 	seed := newSeed(t)
-	a, b := newRig(t, randomSchema, rigOptions{asRole: true})
-	for i := range *roundsMax {
-		round(t, a, b, seed+uint64(i))
+	for _, n := range []int{2, 3} {
+		t.Run(fmt.Sprintf("%d sites", n), func(t *testing.T) {
+			sites := newMeshRig(t, n, randomSchema, rigOptions{asRole: true})
+			for i := range *roundsMax {
+				round(t, sites, seed+uint64(i))
+			}
+		})
 	}
 }
 
-func round(t *testing.T, a, b *site, seed uint64) {
+func round(t *testing.T, sites []*site, seed uint64) {
 	rng := rand.New(rand.NewPCG(seed, 2))
-	a.exec("TRUNCATE t, f, bag, fullbag")
-	settle(a, b)
-	b.exec("TRUNCATE t, f, bag, fullbag")
-	settle(a, b)
-	firstA, firstB := len(a.feed.txns()), len(b.feed.txns())
-	h := &history{txns: map[wal.SiteID]map[uint32][]event{a.id: {}, b.id: {}}}
+	h := &history{txns: map[wal.SiteID]map[uint32][]event{}}
+	first := map[*site]int{}
+	for _, s := range sites {
+		s.exec("TRUNCATE t, f, bag, fullbag")
+		settle(sites...)
+		h.txns[s.id] = map[uint32][]event{}
+	}
+	for _, s := range sites {
+		first[s] = len(s.feed.txns())
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	var clients []*client
-	for i, s := range []*site{a, a, b, b} {
+	for i, s := range slices.Concat(sites, sites) {
 		clients = append(clients, &client{s: s, name: string(rune('p' + i)), rng: rand.New(rand.NewPCG(seed, uint64(10+i))), h: h, conn: s.connect()})
 		run(t, clients[i].conn, "SET deadlock_timeout = '20ms'")
 	}
@@ -227,24 +236,27 @@ func round(t *testing.T, a, b *site, seed uint64) {
 		})
 	}
 	for range 25 {
-		s := []*site{a, b}[rng.IntN(2)]
+		s := sites[rng.IntN(len(sites))]
+		to := s.peers[rng.IntN(len(s.peers))]
 		switch rng.IntN(6) {
 		case 0:
-			s.feed.hold()
+			s.feed.hold(to.id)
 		case 1:
-			s.feed.release()
+			s.feed.release(to.id)
 		case 2:
-			s.feed.step(1 + rng.IntN(10))
+			s.feed.step(to.id, 1+rng.IntN(10))
 		case 3: // restart, with another batch size
 			s.stopApply()
-			s.worker.cfg.BatchTransactions = []int{1, 2, 5, 2000}[rng.IntN(4)]
+			for _, w := range s.workers {
+				w.cfg.BatchTransactions = []int{1, 2, 5, 2000}[rng.IntN(4)]
+			}
 			s.startApply()
 		case 4: // local decoding stands still for a while
 			s.gate.Lock()
 			_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
 			s.gate.Unlock()
 		case 5:
-			s.local.Prune(s.worker.Status().Seen, wal.TimeOf(time.Now().Add(time.Hour)))
+			s.prune()
 		}
 		_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
 	}
@@ -253,34 +265,72 @@ func round(t *testing.T, a, b *site, seed uint64) {
 	for _, c := range clients {
 		pg.Close(c.conn)
 	}
-	a.feed.release()
-	b.feed.release()
-	settle(a, b)
+	for _, s := range sites {
+		for _, to := range s.peers {
+			s.feed.release(to.id)
+		}
+	}
+	settle(sites...)
 	sorted := func(s *site) string {
 		lines := slices.Collect(strings.Lines(s.rows(dump("t", "f", "bag", "fullbag"))))
 		slices.Sort(lines)
 		return strings.Join(lines, "")
 	}
-	x, y := sorted(a), sorted(b)
-	txns := slices.Concat(a.feed.txns()[firstA:], b.feed.txns()[firstB:])
-	want := h.model(t, txns)
-	if x != y {
-		t.Errorf("seed %d: sites differ (-A +B):\n%s", seed, shorten(cmp.Diff(x, y)))
+	var txns []*wal.Txn
+	for _, s := range sites {
+		txns = append(txns, s.feed.txns()[first[s]:]...)
 	}
-	if x != want {
-		t.Errorf("seed %d: site A is not the model (-model +A):\n%s", seed, shorten(cmp.Diff(want, x)))
+	want := h.model(t, txns)
+	for _, s := range sites {
+		if got := sorted(s); got != want {
+			t.Errorf("seed %d: site %s is not the model (-model +site):\n%s", seed, s.name, cmp.Diff(strings.Split(shorten(want), "\n"), strings.Split(shorten(got), "\n")))
+		}
 	}
 	if t.Failed() {
-		for _, s := range []*site{a, b} {
-			t.Logf("records at %s:\n%s", s.name, shorten(s.rows(conflicts)))
+		for _, s := range sites {
+			for _, r := range s.query(`SELECT id, kind, code, table_name, key, origin, origin_lsn, remote_time, left(remote_row::text, 60), local_site, local_time,
+				left(local_row::text, 60) FROM duri.conflict WHERE at > now() - interval '10 s' ORDER BY id`) {
+				t.Log("record at", s.name, r)
+			}
+			for _, r := range s.query("SELECT xid, origin, from_lsn, to_lsn, min_time, max_time, transactions, changes, seen FROM duri.applied WHERE at > now() - interval '10 s' ORDER BY xid") {
+				t.Log("applied at", s.name, r)
+			}
 		}
 		for _, txn := range txns {
-			t.Log(txn.Version(), txn.XID, txn.EndLSN, "seen", txn.Seen, shorten(fmt.Sprint(h.txns[txn.Origin][txn.XID])))
+			t.Log(txn.Version(), txn.XID, txn.EndLSN, "seen", txn.Seen)
+			for _, e := range h.txns[txn.Origin][txn.XID] {
+				t.Log("   ", shorten(fmt.Sprint(e)))
+			}
 		}
 		t.FailNow()
 	}
-	t.Logf("seed %d: %d transactions, %d rows at the end; conflicts %d at A, %d at B; retries %d, %d", seed, len(txns), strings.Count(want, "\n"),
-		a.worker.Status().Conflicts, b.worker.Status().Conflicts, a.worker.Status().Retries, b.worker.Status().Retries)
+	var conflicts, retries int64
+	for _, s := range sites {
+		for _, w := range s.workers {
+			conflicts += w.Status().Conflicts
+			retries += w.Status().Retries
+		}
+	}
+	t.Logf("seed %d: %d transactions, %d rows at the end; %d conflicts, %d retries so far", seed, len(txns), strings.Count(want, "\n"), conflicts, retries)
+}
+
+// prune forgets what every other site has seen, as the server does now and then.
+func (s *site) prune() {
+	now := wal.TimeOf(time.Now().Add(time.Hour))
+	lowest := wal.LSN(math.MaxInt64)
+	for _, w := range s.workers {
+		lowest = min(lowest, w.Status().Seen)
+	}
+	s.local.Prune(lowest, now)
+	for i, p := range s.peers {
+		lowest := wal.LSN(math.MaxInt64)
+		for j, w := range s.workers {
+			if j != i {
+				lowest = min(lowest, wal.SeenOf(w.Status().SeenOthers, p.id))
+			}
+		}
+		s.mesh.Prune(p.id, lowest, now)
+	}
 }
 
 // shorten cuts the long values.
@@ -288,8 +338,8 @@ func shorten(s string) string {
 	var out []string
 	for line := range strings.Lines(s) {
 		line = strings.TrimRight(line, "\n")
-		if len(line) > 400 {
-			line = line[:180] + " ... " + line[len(line)-180:]
+		if len(line) > 200 {
+			line = line[:80] + " ... " + line[len(line)-40:]
 		}
 		out = append(out, line)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -85,7 +86,7 @@ func (x *execution) awaitVisible(ctx context.Context) error {
 		}
 		waiting := slices.ContainsFunc(res[1].Rows, func(row [][]byte) bool {
 			xid, err := strconv.ParseUint(string(row[0]), 10, 32)
-			_, decoded := x.w.cfg.Local.lookup(uint32(xid))
+			_, decoded := x.w.cfg.Mesh.Local.lookup(uint32(xid))
 			return err == nil && decoded
 		})
 		if !waiting {
@@ -115,16 +116,18 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 	for i, e := range pending {
 		h, ok := rows[i]
 		if ok && h.end == math.MaxUint64 && (again || !e.slow) {
-			// Our own insert, or another fast statement of this wave, wrote it already.
+			// Our own insert, or another fast statement of this wave, wrote it already; or an earlier wave.
 			if again || e.kind == netInsert {
 				x.created = append(x.created, created{tw, wv, e})
 			}
-			continue
+			if !x.touched(wv, tw, e.key) {
+				continue
+			}
 		}
 		if !ok {
-			h = x.grave(tw, e)
+			h = x.grave(tw, e, wv)
 		}
-		v, err := judge(wv.chain(e), h, x.w.cfg.Site, x.fetch(ctx, tw))
+		v, err := judge(wv.chain(e), h, x.fetch(ctx, tw))
 		if err != nil {
 			return nil, err
 		}
@@ -140,6 +143,21 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 		}
 	}
 	return x.write(ctx, wv, assemble(tw, del, upd, ins, true))
+}
+
+// touched reports whether an earlier wave of the batch changed the key: a row of our own may then be what that left.
+func (x *execution) touched(wv *wave, tw *tableWave, key string) bool {
+	for _, earlier := range x.b.waves {
+		if earlier == wv {
+			return false
+		}
+		for _, t := range earlier.tables {
+			if t.String() == tw.String() && t.index[key] != nil {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // write runs decided operations. Rows that exist are locked, so only an insert can still meet a surprise.
@@ -212,7 +230,7 @@ func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (
 			return nil, err
 		}
 	}
-	return out, nil
+	return out, x.attributeThird(ctx, tw, out, func(i int) string { return pending[i].key })
 }
 
 // heldRow reads one row of lockSQL.
@@ -251,36 +269,108 @@ func (x *execution) heldRow(ctx context.Context, tw *tableWave, row [][]byte) (h
 func (x *execution) attribute(ctx context.Context, h *held, roident, xmin uint32) error {
 	if roident != 0 {
 		site, ok := x.w.siteOf(roident)
+		if !ok { // made since this worker began, by that of another site
+			if err := x.w.loadOrigins(ctx); err != nil {
+				return err
+			}
+			site, ok = x.w.siteOf(roident)
+		}
 		if !ok {
 			return fmt.Errorf("a row was written under replication origin %d, which is no site of this cluster", roident)
 		}
 		h.Version.Site = site
-		return nil
+		h.third = site != x.w.cfg.Origin && site != x.w.cfg.Site
+		h.xid = xmin
+		if site != x.w.cfg.Site {
+			return nil
+		}
 	}
 	h.Version.Site = x.w.cfg.Site
-	k, ok := x.w.cfg.Local.lookup(xmin)
+	k, ok := x.w.cfg.Mesh.Local.lookup(xmin)
 	if !ok && !x.fresh {
 		// Either seen long ago, or committed so lately that it is not decoded yet: reading on tells which.
 		if err := x.barrier(ctx); err != nil {
 			return err
 		}
 		x.fresh = true
-		k, ok = x.w.cfg.Local.lookup(xmin)
+		k, ok = x.w.cfg.Mesh.Local.lookup(xmin)
 	}
 	if !ok {
 		h.Seen = true
 		return nil
 	}
-	h.Version, h.end = k.version, k.end
+	h.Version, h.end, h.seen = k.made, k.end, k.seen
+	return nil
+}
+
+// appliedBySQL finds the apply transactions that wrote rows, by their xmin: $1 is an array of 32-bit transaction ids,
+// none of them beyond the snapshot.
+const appliedBySQL = `SELECT a.xid::xid, a.from_lsn, a.to_lsn FROM pg_catalog.unnest($1::int8[]) AS x(id)
+CROSS JOIN (SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::int8) AS s(xmax)
+JOIN duri.applied a ON a.xid = ((((s.xmax - x.id) >> 32 << 32) + x.id)::text::xid8)`
+
+// attributeThird finds the exact versions of rows that third sites wrote: they carry the stamp of the last transaction
+// that was merged with theirs (architecture.md decision 5). A row whose apply transaction is not on record any more had
+// been seen by every site when the record was dropped.
+func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[int]held, key func(int) string) error {
+	ids := []byte{'{'}
+	for _, h := range rows {
+		if h.third {
+			if len(ids) > 1 {
+				ids = append(ids, ',')
+			}
+			ids = strconv.AppendUint(ids, uint64(h.xid), 10)
+		}
+	}
+	if len(ids) == 1 {
+		return nil
+	}
+	res, err := x.s.run(ctx, []call{{appliedBySQL, [][]byte{append(ids, '}')}}})
+	if err != nil {
+		return err
+	}
+	found := map[uint32][2]wal.LSN{}
+	for _, row := range res[0].Rows {
+		xid, err1 := strconv.ParseUint(string(row[0]), 10, 32)
+		from, err2 := wal.ParseLSN(string(row[1]))
+		to, err3 := wal.ParseLSN(string(row[2]))
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return fmt.Errorf("read duri.applied: %w", err)
+		}
+		found[uint32(xid)] = [2]wal.LSN{from, to}
+	}
+	first := x.b.txns[0] // what it had seen, all of the batch had
+	for i, h := range rows {
+		if !h.third {
+			continue
+		}
+		span, ok := found[h.xid]
+		if !ok || span[1] <= first.SeenOf(h.Version.Site) {
+			h.Seen, h.end = true, 0
+			rows[i] = h
+			continue
+		}
+		if len(tw.key) == 0 { // only a TRUNCATE asks; its rows are told apart by nothing but the stamp
+			h.end = span[1]
+			rows[i] = h
+			continue
+		}
+		p, err := x.w.cfg.Mesh.exact(ctx, h.Version.Site, span[0], span[1], tw.String(), key(i), x.w.keysOf)
+		if err != nil {
+			return err
+		}
+		h.Version, h.end, h.seen = p.made, p.end, p.seen
+		rows[i] = h
+	}
 	return nil
 }
 
 // grave is the state of a key that has no row.
-func (x *execution) grave(tw *tableWave, e *entry) held {
-	if s, ok := x.w.cfg.Local.tombstone(tw.String(), e.key); ok {
-		return held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+func (x *execution) grave(tw *tableWave, e *entry, wv *wave) held {
+	if s, ok := x.w.cfg.Mesh.tombstone(tw.String(), e.key, x.w.cfg.Origin); ok {
+		return deleted(s)
 	}
-	return held{}
+	return held{behind: x.w.cfg.Mesh.behind(wv.first(e).txn)}
 }
 
 // barrier waits until the local stream has passed everything that was committed when it is called (rule 8). It holds
@@ -318,16 +408,10 @@ func (e *behindError) Error() string {
 // recheck is the capture barrier: keys that were created are looked up among the tombstones again, now that the rows
 // are in place and every delete that came before them is decoded.
 func (x *execution) recheck(ctx context.Context) error {
-	if len(x.created) == 0 {
-		return nil
-	}
-	if err := x.barrier(ctx); err != nil {
-		return err
-	}
 	done := map[grave]bool{}
 	for _, c := range x.created {
 		g := grave{c.tw.String(), c.e.key}
-		s, ok := x.w.cfg.Local.tombstone(g.table, g.key)
+		s, ok := x.w.cfg.Mesh.tombstone(g.table, g.key, x.w.cfg.Origin)
 		if !ok || done[g] {
 			continue
 		}
@@ -340,17 +424,19 @@ func (x *execution) recheck(ctx context.Context) error {
 }
 
 // recheckKey judges a created key against its tombstone: all that the batch did to it since, in later waves too.
-func (x *execution) recheckKey(ctx context.Context, c created, s tombstone) error {
+func (x *execution) recheckKey(ctx context.Context, c created, s past) error {
 	chain, entries := x.since(c)
-	h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
-	v, err := judge(chain, h, x.w.cfg.Site, x.fetch(ctx, c.tw))
+	v, err := judge(chain, deleted(s), x.fetch(ctx, c.tw))
 	if err != nil {
 		return err
 	}
 	x.drop(entries)
 	x.record(c.tw, c.e, v.records)
-	if v.live {
-		return nil
+	if v.live { // as it is, but for values that came from elsewhere
+		o := op{kind: netUpdate, tw: c.tw, items: []item{{e: c.e, row: v.row}}}
+		o.set = updateSet(nil, c.tw, o.items[0])
+		_, err = x.s.run(ctx, []call{o.call(x.origin, forever)})
+		return err
 	}
 	// A later wave may have removed the row already.
 	del := op{kind: netDelete, tw: c.tw, items: []item{{e: c.e}}}
@@ -376,14 +462,15 @@ func (x *execution) since(c created) (chain []*ref, entries map[*entry]bool) {
 }
 
 // complete fills the images of rows that changed their key with the values that PostgreSQL did not send, from the row
-// under the old key as long as it is still there and undisputed, else from the origin (rule 9).
+// under the old key as long as it is still there, undisputed, and as the origin had it then; else from the origin
+// (rule 9).
 func (x *execution) complete(ctx context.Context, wv *wave) error {
 	for _, tw := range wv.tables {
 		var all []*moved
 		var old []*entry
 		for _, m := range wv.moved {
 			if m.tw == tw && !wv.refs[m.ref-1].row.Complete() { // a batch that is tried again has it
-				all, old = append(all, m), append(old, &entry{keyv: m.old})
+				all, old = append(all, m), append(old, &entry{keyv: m.old, key: tw.normal(m.old)})
 			}
 		}
 		if len(all) == 0 {
@@ -395,6 +482,7 @@ func (x *execution) complete(ctx context.Context, wv *wave) error {
 		}
 		for i, m := range all {
 			h, ok := rows[i]
+			ok = ok && !x.w.ahead(wv.refs[m.ref-1].txn, tw, old[i].key)
 			if err := x.completeOne(ctx, wv, m, h, ok); err != nil {
 				return err
 			}
@@ -412,14 +500,14 @@ func (x *execution) complete(ctx context.Context, wv *wave) error {
 func (x *execution) completeOne(ctx context.Context, wv *wave, m *moved, h held, found bool) error {
 	r := &wv.refs[m.ref-1]
 	row := h.image
-	if !found || !undisputed(r, h, x.w.cfg.Site) {
+	if !found || r.blind || !undisputed(r, h) {
 		var err error
 		if row, found, err = x.fetch(ctx, m.tw)(r); err != nil || !found {
 			return err // not found: gone at the origin, and what removed it is on its way
 		}
 		m.fetched = true
 	}
-	r.row = fill(r.row, row)
+	r.row, r.blind = fill(r.row, row), false
 	wv.refold(m.e)
 	return nil
 }
@@ -432,10 +520,30 @@ func (x *execution) fetch(ctx context.Context, tw *tableWave) fetcher {
 		}
 		row, ok, err := x.w.cfg.Fetch(ctx, tw.rel, keyNames(tw.target), r.row)
 		if err != nil {
-			err = fmt.Errorf("fetch a row of %s from its origin: %w", tw.table, err)
+			return nil, false, fmt.Errorf("fetch a row of %s from its origin: %w", tw.table, err)
 		}
-		return row, ok, err
+		if key, whole := keyOf(nil, tw.key, r.row); ok && whole {
+			x.w.filled[tw.String()+"\x00"+string(key)] = x.w.cfg.Clock()
+		}
+		return row, ok, nil
 	}
+}
+
+// filledFor is by how much an origin's clock may differ from this site's before values that were fetched from it pass
+// for those of the transaction that is being applied. The clock rule holds back what comes from further ahead.
+const filledFor = 2 * time.Second
+
+// ahead reports whether the row under a key may hold values that its origin gave it after t: what was fetched to complete
+// an earlier change is as of that moment, and is right only when the changes up to then have been applied. What was
+// fetched before this run is not known any more.
+func (w *Worker) ahead(t *wal.Txn, tw *tableWave, key string) bool {
+	at, filled := w.filled[tw.String()+"\x00"+key]
+	return t.VersionTime <= w.began.Add(filledFor) || filled && t.VersionTime <= at.Add(filledFor)
+}
+
+// forgetFilled drops what no longer matters to transactions from t on.
+func (w *Worker) forgetFilled(t wal.Time) {
+	maps.DeleteFunc(w.filled, func(_ string, at wal.Time) bool { return at.Add(2*filledFor) < t })
 }
 
 func keyNames(g *target) []string {

@@ -180,22 +180,22 @@ var orders = []struct {
 	heal func(a, b *site)
 }{
 	{"A to B first", func(a, b *site) {
-		a.feed.release()
+		a.feed.release(b.id)
 		b.applied()
-		b.feed.release()
+		b.feed.release(a.id)
 	}},
 	{"B to A first", func(a, b *site) {
-		b.feed.release()
+		b.feed.release(a.id)
 		a.applied()
-		a.feed.release()
+		a.feed.release(b.id)
 	}},
 	{"one by one", func(a, b *site) {
-		for a.feed.step(1) || b.feed.step(1) {
+		for a.feed.step(b.id, 1) || b.feed.step(a.id, 1) {
 			a.caughtUp()
 			b.caughtUp()
 		}
-		a.feed.release()
-		b.feed.release()
+		a.feed.release(b.id)
+		b.feed.release(a.id)
 	}},
 }
 
@@ -223,8 +223,8 @@ func (sc scenario) run(t *testing.T, a, b *site, heal func(a, b *site)) {
 	}
 	a.exec("DELETE FROM duri.conflict")
 	b.exec("DELETE FROM duri.conflict")
-	a.feed.hold()
-	b.feed.hold()
+	a.feed.hold(b.id)
+	b.feed.hold(a.id)
 	if sc.stamp != nil {
 		sc.stamp(a, b)
 	}
@@ -265,14 +265,14 @@ func TestRecordsHoldBothImages(t *testing.T) {
 	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true})
 	a.exec("INSERT INTO t VALUES (1, 'seed', 1, NULL, NULL)")
 	settle(a, b)
-	a.feed.hold()
-	b.feed.hold()
+	a.feed.hold(b.id)
+	b.feed.hold(a.id)
 	a.exec("BEGIN; INSERT INTO bag VALUES (1); UPDATE t SET v = 'say \"hi\" \\ <tab>\t'; COMMIT")
 	b.exec("UPDATE t SET v = '', n = NULL")
 	a.captured()
 	b.captured()
-	a.feed.release()
-	b.feed.release()
+	a.feed.release(b.id)
+	b.feed.release(a.id)
 	settle(a, b)
 	ours := a.feed.txns()[1]
 	theirs := b.feed.txns()[0]

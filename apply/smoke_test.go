@@ -153,12 +153,12 @@ CREATE TABLE reordered (v text, id int PRIMARY KEY, w int);
 	a.exec("TRUNCATE " + strings.Join(append(tables, "reordered"), ", ") + " RESTART IDENTITY")
 	settle(a, b)
 	check("truncating everything")
-	a.feed.hold()
+	a.feed.hold(b.id)
 	for _, sql := range steps {
 		a.exec(sql)
 	}
 	a.captured()
-	a.feed.release()
+	a.feed.release(b.id)
 	settle(a, b)
 	check("everything in one batch")
 	if n := b.worker.Status().Retries; n > 60 {

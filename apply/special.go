@@ -51,17 +51,22 @@ func (x *execution) appends(wv *wave, tw *tableWave) []wal.Tuple {
 // appends1 is appends for one insert; a removed one is recorded.
 func (x *execution) appends1(tw *tableWave, r *ref) []wal.Tuple {
 	if s, removed := x.removed(tw, r); removed {
-		h := held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
-		x.record(tw, nil, []outcome{{r, conflict.Decide(r.op, r.txn.Version(), h.toward(r, x.w.cfg.Site)), h}})
+		h := deleted(s)
+		x.record(tw, nil, []outcome{{r, conflict.Decide(r.op, r.txn.Version(), h.toward(r)), h}})
 		return nil
 	}
 	return []wal.Tuple{r.row}
 }
 
-// removed reports whether a local TRUNCATE beats a change of a table without a key.
-func (x *execution) removed(tw *tableWave, r *ref) (tombstone, bool) {
-	s, ok := x.w.cfg.Local.truncated(tw.String())
-	return s, ok && s.end > r.txn.SeenOf(x.w.cfg.Site) && r.txn.Version().Less(s.version)
+// removed reports whether a TRUNCATE of another site beats a change of a table without a key.
+func (x *execution) removed(tw *tableWave, r *ref) (past, bool) {
+	s, ok := x.w.cfg.Mesh.truncated(tw.String(), x.w.cfg.Origin)
+	return s, ok && s.end > r.txn.SeenOf(s.made.Site) && r.txn.Version().Less(s.made)
+}
+
+// deleted is the state of a key or table that p's tombstone covers.
+func deleted(p past) held {
+	return held{State: conflict.State{Existence: conflict.Deleted, Version: p.made}, end: p.end, seen: p.seen}
 }
 
 // recheckBags is the capture barrier for tables without a key: a TRUNCATE that came before our rows may not have been
@@ -92,7 +97,7 @@ func (x *execution) recheckBags(ctx context.Context) error {
 	for i, tw := range x.bags {
 		x.s.files[tw.String()] = string(res[i].Rows[0][0])
 	}
-	return x.recheckRemoved()
+	return nil
 }
 
 const fileSQL = "SELECT coalesce(pg_catalog.pg_relation_filenode($1::text::regclass), 0)"
@@ -102,6 +107,12 @@ var errTruncated = errors.New("a table was truncated while rows were added to it
 
 // recheckRemoved looks for rows that were added although a TRUNCATE removes them.
 func (x *execution) recheckRemoved() error {
+	if !slices.ContainsFunc(x.bags, func(tw *tableWave) bool {
+		_, ok := x.w.cfg.Mesh.truncated(tw.String(), x.w.cfg.Origin)
+		return ok
+	}) {
+		return nil
+	}
 	recorded := map[*wal.Change]bool{}
 	for _, r := range x.records {
 		recorded[r.change] = true
@@ -121,12 +132,14 @@ func (x *execution) recheckRemoved() error {
 
 // keylessMissing handles an update or delete whose row is not here: the row of an update is written (rule 6).
 func (x *execution) keylessMissing(ctx context.Context, tw *tableWave, r *ref) error {
-	var h held
+	h := held{behind: x.w.cfg.Mesh.behind(r.txn)}
 	s, removed := x.removed(tw, r)
 	if removed {
-		h = held{State: conflict.State{Existence: conflict.Deleted, Version: s.version}, end: s.end}
+		h = deleted(s)
 	}
-	x.record(tw, nil, []outcome{{r, conflict.Decide(r.op, r.txn.Version(), h.toward(r, x.w.cfg.Site)), h}})
+	if d := conflict.Decide(r.op, r.txn.Version(), h.toward(r)); d.Kind != conflict.None || d.Code != conflict.AsSent {
+		x.record(tw, nil, []outcome{{r, d, h}})
+	}
 	if r.op == wal.Delete || removed {
 		return nil
 	}
@@ -166,102 +179,110 @@ func textParam(v wal.Value) []byte {
 	return append([]byte{}, v.Data...)
 }
 
-// truncate applies TRUNCATE as a tombstone for every row older than it (rule 15): rows that are newer stay. Local rows
-// that the origin had not seen are losers, so their images are recorded.
+// truncate applies TRUNCATE as a tombstone for every row older than it (rule 15): rows that are newer stay. Rows of other
+// sites that the origin had not seen are losers, so their images are recorded.
 func (x *execution) truncate(ctx context.Context, wv *wave) error {
-	v := wal.Version{Time: wv.txn.VersionTime, Site: wv.txn.Origin}
 	g, err := x.w.resolve(wv.truncate.Relation)
 	if err != nil {
 		return err
 	}
 	tw := &tableWave{target: g}
-	// A local row of the same microsecond is older when this site's id is smaller (rule 2).
-	older := "<"
-	if x.w.cfg.Site < v.Site {
-		older = "<="
-	}
-	before := min(x.w.cfg.Local.safeBefore(wv.txn.SeenOf(x.w.cfg.Site)), v.Time)
-	// Not prepared: it is rare, and each is another text.
-	res, err := x.s.conn.Exec(ctx, truncateSQL(g.table, before, v.Time, older)).ReadAll()
+	// First wait for whoever writes here: rows of transactions that are committed but not visible yet, because they wait
+	// for a synchronous standby, are older than the TRUNCATE too. Not prepared: it is rare, and each is another text.
+	before := min(x.w.cfg.Mesh.safeBefore(wv.txn), wv.txn.VersionTime)
+	res, err := x.s.conn.Exec(ctx, suspectsSQL(g.table, x.origin, before)).ReadAll()
 	if err != nil {
 		return err
 	}
 	x.fresh = false
-	for _, row := range res[truncatedRows].Rows {
-		if err := x.truncatedRow(ctx, tw, wv, row); err != nil {
-			return err
-		}
+	kept, err := x.survivors(ctx, tw, wv, res[len(res)-1].Rows)
+	if err != nil {
+		return err
 	}
-	return nil
+	_, err = x.s.conn.Exec(ctx, truncateSQL(g.table, kept)).ReadAll()
+	return err
 }
 
-// truncatedRows is the statement of truncateSQL that returns rows.
-const truncatedRows = 1
-
-// truncateSQL are the statements that remove the rows older than a TRUNCATE of time at. Local rows from before on are
-// looked at closely: one statement returns those that go, as truncatedRow reads them. First they wait for
-// whoever writes here: rows of transactions that are committed but not visible yet, because they wait for a synchronous
-// standby, are older than the TRUNCATE too.
-func truncateSQL(t *table, before, at wal.Time, older string) string {
+// suspectsSQL locks a table and lists, as survivors reads them, the rows that a TRUNCATE need not have seen: of another
+// site, and not older than before.
+func suspectsSQL(t *table, origin string, before wal.Time) string {
 	const f = "pg_catalog.pg_xact_commit_timestamp_origin(t.xmin)"
+	mode := "SHARE ROW EXCLUSIVE"
+	if !t.deletable {
+		mode = "ACCESS EXCLUSIVE"
+	}
+	names := make([]string, len(t.columns))
+	for i, c := range t.columns {
+		names[i] = "t." + pg.QuoteIdent(c.name)
+	}
 	name := pg.QuoteName(t.schema, t.name)
-	from, to := pg.QuoteLiteral(before.String())+"::timestamptz", pg.QuoteLiteral(at.String())+"::timestamptz"
-	local := fmt.Sprintf("(%s).roident = 0 AND (%s).timestamp", f, f)
-	losing := fmt.Sprintf("%s >= %s AND (%s).timestamp %s %s", local, from, f, older, to)
+	return fmt.Sprintf(`LOCK TABLE ONLY %s IN %s MODE;
+SELECT t.ctid, t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000, (%s).roident, %s
+FROM ONLY %s AS t WHERE (%s).roident <> %s AND (%s).timestamp >= %s::timestamptz`,
+		name, mode, f, f, strings.Join(names, ", "), name, f, origin, f, pg.QuoteLiteral(before.String()))
+}
+
+// survivors decides which of the suspects are newer than the TRUNCATE, by their place in the table, and records those
+// that lose against it.
+func (x *execution) survivors(ctx context.Context, tw *tableWave, wv *wave, rows [][][]byte) ([]string, error) {
+	held := map[int]held{}
+	keys := make([]wal.Tuple, len(rows))
+	for i, row := range rows {
+		h, err := x.heldRow(ctx, tw, row)
+		if err != nil {
+			return nil, err
+		}
+		held[i], keys[i] = h, h.image
+	}
+	err := x.attributeThird(ctx, tw, held, func(i int) string {
+		k, _ := keyOf(nil, tw.key, keys[i])
+		return string(k)
+	})
+	if err != nil {
+		return nil, err
+	}
+	var kept []string
+	for i, row := range rows {
+		h := held[i]
+		r := &ref{txn: wv.txn, num: wv.num, change: &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: h.image}, op: wal.Truncate}
+		switch s := h.toward(r); {
+		case s.Seen: // an ordinary row that was truncated
+		case r.txn.Version().Less(h.Version):
+			kept = append(kept, string(row[0]))
+		default:
+			x.record(tw, nil, []outcome{{
+				ref:      r,
+				decision: conflict.Decision{Apply: true, Kind: conflict.DeleteOriginDiffers, Code: conflict.Won},
+				rival:    h,
+			}})
+		}
+	}
+	return kept, nil
+}
+
+// truncateSQL removes all rows but those at the given places.
+func truncateSQL(t *table, kept []string) string {
+	name := pg.QuoteName(t.schema, t.name)
+	places := pg.QuoteLiteral(`{"`+strings.Join(kept, `","`)+`"}`) + "::tid[]"
+	switch {
+	case len(kept) == 0 && t.deletable:
+		return "DELETE FROM ONLY " + name
+	case len(kept) == 0:
+		return "TRUNCATE TABLE ONLY " + name
+	case t.deletable:
+		return "DELETE FROM ONLY " + name + " AS t WHERE t.ctid <> ALL (" + places + ")"
+	}
+	// PostgreSQL refuses a DELETE without a replica identity in a published table. So a real TRUNCATE it is, and the
+	// rows that are newer are put back.
 	names := make([]string, len(t.columns))
 	for i, c := range t.columns {
 		names[i] = pg.QuoteIdent(c.name)
 	}
 	plain := strings.Join(names, ", ")
-	columns := fmt.Sprintf("t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000, t.%s", f, strings.Join(names, ", t."))
-	if t.deletable {
-		return strings.Join([]string{
-			"LOCK TABLE ONLY " + name + " IN SHARE ROW EXCLUSIVE MODE",
-			fmt.Sprintf("DELETE FROM ONLY %s AS t WHERE %s RETURNING %s", name, losing, columns),
-			fmt.Sprintf("DELETE FROM ONLY %s AS t WHERE coalesce((%s).roident, 1) <> 0 OR (%s).timestamp < %s", name, f, f, from),
-		}, ";")
-	}
-	// PostgreSQL refuses a DELETE without a replica identity in a published table. So a real TRUNCATE it is, and the
-	// rows that are newer are put back.
 	return strings.Join([]string{
-		"LOCK TABLE ONLY " + name + " IN ACCESS EXCLUSIVE MODE",
-		fmt.Sprintf("SELECT %s FROM ONLY %s AS t WHERE %s", columns, name, losing),
 		"DROP TABLE IF EXISTS pg_temp.duri_kept",
-		fmt.Sprintf("CREATE TEMPORARY TABLE duri_kept ON COMMIT DROP AS SELECT %s FROM ONLY %s AS t WHERE %s >= %s AND NOT (%s)", plain, name, local, from, losing),
+		fmt.Sprintf("CREATE TEMPORARY TABLE duri_kept ON COMMIT DROP AS SELECT %s FROM ONLY %s AS t WHERE t.ctid = ANY (%s)", plain, name, places),
 		"TRUNCATE TABLE ONLY " + name,
 		fmt.Sprintf("INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM pg_temp.duri_kept", name, plain, plain),
 	}, ";")
-}
-
-// truncatedRow records a local row that lost against a TRUNCATE it was concurrent with.
-func (x *execution) truncatedRow(ctx context.Context, tw *tableWave, wv *wave, row [][]byte) error {
-	h := held{State: conflict.State{Existence: conflict.Live, Version: wal.Version{Site: x.w.cfg.Site}}}
-	var micros int64
-	var xid uint32
-	if _, err := fmt.Sscan(string(row[0])+" "+string(row[1]), &xid, &micros); err != nil {
-		return fmt.Errorf("truncate %s: %w", tw.table, err)
-	}
-	h.Version.Time = wal.Time(micros)
-	h.image = make(wal.Tuple, len(tw.rel.Columns))
-	key := make(wal.Tuple, len(tw.rel.Columns))
-	for i, c := range tw.cols {
-		h.image[i] = wal.Value{Kind: wal.Null}
-		if v := row[2+c]; v != nil {
-			h.image[i] = wal.Value{Kind: wal.Text, Data: v}
-		}
-		key[i] = h.image[i]
-	}
-	r := &ref{txn: wv.txn, num: wv.num, change: &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: key}, op: wal.Truncate}
-	if err := x.attribute(ctx, &h, 0, xid); err != nil {
-		return err
-	}
-	if h.toward(r, x.w.cfg.Site).Seen {
-		return nil // the origin had seen it: an ordinary row that was truncated
-	}
-	x.record(tw, nil, []outcome{{
-		ref:      r,
-		decision: conflict.Decision{Apply: true, Kind: conflict.DeleteOriginDiffers, Code: conflict.Won},
-		rival:    h,
-	}})
-	return nil
 }

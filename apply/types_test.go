@@ -192,8 +192,8 @@ func TestTypesArriveByteForByte(t *testing.T) {
 		t.Errorf("conflicts without a cause:\n%s", clip(got))
 	}
 	// Conflicts read the rows at the other site: those images must be the same bytes too.
-	a.feed.hold()
-	b.feed.hold()
+	a.feed.hold(b.id)
+	b.feed.hold(a.id)
 	d := b.connect()
 	for i := range everyType {
 		run(t, c, fmt.Sprintf("UPDATE %s SET v = w", tables[i]))
@@ -201,8 +201,8 @@ func TestTypesArriveByteForByte(t *testing.T) {
 	for i := range everyType {
 		run(t, d, fmt.Sprintf("UPDATE %s SET w = NULL", tables[i]))
 	}
-	a.feed.release()
-	b.feed.release()
+	a.feed.release(b.id)
+	b.feed.release(a.id)
 	settle(a, b)
 	check("conflict")
 	n := b.query("SELECT count(*) FROM duri.conflict WHERE remote_row -> 'v' IS DISTINCT FROM local_row -> 'v'")[0][0]

@@ -42,8 +42,8 @@ type Config struct {
 	Database   string
 	// Open returns a reader of the origin's journal behind a position.
 	Open func(from wal.LSN) (Reader, error)
-	// Local is the index of this site's own transactions.
-	Local *Local
+	// Mesh is what the workers of this database share.
+	Mesh *Mesh
 	// Barrier waits until local decoding has passed a WAL position, hurrying it if need be (rule 8).
 	Barrier func(ctx context.Context, lsn wal.LSN) error
 	// Fetch asks the origin for the present row with row's key (rule 9). Nil: it cannot be asked.
@@ -76,24 +76,21 @@ func (c *Config) defaults() {
 	}
 }
 
-// OriginName is the replication origin under which a site's transactions in a database are applied. Origins are
-// shared by all databases of a server and admit one session each, so the name carries the database.
-func OriginName(database, site string) string { return "duri_" + database + "_" + site }
-
 // Status is what a Worker tells of itself.
 type Status struct {
-	Applied      wal.LSN   `json:"applied"`      // committed here
-	Durable      wal.LSN   `json:"durable"`      // and flushed here
-	AppliedTime  wal.Time  `json:"-"`            // version time of the last transaction applied
-	Seen         wal.LSN   `json:"seen"`         // of this site, by the last transaction applied
-	Transactions int64     `json:"transactions"` // applied since start
-	Changes      int64     `json:"changes"`      // applied since start
-	Conflicts    int64     `json:"conflicts"`    // recorded since start
-	Retries      int64     `json:"retries"`      // batches tried again since start
-	HeldUntil    time.Time `json:"held_until"`   // clock rule: nothing is applied before this
-	LastError    string    `json:"last_error"`   // why nothing is being applied
-	LastHint     string    `json:"last_hint"`
-	LastErrorAt  time.Time `json:"last_error_at"`
+	Applied      wal.LSN    `json:"applied"`      // committed here
+	Durable      wal.LSN    `json:"durable"`      // and flushed here
+	AppliedTime  wal.Time   `json:"-"`            // version time of the last transaction applied
+	Seen         wal.LSN    `json:"seen"`         // of this site, by the last transaction applied
+	SeenOthers   []wal.Seen `json:"-"`            // of third sites, likewise
+	Transactions int64      `json:"transactions"` // applied since start
+	Changes      int64      `json:"changes"`      // applied since start
+	Conflicts    int64      `json:"conflicts"`    // recorded since start
+	Retries      int64      `json:"retries"`      // batches tried again since start
+	HeldUntil    time.Time  `json:"held_until"`   // clock rule: nothing is applied before this
+	LastError    string     `json:"last_error"`   // why nothing is being applied
+	LastHint     string     `json:"last_hint"`
+	LastErrorAt  time.Time  `json:"last_error_at"`
 }
 
 // Worker applies one origin. Run it once at a time; it may be run again after it ended.
@@ -107,6 +104,10 @@ type Worker struct {
 	// position is the last one that was read; it counts when positionAfter batches are done.
 	position      *journal.Position
 	positionAfter int
+
+	// Of the executing goroutine: when this run began, and when rows were completed with values from the origin.
+	began  wal.Time
+	filled map[string]wal.Time
 
 	session *session
 	aux     *pgconn.PgConn // catalog reads and flush polling
@@ -315,6 +316,8 @@ func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
 	defer w.mu.Unlock()
 	w.status.Applied, w.status.Durable = from, from
 	w.marks, w.done, w.position = nil, 0, nil
+	w.began, w.filled = w.cfg.Clock(), map[string]wal.Time{}
+	w.cfg.Mesh.setApplied(w.cfg.Origin, from)
 	return from, nil
 }
 
@@ -422,13 +425,16 @@ const clockEvery = 500 * time.Millisecond
 // add puts a transaction into the batch. One that cannot be planned stops the stream, but only after everything
 // before it has been handed over.
 func (w *Worker) add(ctx context.Context, p **planner, t *wal.Txn, out chan<- *planner) error {
+	if err := w.cfg.Mesh.publish(t); err != nil {
+		return err
+	}
 	err := (*p).addTxn(t)
 	if err == nil {
 		return nil
 	}
 	good := (*p).batch.txns
 	if len(good) > 0 {
-		prefix, perr := planTxns(good, w.resolve, true)
+		prefix, perr := planTxns(good, w.resolve, w.cfg.Mesh.behind, true)
 		if perr != nil {
 			return perr
 		}
@@ -477,14 +483,24 @@ func (w *Worker) takePosition() {
 	} else {
 		w.status.Durable = w.status.Applied
 	}
-	for _, s := range pos.Seen {
-		if s.Site == w.cfg.Site {
-			w.status.Seen = max(w.status.Seen, s.LSN)
-		}
-	}
+	w.takeSeen(pos.Seen)
+	w.cfg.Mesh.setApplied(w.cfg.Origin, w.status.Applied)
 }
 
-func (w *Worker) newPlanner() *planner { return newPlanner(w.resolve, true) }
+// takeSeen notes what the origin had seen. w.mu is held.
+func (w *Worker) takeSeen(seen []wal.Seen) {
+	var others []wal.Seen
+	for _, s := range seen {
+		if s.Site == w.cfg.Site {
+			w.status.Seen = max(w.status.Seen, s.LSN)
+		} else {
+			others = append(others, s)
+		}
+	}
+	w.status.SeenOthers = others
+}
+
+func (w *Worker) newPlanner() *planner { return newPlanner(w.resolve, w.cfg.Mesh.behind, true) }
 
 // resolve finds the target of a relation, reading the catalog once per definition.
 func (w *Worker) resolve(rel *wal.Relation) (*target, error) {
@@ -570,7 +586,7 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 		case len(b.txns) > 1:
 			return w.applyHalves(ctx, b)
 		case b.merged:
-			p, perr := planTxns(b.txns, w.resolve, false)
+			p, perr := planTxns(b.txns, w.resolve, w.cfg.Mesh.behind, false)
 			if perr != nil {
 				return &TransactionError{w.cfg.Origin, b.from(), b.txns[0].XID, perr}
 			}
@@ -609,7 +625,7 @@ func pause(ctx context.Context, d time.Duration) error {
 func (w *Worker) applyHalves(ctx context.Context, b *batch) error {
 	half := len(b.txns) / 2
 	for _, txns := range [][]*wal.Txn{b.txns[:half], b.txns[half:]} {
-		p, err := planTxns(txns, w.resolve, true)
+		p, err := planTxns(txns, w.resolve, w.cfg.Mesh.behind, true)
 		if err != nil {
 			return err
 		}
@@ -636,10 +652,10 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 			return err
 		}
 	}
-	seen := b.txns[0].SeenOf(w.cfg.Site)
+	w.forgetFilled(b.minTime)
 	x := &execution{
 		s: w.session, w: w, b: b, origin: w.roident,
-		before: min(w.cfg.Local.safeBefore(seen), b.minTime, w.cfg.Clock().Add(-regress)).String(),
+		before: min(w.cfg.Mesh.safeBefore(b.txns[0]), b.minTime, w.cfg.Clock().Add(-regress)).String(),
 	}
 	local, err := x.apply(ctx)
 	if err != nil {
@@ -656,12 +672,13 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	defer w.mu.Unlock()
 	s := &w.status
 	s.Applied, s.AppliedTime = b.to(), b.maxTime
-	s.Seen = max(s.Seen, last.SeenOf(w.cfg.Site))
+	w.takeSeen(last.Seen)
 	s.Transactions += int64(len(b.txns))
 	s.Changes += int64(b.changes)
 	s.Conflicts += conflicts
 	s.LastError, s.LastHint = "", ""
 	w.marks = append(w.marks, mark{b.to(), local})
+	w.cfg.Mesh.setApplied(w.cfg.Origin, b.to())
 	return nil
 }
 

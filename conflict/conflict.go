@@ -39,6 +39,12 @@ type State struct {
 	// Seen reports that the incoming transaction committed after this state had been applied at its origin: the
 	// change is then a causal successor, not a rival.
 	Seen bool
+	// Saw reports the reverse: the transaction that made this state committed after the incoming change had been
+	// applied at its origin. With three sites a change can arrive after its own successor (S11, S12).
+	Saw bool
+	// Behind reports that the incoming transaction had seen transactions of other sites that have not been applied here
+	// yet. A row that is absent may then just not have arrived.
+	Behind bool
 }
 
 // Code is how the applier's outcome differs from "as sent" (archive.md section 3); empty when it does not.
@@ -75,7 +81,7 @@ type Decision struct {
 // order (rule 3), and changes of one transaction share theirs, so s.Version is not compared when its site is v's.
 func Decide(op wal.Op, v wal.Version, s State) Decision {
 	if s.Existence == Absent {
-		return absent(op)
+		return absent(op, s.Behind)
 	}
 	if s.Version.Site == v.Site {
 		return Decision{Apply: true}
@@ -86,7 +92,7 @@ func Decide(op wal.Op, v wal.Version, s State) Decision {
 	}
 	d := Decision{Apply: wins, Kind: kindOf(op, s.Existence)}
 	switch {
-	case s.Seen: // seen and yet newer: only a version whose true order the clock rule already settled elsewhere
+	case s.Seen || s.Saw && !wins: // its own successor is here already; or a version whose true order the clock rule settled elsewhere
 		d.Kind, d.Code = None, Superseded
 	case wins:
 		d.Code = Won
@@ -96,11 +102,13 @@ func Decide(op wal.Op, v wal.Version, s State) Decision {
 	return d
 }
 
-func absent(op wal.Op) Decision {
-	switch op {
-	case wal.Update:
+func absent(op wal.Op, behind bool) Decision {
+	switch {
+	case behind:
+		return Decision{Apply: true}
+	case op == wal.Update:
 		return Decision{Apply: true, Kind: UpdateMissing, Code: Won}
-	case wal.Delete:
+	case op == wal.Delete:
 		return Decision{Apply: true, Kind: DeleteMissing}
 	}
 	return Decision{Apply: true}

@@ -195,8 +195,11 @@ type Txn struct {
 func (t *Txn) Version() Version { return Version{t.VersionTime, t.Origin} }
 
 // SeenOf returns the position of site that this transaction had seen, or zero.
-func (t *Txn) SeenOf(site SiteID) LSN {
-	for _, s := range t.Seen {
+func (t *Txn) SeenOf(site SiteID) LSN { return SeenOf(t.Seen, site) }
+
+// SeenOf finds a site's position; zero when there is none.
+func SeenOf(seen []Seen, site SiteID) LSN {
+	for _, s := range seen {
 		if s.Site == site {
 			return s.LSN
 		}

@@ -3,6 +3,7 @@ package apply
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"sort"
 	"sync"
@@ -11,49 +12,52 @@ import (
 	"github.com/duri-io/duri/wal"
 )
 
-// Local is what a site knows, in memory, of its own recent transactions: which of them a peer has not seen yet, their
-// exact versions, and the tombstones of their deletes. It is fed by the local decode stream, so local writers pay
-// nothing for it, and rebuilt from the own journal at start: the journal keeps all that any peer still lacks, which
-// is just what tombstones are needed for (docs/adr/0001).
+// History is what a site knows, in memory, of one origin's recent transactions, those that some other site had not seen
+// yet when it wrote what arrives from it: their exact versions, what they had seen, and the tombstones of their deletes.
+//
+// A site has one of its own transactions, fed by the local decode stream, so that local writers pay nothing for it; and,
+// with three sites and more, one of each peer, fed by the worker that applies it, before it does. Both are rebuilt from
+// journals at start: those keep all that any site still lacks, which is just what tombstones are needed for
+// (docs/adr/0001).
 //
 // Safe for concurrent use.
-type Local struct {
+type History struct {
 	mu     sync.Mutex
 	site   wal.SiteID
-	pos    wal.LSN       // every local transaction with EndLSN <= pos has been added
+	own    bool
+	pos    wal.LSN       // every transaction with EndLSN <= pos has been added
 	moved  chan struct{} // closed and replaced when pos moves
 	maxRaw wal.Time      // greatest raw commit time decoded so far
 	last   wal.Time      // raw commit time decoded last: after a clock step, the clock is there and not at maxRaw
 
-	byXID  map[uint32]localTxn
-	txns   []localTxn // by EndLSN; txns[:dropped] are already pruned
-	minima []minimum  // suffix minima of raw commit times, by EndLSN
-	graves map[grave]tombstone
-	dead   []deadKey // graves in order of EndLSN
-	all    map[string]tombstone
+	byXID  map[uint32]past // of the own site only
+	txns   []past          // by EndLSN
+	minima []minimum       // suffix minima of row times, by EndLSN
+	graves map[grave]past  // the transaction that deleted the row
+	dead   []deadKey       // graves in order of EndLSN
+	all    map[string]past // by table: the last TRUNCATE
 
 	keys func(*wal.Relation) ([]namedKey, error)
 	buf  []byte
 }
 
-type localTxn struct {
+// past is a transaction of the history.
+type past struct {
 	xid  uint32
 	end  wal.LSN
 	raw  wal.Time // WAL commit time
-	time wal.Time // version time
+	made wal.Version
+	seen []wal.Seen
 }
 
+func pastOf(t *wal.Txn) past { return past{t.XID, t.EndLSN, t.CommitTime, t.Version(), t.Seen} }
+
 type minimum struct {
-	end wal.LSN
-	raw wal.Time
+	end  wal.LSN
+	time wal.Time // as rows show it: a local row its commit time, an applied one at least its version
 }
 
 type grave struct{ table, key string }
-
-type tombstone struct {
-	version wal.Version
-	end     wal.LSN
-}
 
 type deadKey struct {
 	grave
@@ -66,46 +70,57 @@ type namedKey struct {
 	norm norm
 }
 
-// NewLocal makes an empty index of site's own transactions. Everything up to pos, whose greatest commit time is
+// NewHistory makes an empty history of the site's own transactions. Everything up to pos, whose greatest commit time is
 // newest, had been seen by every peer or will be added.
-func NewLocal(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *Local {
-	return &Local{
-		site: site, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]localTxn{},
-		graves: map[grave]tombstone{}, all: map[string]tombstone{}, keys: keys.of,
+func NewHistory(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *History {
+	return &History{
+		site: site, own: true, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]past{},
+		graves: map[grave]past{}, all: map[string]past{}, keys: keys.of,
 	}
 }
 
-// Add records a local transaction. Calls come in commit order. An error means that the key of a table with deletes
-// could not be read; nothing was added then, and the transaction must be offered again.
-func (l *Local) Add(t *wal.Txn) error {
+// NewPeerHistory makes an empty history of another site's transactions. Everything up to pos had been seen by every
+// third site or will be added.
+func NewPeerHistory(site wal.SiteID, pos wal.LSN, keys *Keys) *History {
+	h := NewHistory(site, pos, 0, keys)
+	h.own = false
+	return h
+}
+
+// Add records a transaction. Calls come in commit order. An error means that the key of a table with deletes could not
+// be read; the transaction must be offered again then.
+func (l *History) Add(t *wal.Txn) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if t.EndLSN <= l.pos {
 		return nil
 	}
+	p := pastOf(t)
 	for i := range t.Changes {
-		if err := l.bury(t, &t.Changes[i]); err != nil {
+		if err := l.bury(p, &t.Changes[i]); err != nil {
 			return err
 		}
 	}
-	lt := localTxn{t.XID, t.EndLSN, t.CommitTime, t.VersionTime}
-	l.txns = append(l.txns, lt)
-	l.byXID[t.XID] = lt
+	l.txns = append(l.txns, p)
+	stamp := t.VersionTime
+	if l.own {
+		l.byXID[t.XID] = p
+		stamp = t.CommitTime
+	}
 	l.maxRaw, l.last = max(l.maxRaw, t.CommitTime), t.CommitTime
-	for len(l.minima) > 0 && l.minima[len(l.minima)-1].raw >= t.CommitTime {
+	for len(l.minima) > 0 && l.minima[len(l.minima)-1].time >= stamp {
 		l.minima = l.minima[:len(l.minima)-1]
 	}
-	l.minima = append(l.minima, minimum{t.EndLSN, t.CommitTime})
+	l.minima = append(l.minima, minimum{t.EndLSN, stamp})
 	l.advance(t.EndLSN)
 	return nil
 }
 
 // bury notes the tombstones that a change leaves: a delete, the old key of a key change (rule 10), a TRUNCATE.
-func (l *Local) bury(t *wal.Txn, c *wal.Change) error {
-	stone := tombstone{t.Version(), t.EndLSN}
+func (l *History) bury(p past, c *wal.Change) error {
 	switch {
 	case c.Op == wal.Truncate:
-		l.all[c.Relation.String()] = stone
+		l.all[c.Relation.String()] = p
 		return nil
 	case c.Op == wal.Insert, c.OldKind == wal.OldNone:
 		return nil
@@ -126,8 +141,8 @@ func (l *Local) bury(t *wal.Txn, c *wal.Change) error {
 		}
 	}
 	g := grave{c.Relation.String(), k}
-	l.graves[g] = stone
-	l.dead = append(l.dead, deadKey{g, t.EndLSN})
+	l.graves[g] = p
+	l.dead = append(l.dead, deadKey{g, p.end})
 	return nil
 }
 
@@ -143,14 +158,14 @@ func relationKey(b []byte, names []namedKey, rel *wal.Relation, t wal.Tuple) ([]
 	return b, true
 }
 
-// Advance says that every local transaction with EndLSN <= to has been added.
-func (l *Local) Advance(to wal.LSN) {
+// Advance says that every transaction with EndLSN <= to has been added.
+func (l *History) Advance(to wal.LSN) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.advance(to)
 }
 
-func (l *Local) advance(to wal.LSN) {
+func (l *History) advance(to wal.LSN) {
 	if to > l.pos {
 		l.pos = to
 		close(l.moved)
@@ -158,15 +173,15 @@ func (l *Local) advance(to wal.LSN) {
 	}
 }
 
-// Position is how far the local stream has been read.
-func (l *Local) Position() wal.LSN {
+// Position is how far the stream has been read.
+func (l *History) Position() wal.LSN {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.pos
 }
 
 // WaitFor blocks until the stream has passed lsn, or ctx ends.
-func (l *Local) WaitFor(ctx context.Context, lsn wal.LSN) error {
+func (l *History) WaitFor(ctx context.Context, lsn wal.LSN) error {
 	for {
 		l.mu.Lock()
 		pos, moved := l.pos, l.moved
@@ -187,13 +202,13 @@ func (l *Local) WaitFor(ctx context.Context, lsn wal.LSN) error {
 const keepSeen = 10 * time.Second
 
 // Prune forgets what every peer has seen: seen is the lowest position that the peers' applied transactions carried.
-func (l *Local) Prune(seen wal.LSN, now wal.Time) {
+func (l *History) Prune(seen wal.LSN, now wal.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := 0
 	for n < len(l.txns) && l.txns[n].end <= seen && l.txns[n].raw < now.Add(-keepSeen) {
 		t := l.txns[n]
-		if l.byXID[t.xid] == t {
+		if l.byXID[t.xid].end == t.end {
 			delete(l.byXID, t.xid)
 		}
 		n++
@@ -220,34 +235,28 @@ func (l *Local) Prune(seen wal.LSN, now wal.Time) {
 	}
 }
 
-// known is what Lookup tells of a local transaction.
-type known struct {
-	version wal.Version
-	end     wal.LSN
-}
-
-// lookup finds the transaction that wrote a row by its xmin. ok is false for one that every peer saw long ago, and for
-// one that has not been decoded yet.
-func (l *Local) lookup(xid uint32) (known, bool) {
+// lookup finds the transaction that wrote a row of this site by its xmin. ok is false for one that every peer saw long
+// ago, and for one that has not been decoded yet.
+func (l *History) lookup(xid uint32) (past, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	t, ok := l.byXID[xid]
-	return known{wal.Version{Time: t.time, Site: l.site}, t.end}, ok
+	return t, ok
 }
 
-// tombstone finds the newest local tombstone that covers a key.
-func (l *Local) tombstone(table, key string) (tombstone, bool) {
+// tombstone finds the newest tombstone that covers a key.
+func (l *History) tombstone(table, key string) (past, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s, ok := l.graves[grave{table, key}]
-	if a, okAll := l.all[table]; okAll && (!ok || s.version.Less(a.version)) {
+	if a, okAll := l.all[table]; okAll && (!ok || s.made.Less(a.made)) {
 		s, ok = a, true
 	}
 	return s, ok
 }
 
 // truncated finds the newest local TRUNCATE of a table.
-func (l *Local) truncated(table string) (tombstone, bool) {
+func (l *History) truncated(table string) (past, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s, ok := l.all[table]
@@ -257,16 +266,20 @@ func (l *Local) truncated(table string) (tombstone, bool) {
 // regress is how far commit times may go back in LSN order without a clock step (rule 3).
 const regress = 100 * time.Millisecond
 
-// safeBefore returns a time such that every local transaction with a raw commit time below it had been seen by an
-// incoming transaction that carries seen. Local transactions not decoded yet are covered by the greatest commit time
-// decoded, less what commit times may regress; and after a step of the clock by the commit time decoded last.
-func (l *Local) safeBefore(seen wal.LSN) wal.Time {
+// safeBefore returns a time such that every row of this origin with a commit time below it had been seen by an incoming
+// transaction that carries seen. The own site's transactions not decoded yet are covered by the greatest commit time
+// decoded, less what commit times may regress; and after a step of the clock by the commit time decoded last. A peer's
+// are all known before they are applied.
+func (l *History) safeBefore(seen wal.LSN) wal.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	t := min(l.maxRaw, l.last).Add(-regress)
+	t := wal.Time(math.MaxInt64)
+	if l.own {
+		t = min(l.maxRaw, l.last).Add(-regress)
+	}
 	i := sort.Search(len(l.minima), func(i int) bool { return l.minima[i].end > seen })
 	if i < len(l.minima) {
-		t = min(t, l.minima[i].raw)
+		t = min(t, l.minima[i].time)
 	}
 	return t
 }
@@ -279,7 +292,7 @@ type Stats struct {
 }
 
 // Stats returns the index's size.
-func (l *Local) Stats() Stats {
+func (l *History) Stats() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return Stats{l.pos, len(l.txns), len(l.graves) + len(l.all)}

@@ -1,0 +1,208 @@
+package apply
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/wal"
+)
+
+// Mesh is what the workers of one database at a site share: what is known of every site's recent transactions. Safe for
+// concurrent use.
+type Mesh struct {
+	// Local is the history of this site's own transactions.
+	Local *History
+	// open returns a reader of a peer's journal behind a position.
+	open func(site wal.SiteID, from wal.LSN) (Reader, error)
+	// peers are the histories of the other sites. With two sites there are none: no third one can have seen less of a
+	// peer than this site has.
+	peers map[wal.SiteID]*History
+
+	// commit is held from the last look at the tombstones until the commit, and while tombstones are added: a worker
+	// whose delete finds no row has told of it before, and so either sees what another one created meanwhile or is seen
+	// by it.
+	commit sync.Mutex
+
+	mu      sync.Mutex // guards the rest
+	applied map[wal.SiteID]wal.LSN
+	merged  map[mergedID]map[string]past
+}
+
+// mergedID names an apply transaction: the site whose transactions it merged, and the end of the last one.
+type mergedID struct {
+	site wal.SiteID
+	to   wal.LSN
+}
+
+// NewMesh joins the own history and, with three sites and more, those of the peers. open returns a reader of a peer's
+// journal.
+func NewMesh(local *History, open func(site wal.SiteID, from wal.LSN) (Reader, error), peers ...*History) *Mesh {
+	m := &Mesh{
+		Local: local, open: open, peers: map[wal.SiteID]*History{}, applied: map[wal.SiteID]wal.LSN{},
+		merged: map[mergedID]map[string]past{},
+	}
+	for _, h := range peers {
+		m.peers[h.site] = h
+	}
+	return m
+}
+
+// Prune forgets what every third site has seen of a peer.
+func (m *Mesh) Prune(site wal.SiteID, seen wal.LSN, now wal.Time) {
+	if h := m.peers[site]; h != nil {
+		h.Prune(seen, now)
+	}
+}
+
+// Position is how far a peer's history reaches.
+func (m *Mesh) Position(site wal.SiteID) wal.LSN {
+	if h := m.peers[site]; h != nil {
+		return h.Position()
+	}
+	return 0
+}
+
+// publish tells of a peer's transaction before it is applied.
+func (m *Mesh) publish(t *wal.Txn) error {
+	h := m.peers[t.Origin]
+	if h == nil {
+		return nil
+	}
+	m.commit.Lock()
+	defer m.commit.Unlock()
+	if err := h.Add(t); err != nil {
+		return fmt.Errorf("index transaction %s of site %d: %w", t.CommitLSN, t.Origin, err)
+	}
+	return nil
+}
+
+// setApplied notes how far a site has been applied here.
+func (m *Mesh) setApplied(site wal.SiteID, to wal.LSN) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.applied[site] = max(m.applied[site], to)
+}
+
+// behind reports whether a transaction of a peer had seen something of a third site that is not applied here yet.
+func (m *Mesh) behind(t *wal.Txn) bool {
+	if len(m.peers) == 0 {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.ContainsFunc(t.Seen, func(s wal.Seen) bool {
+		return m.peers[s.Site] != nil && s.Site != t.Origin && s.LSN > m.applied[s.Site]
+	})
+}
+
+// tombstone finds the newest tombstone that covers a key and was not left by origin, whose changes are being applied:
+// that has just what it left before them.
+func (m *Mesh) tombstone(table, key string, origin wal.SiteID) (past, bool) {
+	best, found := m.Local.tombstone(table, key)
+	for site, h := range m.peers {
+		if site == origin {
+			continue
+		}
+		if s, ok := h.tombstone(table, key); ok && (!found || best.made.Less(s.made)) {
+			best, found = s, true
+		}
+	}
+	return best, found
+}
+
+// truncated finds the newest TRUNCATE of a table that origin did not make.
+func (m *Mesh) truncated(table string, origin wal.SiteID) (past, bool) {
+	best, found := m.Local.truncated(table)
+	for site, h := range m.peers {
+		if site == origin {
+			continue
+		}
+		if s, ok := h.truncated(table); ok && (!found || best.made.Less(s.made)) {
+			best, found = s, true
+		}
+	}
+	return best, found
+}
+
+// safeBefore returns a time such that every row not of t's origin with a commit time below it had been seen by t.
+func (m *Mesh) safeBefore(t *wal.Txn) wal.Time {
+	before := m.Local.safeBefore(t.SeenOf(m.Local.site))
+	for site, h := range m.peers {
+		if site != t.Origin {
+			before = min(before, h.safeBefore(t.SeenOf(site)))
+		}
+	}
+	return before
+}
+
+// maxMerged bounds the apply transactions whose keys are kept.
+const maxMerged = 64
+
+// keyer gives a change's table and the keys it touches, in normal form.
+type keyer func(c *wal.Change) (table string, keys []string, err error)
+
+// exact finds which of the transactions that an apply transaction merged wrote a row last: its rows all carry the last
+// one's stamp (architecture.md decision 5). from is the first one's commit, to the last one's end. It reads the peer's
+// journal.
+func (m *Mesh) exact(ctx context.Context, site wal.SiteID, from, to wal.LSN, table, key string, keys keyer) (past, error) {
+	id := mergedID{site, to}
+	m.mu.Lock()
+	found, ok := m.merged[id]
+	m.mu.Unlock()
+	if !ok {
+		var err error
+		if found, err = m.readMerged(ctx, site, from, to, keys); err != nil {
+			return past{}, fmt.Errorf("look up the transactions %s to %s of site %d: %w", from, to, site, err)
+		}
+		m.mu.Lock()
+		if len(m.merged) >= maxMerged {
+			clear(m.merged)
+		}
+		m.merged[id] = found
+		m.mu.Unlock()
+	}
+	p, ok := found[table+"\x00"+key]
+	if !ok {
+		return past{}, fmt.Errorf("none of the transactions %s to %s of site %d wrote a row of %s that carries their stamp", from, to, site, table)
+	}
+	return p, nil
+}
+
+// readMerged lists who wrote which key last in a stretch of a peer's journal.
+func (m *Mesh) readMerged(ctx context.Context, site wal.SiteID, from, to wal.LSN, keys keyer) (_ map[string]past, err error) {
+	r, err := m.open(site, from)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	found := map[string]past{}
+	for {
+		var rec journal.Record
+		if rec, err = r.Next(ctx); err != nil {
+			return nil, err
+		}
+		if rec.Txn != nil && rec.Txn.EndLSN > to {
+			return nil, fmt.Errorf("the journal has no transaction that ends at %s", to)
+		}
+		if rec.Txn == nil {
+			continue
+		}
+		p := pastOf(rec.Txn)
+		for i := range rec.Txn.Changes {
+			table, touched, err := keys(&rec.Txn.Changes[i])
+			if err != nil {
+				return nil, err
+			}
+			for _, k := range touched {
+				found[table+"\x00"+k] = p
+			}
+		}
+		if p.end == to {
+			return found, nil
+		}
+	}
+}
