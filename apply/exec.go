@@ -198,9 +198,8 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 		}
 		tail = append(tail, call{recordSQL, [][]byte{doc}})
 	}
-	last := x.b.txns[len(x.b.txns)-1]
 	tail = append(tail,
-		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, len(x.records), last.SeenOf(x.w.cfg.Site))},
+		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, x.w.cfg.Site, len(x.records))},
 		call{constraintsSQL, nil},
 		call{originSQL, [][]byte{[]byte(x.b.to().String()), []byte(x.b.maxTime.String())}},
 		call{commitSQL, nil},

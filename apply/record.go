@@ -100,14 +100,26 @@ func appendMember(b []byte, name string, v wal.Value) []byte {
 }
 
 // appliedSQL notes which transactions were merged, in the same transaction as their effects (rule 4; archive.md
-// section 3): origin, from, to, min time, max time, transactions, changes, records, seen.
-const appliedSQL = `INSERT INTO duri.applied (xid, origin, from_lsn, to_lsn, min_time, max_time, transactions, changes, records, seen)
-VALUES (pg_catalog.pg_current_xact_id(), $1::int2, $2::pg_lsn, $3::pg_lsn, $4::timestamptz, $5::timestamptz, $6::int4, $7::int4, $8::int4, $9::pg_lsn)`
+// section 3): origin, from, to, min time, max time, transactions, changes, records, seen of this site, seen of others.
+const appliedSQL = `INSERT INTO duri.applied (xid, origin, from_lsn, to_lsn, min_time, max_time, transactions, changes, records, seen, seen_others)
+VALUES (pg_catalog.pg_current_xact_id(), $1::int2, $2::pg_lsn, $3::pg_lsn, $4::timestamptz, $5::timestamptz, $6::int4, $7::int4, $8::int4, $9::pg_lsn, $10::jsonb)`
 
-func appliedParams(b *batch, origin wal.SiteID, records int, seen wal.LSN) [][]byte {
+func appliedParams(b *batch, origin, site wal.SiteID, records int) [][]byte {
+	last := b.txns[len(b.txns)-1]
+	others := []byte{'{'}
+	for _, s := range last.Seen {
+		if s.Site == site {
+			continue
+		}
+		if len(others) > 1 {
+			others = append(others, ',')
+		}
+		others = fmt.Appendf(others, `"%d":"%s"`, s.Site, s.LSN)
+	}
 	return [][]byte{
 		fmt.Append(nil, origin), []byte(b.from().String()), []byte(b.to().String()),
 		[]byte(b.minTime.String()), []byte(b.maxTime.String()),
-		fmt.Append(nil, len(b.txns)), fmt.Append(nil, b.changes), fmt.Append(nil, records), []byte(seen.String()),
+		fmt.Append(nil, len(b.txns)), fmt.Append(nil, b.changes), fmt.Append(nil, records), []byte(last.SeenOf(site).String()),
+		append(others, '}'),
 	}
 }

@@ -305,7 +305,7 @@ func (x *execution) attribute(ctx context.Context, h *held, roident, xmin uint32
 
 // appliedBySQL finds the apply transactions that wrote rows, by their xmin: $1 is an array of 32-bit transaction ids,
 // none of them beyond the snapshot.
-const appliedBySQL = `SELECT a.xid::xid, a.from_lsn, a.to_lsn FROM pg_catalog.unnest($1::int8[]) AS x(id)
+const appliedBySQL = `SELECT a.xid::xid, a.from_lsn, a.to_lsn, a.transactions = 0 FROM pg_catalog.unnest($1::int8[]) AS x(id)
 CROSS JOIN (SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::int8) AS s(xmax)
 JOIN duri.applied a ON a.xid = ((((s.xmax - x.id) >> 32 << 32) + x.id)::text::xid8)`
 
@@ -329,7 +329,11 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 	if err != nil {
 		return err
 	}
-	found := map[uint32][2]wal.LSN{}
+	type run struct {
+		from, to wal.LSN
+		copied   bool // no transactions, but the content that this site began with
+	}
+	found := map[uint32]run{}
 	for _, row := range res[0].Rows {
 		xid, err1 := strconv.ParseUint(string(row[0]), 10, 32)
 		from, err2 := wal.ParseLSN(string(row[1]))
@@ -337,7 +341,7 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 		if err := errors.Join(err1, err2, err3); err != nil {
 			return fmt.Errorf("read duri.applied: %w", err)
 		}
-		found[uint32(xid)] = [2]wal.LSN{from, to}
+		found[uint32(xid)] = run{from, to, string(row[3]) == "t"}
 	}
 	first := x.b.txns[0] // what it had seen, all of the batch had
 	for i, h := range rows {
@@ -345,17 +349,28 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 			continue
 		}
 		span, ok := found[h.xid]
-		if !ok || span[1] <= first.SeenOf(h.Version.Site) {
+		if !ok || span.to <= first.SeenOf(h.Version.Site) {
 			h.Seen, h.end = true, 0
 			rows[i] = h
 			continue
 		}
 		if len(tw.key) == 0 { // only a TRUNCATE asks; its rows are told apart by nothing but the stamp
-			h.end = span[1]
+			h.end = span.to
 			rows[i] = h
 			continue
 		}
-		p, err := x.w.cfg.Mesh.exact(ctx, h.Version.Site, span[0], span[1], tw.String(), key(i), x.w.keysOf)
+		if span.copied {
+			if x.b.minTime <= h.Version.Time {
+				return &TableError{
+					tw.String(), fmt.Sprintf("a change of site %d was on its way while this site's content was copied from site %d, and which is newer is not known here", x.w.cfg.Origin, h.Version.Site),
+					"re-join this site while the other sites' changes arrive promptly",
+				}
+			}
+			h.end = span.to
+			rows[i] = h
+			continue
+		}
+		p, err := x.w.cfg.Mesh.exact(ctx, h.Version.Site, span.from, span.to, tw.String(), key(i), x.w.keysOf)
 		if err != nil {
 			return err
 		}

@@ -236,10 +236,29 @@ func TestConflictsAreListedNewestFirst(t *testing.T) {
 		{ConflictFilter{Kind: "update_missing"}, "1"},
 		{ConflictFilter{Since: base.Add(time.Microsecond)}, "4 2"},
 		{ConflictFilter{Since: base}, "4 2 1"},
+		{ConflictFilter{Until: base.Add(time.Second)}, "1"},
+		{ConflictFilter{Since: base.Add(time.Second), Until: base.Add(2 * time.Second)}, "2"},
+		{ConflictFilter{Code: "lost"}, "4 3 2 1"},
+		{ConflictFilter{Code: "won"}, ""},
+		{ConflictFilter{Origin: 2}, "4 2 1"},
+		{ConflictFilter{Origin: 1}, ""},
+		{ConflictFilter{Keys: []KeyFilter{{"id", "1"}}}, "4 2 1"},
+		{ConflictFilter{Keys: []KeyFilter{{"", "1"}}}, "4 2 1"},
+		{ConflictFilter{Keys: []KeyFilter{{"", "1"}, {"id", "2"}}}, ""},
+		{ConflictFilter{Keys: []KeyFilter{{"", "id"}}}, ""},
+		{ConflictFilter{Keys: []KeyFilter{{"$?", "1"}}}, ""},
+		{ConflictFilter{Limit: 2, Before: 4}, "2 1"},
+		{ConflictFilter{Limit: 1, Before: 4}, "2"},
+		{ConflictFilter{Before: 4, Exceptions: true}, "3 2 1"},
+		{ConflictFilter{Before: 1}, ""},
 	} {
 		if got := ids(c.filter); got != c.want {
 			t.Errorf("%+v: %q, want %q", c.filter, got, c.want)
 		}
+	}
+	var none *NoRecordError
+	if _, err := Conflicts(t.Context(), conn, ConflictFilter{Before: 9}); !errors.As(err, &none) || none.HintText() == "" {
+		t.Errorf("a page behind a record that is not there: %v", err)
 	}
 	one, err := Conflicts(t.Context(), conn, ConflictFilter{Table: "a"})
 	if err != nil {
@@ -254,6 +273,31 @@ func TestConflictsAreListedNewestFirst(t *testing.T) {
 		`"remote_time":"2026-11-25T12:00:00.000001Z","remote_row":{"v":"x","id":"1"},"local_site":1,"local_time":"2026-11-25T12:00:01Z"}`
 	if d := cmp.Diff(normal(t, want), normal(t, string(doc))); d != "" {
 		t.Error(d)
+	}
+}
+
+func TestConflictsAreCountedByTableKindAndOutcome(t *testing.T) {
+	c, conn := migrated(t)
+	base := time.Date(2026, 11, 25, 12, 0, 0, 123456000, time.UTC)
+	for i, kind := range []string{"insert_exists", "update_missing", "insert_exists", "", "insert_exists"} {
+		insertConflict(t, c, base.Add(time.Duration(i)*time.Second), kind, "b")
+	}
+	insertConflict(t, c, base, "insert_exists", "a")
+	got, err := CountConflicts(t.Context(), conn, ConflictFilter{Since: base, Limit: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := ConflictStats{Since: &base, Total: 5, Counts: []ConflictCount{
+		{"public", "b", "insert_exists", "lost", 3, base, base.Add(4 * time.Second)},
+		{"public", "a", "insert_exists", "lost", 1, base, base},
+		{"public", "b", "update_missing", "lost", 1, base.Add(time.Second), base.Add(time.Second)},
+	}}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	got, err = CountConflicts(t.Context(), conn, ConflictFilter{Until: base, Exceptions: true})
+	if d := cmp.Diff(ConflictStats{Until: &base, Counts: []ConflictCount{}}, got); d != "" || err != nil {
+		t.Errorf("nothing to count: %v %s", err, d)
 	}
 }
 

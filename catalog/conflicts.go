@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -38,13 +39,25 @@ type Conflict struct {
 	LocalRow  json.RawMessage `json:"local_row,omitempty"`
 }
 
-// ConflictFilter chooses records of duri.conflict. The zero value chooses the newest 100 conflicts.
+// ConflictFilter chooses records of duri.conflict. The zero value chooses the newest 100 conflicts. All conditions must
+// hold.
 type ConflictFilter struct {
-	Table      string    // "schema.table" or "table"; empty: all
-	Kind       string    // conflict kind, such as update_origin_differs; empty: all
-	Since      time.Time // records made at or after this; zero: all
-	Limit      int       // at most so many; 0: 100
-	Exceptions bool      // also records that are no conflicts (superseded, filled)
+	Table      string      // "schema.table" or "table"; empty: all
+	Kind       string      // conflict kind, such as update_origin_differs; empty: all
+	Code       string      // what became of the incoming change, such as lost; empty: all
+	Origin     wal.SiteID  // site of the incoming change; 0: all
+	Keys       []KeyFilter // the row's key
+	Since      time.Time   // records made at or after this; zero: all
+	Until      time.Time   // records made before this; zero: all
+	Before     int64       // only what stands behind the record of this number in a list, for paging; 0: all
+	Limit      int         // at most so many; 0: 100. Conflicts alone heeds it
+	Exceptions bool        // also records that are no conflicts (superseded, filled); implied by Code
+}
+
+// KeyFilter asks for rows by one column of their key.
+type KeyFilter struct {
+	Column string // empty: any column of the key
+	Value  string // its text, as the record has it
 }
 
 // conflictLimit is what an unset limit means.
@@ -53,21 +66,43 @@ const conflictLimit = 100
 // where gives the condition and its parameters. It is pure.
 func (f ConflictFilter) where() (string, []string) {
 	conditions, args := []string{"true"}, []string(nil)
-	add := func(condition, arg string) {
-		args = append(args, arg)
-		conditions = append(conditions, strings.ReplaceAll(condition, "$", "$"+strconv.Itoa(len(args))))
+	add := func(condition string, values ...string) { // $? is the value, $?? the second one
+		for i := range slices.Backward(values) {
+			condition = strings.ReplaceAll(condition, "$"+strings.Repeat("?", i+1), "$"+strconv.Itoa(len(args)+i+1))
+		}
+		args = append(args, values...)
+		conditions = append(conditions, condition)
 	}
 	if f.Table != "" {
-		add("(table_schema || '.' || table_name = $::text OR table_name = $::text)", f.Table)
+		add("(table_schema || '.' || table_name = $?::text OR table_name = $?::text)", f.Table)
 	}
 	switch {
 	case f.Kind != "":
-		add("kind = $::text", f.Kind)
-	case !f.Exceptions:
-		conditions = append(conditions, "kind <> ''")
+		add("kind = $?::text", f.Kind)
+	case !f.Exceptions && f.Code == "":
+		add("kind <> ''")
+	}
+	if f.Code != "" {
+		add("code = $?::text", f.Code)
+	}
+	if f.Origin != 0 {
+		add("origin = $?::int2", strconv.Itoa(int(f.Origin)))
+	}
+	for _, k := range f.Keys {
+		if k.Column == "" {
+			add("EXISTS (SELECT FROM pg_catalog.jsonb_each_text(key) AS k(c, v) WHERE k.v = $?::text)", k.Value)
+		} else {
+			add("key ->> $?::text = $??::text", k.Column, k.Value)
+		}
 	}
 	if !f.Since.IsZero() {
-		add("at >= $::timestamptz", f.Since.UTC().Format(time.RFC3339Nano))
+		add("at >= $?::timestamptz", f.Since.UTC().Format(time.RFC3339Nano))
+	}
+	if !f.Until.IsZero() {
+		add("at < $?::timestamptz", f.Until.UTC().Format(time.RFC3339Nano))
+	}
+	if f.Before != 0 {
+		add("(at, id) < (SELECT b.at, b.id FROM duri.conflict b WHERE b.id = $?::int8)", strconv.FormatInt(f.Before, 10))
 	}
 	return strings.Join(conditions, " AND "), args
 }
@@ -77,6 +112,23 @@ func rfc3339(column string) string {
 	return "pg_catalog.to_char(" + column + ` AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`
 }
 
+// NoRecordError says that a record of duri.conflict is not there.
+type NoRecordError struct{ ID int64 }
+
+// Error gives the sentence that is printed.
+func (e *NoRecordError) Error() string {
+	return fmt.Sprintf("look for conflict %d: this site has no such record", e.ID)
+}
+
+// HintText is the advice that goes with the error.
+func (e *NoRecordError) HintText() string {
+	return "`duri conflict list` shows those that are kept; each site has records and numbers of its own, and conflict.keep bounds their age"
+}
+
+// conflictColumns is what parseConflict reads.
+var conflictColumns = fmt.Sprintf(`id, %s, kind, code, table_schema, table_name, key, origin, origin_lsn, origin_xid, change,
+	%s, remote_row, coalesce(local_site, 0), %s, local_row`, rfc3339("at"), rfc3339("remote_time"), rfc3339("local_time"))
+
 // Conflicts lists records of duri.conflict, newest first.
 func Conflicts(ctx context.Context, c *pgconn.PgConn, f ConflictFilter) ([]Conflict, error) {
 	where, args := f.where()
@@ -84,11 +136,28 @@ func Conflicts(ctx context.Context, c *pgconn.PgConn, f ConflictFilter) ([]Confl
 	if limit <= 0 {
 		limit = conflictLimit
 	}
-	sql := fmt.Sprintf(`SELECT id, %s, kind, code, table_schema, table_name, key, origin, origin_lsn, origin_xid, change,
-			%s, remote_row, coalesce(local_site, 0), %s, local_row
-		FROM duri.conflict WHERE %s ORDER BY at DESC, id DESC LIMIT %d`,
-		rfc3339("at"), rfc3339("remote_time"), rfc3339("local_time"), where, limit)
-	rows, err := pg.Query(ctx, c, sql, args...)
+	out, err := readConflicts(ctx, c, fmt.Sprintf("WHERE %s ORDER BY at DESC, id DESC LIMIT %d", where, limit), args...)
+	if err == nil && len(out) == 0 && f.Before != 0 {
+		// The end of the list, or a page behind a record whose time is over: the two must not look alike.
+		_, err = ConflictByID(ctx, c, f.Before)
+	}
+	return out, err
+}
+
+// ConflictByID reads one record of duri.conflict. The error is a *NoRecordError when it is not there.
+func ConflictByID(ctx context.Context, c *pgconn.PgConn, id int64) (Conflict, error) {
+	list, err := readConflicts(ctx, c, "WHERE id = $1::int8", strconv.FormatInt(id, 10))
+	if err != nil {
+		return Conflict{}, err
+	}
+	if len(list) == 0 {
+		return Conflict{}, &NoRecordError{id}
+	}
+	return list[0], nil
+}
+
+func readConflicts(ctx context.Context, c *pgconn.PgConn, tail string, args ...string) ([]Conflict, error) {
+	rows, err := pg.Query(ctx, c, "SELECT "+conflictColumns+" FROM duri.conflict "+tail, args...)
 	if err != nil {
 		return nil, fmt.Errorf("list conflicts: %w", err)
 	}
@@ -101,7 +170,60 @@ func Conflicts(ctx context.Context, c *pgconn.PgConn, f ConflictFilter) ([]Confl
 	return out, nil
 }
 
-// parseConflict reads one row of the query in Conflicts.
+// ConflictStats counts records.
+type ConflictStats struct {
+	Since  *time.Time      `json:"since,omitempty"` // the period that was asked for; nil: without that end
+	Until  *time.Time      `json:"until,omitempty"`
+	Total  int64           `json:"total"`
+	Counts []ConflictCount `json:"counts"` // the greatest first
+}
+
+// ConflictCount is how many records of one table have one kind and outcome.
+type ConflictCount struct {
+	Schema string    `json:"schema"`
+	Table  string    `json:"table"`
+	Kind   string    `json:"kind"` // empty for exceptions
+	Code   string    `json:"code"`
+	Count  int64     `json:"count"`
+	First  time.Time `json:"first"` // when this site recorded the first and the last of them
+	Last   time.Time `json:"last"`
+}
+
+// CountConflicts counts records of duri.conflict by table, kind and code; the filter's Limit does not matter.
+func CountConflicts(ctx context.Context, c *pgconn.PgConn, f ConflictFilter) (ConflictStats, error) {
+	where, args := f.where()
+	sql := fmt.Sprintf(`SELECT table_schema, table_name, kind, code, count(*), %s, %s FROM duri.conflict WHERE %s
+		GROUP BY 1, 2, 3, 4 ORDER BY count(*) DESC, 1, 2, 3, 4`, rfc3339("min(at)"), rfc3339("max(at)"), where)
+	rows, err := pg.Query(ctx, c, sql, args...)
+	if err != nil {
+		return ConflictStats{}, fmt.Errorf("count conflicts: %w", err)
+	}
+	out := ConflictStats{Since: given(f.Since), Until: given(f.Until), Counts: make([]ConflictCount, len(rows))}
+	for i, r := range rows {
+		n := ConflictCount{Schema: r[0], Table: r[1], Kind: r[2], Code: r[3]}
+		var errs [3]error
+		n.Count, errs[0] = strconv.ParseInt(r[4], 10, 64)
+		n.First, errs[1] = time.Parse(time.RFC3339Nano, r[5])
+		n.Last, errs[2] = time.Parse(time.RFC3339Nano, r[6])
+		if err := errors.Join(errs[:]...); err != nil {
+			return ConflictStats{}, fmt.Errorf("count conflicts: %w", err)
+		}
+		out.Counts[i] = n
+		out.Total += n.Count
+	}
+	return out, nil
+}
+
+// given is nil for the zero time.
+func given(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	t = t.UTC()
+	return &t
+}
+
+// parseConflict reads one row of conflictColumns.
 func parseConflict(r []string) (Conflict, error) {
 	var errs []error
 	integer := func(s string) int64 {

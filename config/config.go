@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -34,6 +35,7 @@ type Config struct {
 	Journal      Journal    `yaml:"journal" json:"journal"`
 	Apply        Apply      `yaml:"apply" json:"apply"`
 	Conflict     Conflict   `yaml:"conflict" json:"conflict"`
+	Verify       Verify     `yaml:"verify" json:"verify"`
 	MaxClockSkew Duration   `yaml:"max_clock_skew" json:"max_clock_skew"`
 	Heartbeat    Duration   `yaml:"heartbeat" json:"heartbeat"`
 	Log          Log        `yaml:"log" json:"log"`
@@ -68,6 +70,20 @@ const (
 type Database struct {
 	Name    string   `yaml:"name" json:"name"`
 	Schemas []string `yaml:"schemas" json:"schemas"` // empty: all user schemas
+	// Tables declares how tables merge, by policy.Name's text; see Policies.
+	Tables map[string]policy.Table `yaml:"tables" json:"tables"`
+}
+
+// Policies is what the file declares for the database's tables. It wins over what duri.set_policy declares
+// (policy.Merge).
+func (d Database) Policies() policy.Set {
+	tables := map[policy.Name]policy.Table{}
+	for text, t := range d.Tables {
+		if n, err := policy.ParseName(text); err == nil { // validated when the file was read
+			tables[n] = t
+		}
+	}
+	return policy.NewSet(tables, nil)
 }
 
 // Postgres is how the agent reaches its own server. The connection strings have no database: DSNFor adds it.
@@ -112,6 +128,13 @@ type Apply struct {
 // Conflict is about the records of conflicts (replication.md rule 16).
 type Conflict struct {
 	Keep Duration `yaml:"keep" json:"keep"`
+}
+
+// Verify is about the continuous comparison of the sites in the background.
+type Verify struct {
+	Enabled bool     `yaml:"enabled" json:"enabled"`
+	Period  Duration `yaml:"period" json:"period"` // one pass over all rows is spread over it
+	CPU     float64  `yaml:"cpu" json:"cpu"`       // share of a core that it may take of each site's server
 }
 
 // Log is about the agent's own log.
@@ -186,6 +209,7 @@ func defaults() *Config {
 		Journal:      Journal{Keep: Hour, Budget: 8 * GiB, Segment: 64 * MiB},
 		Apply:        Apply{BatchTransactions: 2000, BatchBytes: 8 * MiB, LockTimeout: 200 * Millisecond},
 		Conflict:     Conflict{Keep: 720 * Hour},
+		Verify:       Verify{Enabled: true, Period: 300 * Second, CPU: 0.02},
 		MaxClockSkew: 500 * Millisecond, // replication.md rule 1
 		Heartbeat:    Second,
 		Log:          Log{Level: "info", Format: "text"},

@@ -3,6 +3,7 @@ package config
 import (
 	"encoding"
 	"fmt"
+	"math"
 	"reflect"
 	"slices"
 	"strconv"
@@ -42,8 +43,44 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, key string) {
 		d.mapping(n, v, key)
 	case v.Kind() == reflect.Slice:
 		d.sequence(n, v, key)
+	case v.Kind() == reflect.Map:
+		d.entries(n, v, key)
 	}
 }
+
+// entries decodes a group whose keys are names that the user chose.
+func (d *decoder) entries(n *yaml.Node, v reflect.Value, key string) {
+	if n.Kind != yaml.MappingNode {
+		d.problem(n, key, fmt.Sprintf("%s is a %s, want names with values", name(key), shape(n)), `write each name on a line of its own, followed by ":"`)
+		return
+	}
+	d.origins[key] = d.at(n)
+	v.Set(reflect.MakeMap(v.Type()))
+	lines := map[string]int{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		k, val := n.Content[i], n.Content[i+1]
+		at := entry(key, k.Value)
+		switch first, dup := lines[k.Value]; {
+		case k.Kind != yaml.ScalarNode || k.Tag != "!!str" || k.Anchor != "":
+			d.problem(k, key, fmt.Sprintf("a key of %s is a %s, want a name", key, shape(k)), "put the name in quotes")
+			continue
+		case dup:
+			d.problem(k, at, fmt.Sprintf("key %q is given twice", k.Value), fmt.Sprintf("the first is in line %d: remove one of them", first))
+			continue
+		}
+		lines[k.Value] = k.Line
+		item := reflect.New(v.Type().Elem()).Elem()
+		d.value(val, item, at)
+		if o, ok := d.origins[at]; ok {
+			o.Line = k.Line
+			d.origins[at] = o
+		}
+		v.SetMapIndex(reflect.ValueOf(k.Value), item)
+	}
+}
+
+// entry is the path of an entry that a name stands for.
+func entry(parent, name string) string { return parent + "[" + strconv.Quote(name) + "]" }
 
 func (d *decoder) leaf(n *yaml.Node, v reflect.Value, key string) {
 	if n.Kind != yaml.ScalarNode {
@@ -138,6 +175,17 @@ func setText(v reflect.Value, text string) error {
 			return fmt.Errorf("%q is not a whole number from 0 to 65535", text)
 		}
 		v.SetUint(n)
+	case reflect.Bool:
+		if text != "true" && text != "false" {
+			return fmt.Errorf("%q is neither true nor false", text)
+		}
+		v.SetBool(text == "true")
+	case reflect.Float64:
+		x, err := strconv.ParseFloat(text, 64)
+		if err != nil || math.IsNaN(x) || math.IsInf(x, 0) {
+			return fmt.Errorf("%q is not a number", text)
+		}
+		v.SetFloat(x)
 	default:
 		return fmt.Errorf("unsupported kind %s", v.Kind())
 	}
@@ -146,7 +194,7 @@ func setText(v reflect.Value, text string) error {
 
 func isLeaf(v reflect.Value) bool {
 	_, text := reflect.TypeAssert[encoding.TextUnmarshaler](v.Addr())
-	return text || v.Kind() != reflect.Struct && v.Kind() != reflect.Slice
+	return text || v.Kind() != reflect.Struct && v.Kind() != reflect.Slice && v.Kind() != reflect.Map
 }
 
 func want(v reflect.Value) string {
@@ -156,8 +204,13 @@ func want(v reflect.Value) string {
 	case *Size:
 		return "a size such as 64MiB"
 	}
-	if v.Kind() == reflect.String {
+	switch v.Kind() {
+	case reflect.String:
 		return "text"
+	case reflect.Bool:
+		return "true or false"
+	case reflect.Float64:
+		return "a number"
 	}
 	return "a whole number"
 }
@@ -241,6 +294,13 @@ func appendLeaves(all []leaf, v reflect.Value, key string) []leaf {
 	case v.Kind() == reflect.Slice:
 		for i := range v.Len() {
 			all = appendLeaves(all, v.Index(i), fmt.Sprintf("%s[%d]", key, i))
+		}
+		return all
+	case v.Kind() == reflect.Map:
+		for _, k := range slices.SortedFunc(slices.Values(v.MapKeys()), func(a, b reflect.Value) int { return strings.Compare(a.String(), b.String()) }) {
+			item := reflect.New(v.Type().Elem()).Elem() // addressable, as isLeaf wants it
+			item.Set(v.MapIndex(k))
+			all = appendLeaves(all, item, entry(key, k.String()))
 		}
 		return all
 	}

@@ -13,6 +13,7 @@ import (
 	"text/template"
 
 	"github.com/duri-io/duri/internal/pki"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -242,7 +243,9 @@ func Example() string {
 			{Name: "seoul", Address: "10.1.0.5:7400", Listen: ":7400"},
 			{Name: "busan", Address: "10.2.0.5:7400"},
 		},
-		Databases: []Database{{Name: "app", Schemas: []string{"public"}}},
+		Databases: []Database{{Name: "app", Schemas: []string{"public"}, Tables: map[string]policy.Table{
+			"public.account": {Mode: policy.ModeRow, Delta: []string{"balance"}, FK: map[string]policy.Orphans{"account_branch_fkey": policy.Report}},
+		}}},
 	}
 	return string(s.render(s.Sites[0], true))
 }
@@ -313,6 +316,21 @@ databases:{{if not .Spec.Databases}} []{{end}}
       - {{q .}}
 {{- end}}
 {{- end}}
+{{- if .Tables}}
+    tables:   # where the default, the later transaction's whole row, is not right; the same at every site
+{{- range $name, $t := .Tables}}
+      {{q $name}}:
+        mode: {{$t.Mode}}   # or column: updates of different columns both stand
+        delta:   # numeric columns that merge by adding differences
+{{- range $t.Delta}}
+          - {{q .}}
+{{- end}}
+        foreign_keys:   # what becomes of a row whose parent is gone: report, remove_child or resurrect_parent
+{{- range $fk, $o := $t.FK}}
+          {{q $fk}}: {{$o}}
+{{- end}}
+{{- end}}
+{{- end}}
 {{- end}}
 
 postgres:
@@ -345,6 +363,11 @@ apply:   # bounds of one apply transaction
 
 conflict:
   keep: {{.Default.Conflict.Keep}}   # records of conflicts, with both images
+
+verify:   # the sites are compared all the time, slowly; what differs is in "duri status"
+  enabled: {{.Default.Verify.Enabled}}
+  period: {{.Default.Verify.Period}}   # of a pass over all rows
+  cpu: {{.Default.Verify.CPU}}   # share of a core of each site's server; where it is not enough, a pass takes longer
 
 max_clock_skew: {{.Default.MaxClockSkew}}   # beyond it the link is shown as degraded
 heartbeat: {{.Default.Heartbeat}}

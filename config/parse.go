@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +16,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/duri-io/duri/policy"
 )
 
 // maxFileBytes bounds what is read: a duri.yaml has a few hundred lines.
@@ -118,10 +121,17 @@ func syntaxProblem(at Origin, err error) *Problem {
 	return &Problem{At: at, Msg: "not valid YAML: " + msg, Hint: "indent with spaces, equally within a group, and put text with special characters in quotes"}
 }
 
-// complete derives the values that depend on others and resolves paths against the file's folder.
+// complete derives the values that depend on others and resolves paths against the file's folder. Values of maps are
+// made anew, as they cannot be set in place.
 func (c *Config) complete(folder string) {
 	if c.Listen == "" {
 		c.Listen = defaultListen(c.Self().Address)
+	}
+	for _, db := range c.Databases {
+		for name, t := range db.Tables {
+			t.Mode = cmp.Or(t.Mode, policy.ModeRow)
+			db.Tables[name] = t
+		}
 	}
 	for _, p := range []*string{&c.DataDir, &c.Postgres.BinDir, &c.TLS.CA, &c.TLS.Cert, &c.TLS.Key} {
 		if *p != "" && !filepath.IsAbs(*p) {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/duri-io/duri/policy"
 )
 
 // minimal is the shortest valid file.
@@ -132,6 +134,25 @@ func TestProblems(t *testing.T) {
 		{"dsn with database", minimal + "postgres: {dsn: \"host=x dbname=app\"}\n", `duri.yaml:9: postgres.dsn names a database`},
 		{"dsn url with database", minimal + "postgres: {setup_dsn: \"postgres://x/app\"}\n", `duri.yaml:9: postgres.setup_dsn names a database`},
 		{"dsn unreadable", minimal + "postgres: {dsn: \"password='secret\"}\n", `duri.yaml:9: postgres.dsn: connection string cannot be read (want "host=... port=... user=..." or "postgresql://user@host:port")`},
+		{"tables as a list", minimal + "    tables: [public.a]\n", `duri.yaml:9: databases[0].tables is a list, want names with values`},
+		{"table without values", minimal + "    tables:\n      public.a:\n", `duri.yaml:10: databases[0].tables["public.a"] has no value`},
+		{"table without schema", minimal + "    tables: {a: {}}\n", `duri.yaml:9: databases[0].tables: "a" is not the name of a table: want schema.table, each part as PostgreSQL keeps it (in double quotes if there is a dot in it)`},
+		{"table twice", minimal + "    tables:\n      public.a: {}\n      public.a: {}\n", `duri.yaml:11: key "public.a" is given twice`},
+		{"table under two spellings", minimal + "    tables:\n      public.a: {}\n      '\"public\".a': {}\n", "duri.yaml:10: databases[0].tables: \"public\".a and public.a name the same table"},
+		{"table of another schema", minimal + "    schemas: [s]\n    tables: {public.a: {}}\n", `duri.yaml:10: databases[0].tables: schema public of public.a is not replicated`},
+		{"table name is a number", minimal + "    tables: {1.5: {}}\n", `duri.yaml:9: a key of databases[0].tables is a number, want a name`},
+		{"unknown key of a table", minimal + "    tables:\n      public.a:\n        dleta: [b]\n", `duri.yaml:11: unknown key "dleta" in databases[0].tables["public.a"] (did you mean "delta"?)`},
+		{"mode typo", minimal + "    tables:\n      public.a:\n        mode: colum\n", `duri.yaml:11: databases[0].tables["public.a"].mode "colum" is unknown (did you mean "column"?)`},
+		{"delta is a text", minimal + "    tables:\n      public.a:\n        delta: b\n", `duri.yaml:11: databases[0].tables["public.a"].delta is a text, want a list`},
+		{"delta column twice", minimal + "    tables:\n      public.a:\n        delta: [b, b]\n", `duri.yaml:11: databases[0].tables["public.a"].delta[1]: b is given twice`},
+		{"orphans typo", minimal + "    tables:\n      public.a:\n        foreign_keys:\n          a_fk: remove_chlid\n", `duri.yaml:12: databases[0].tables["public.a"].foreign_keys["a_fk"] "remove_chlid" is unknown (did you mean "remove_child"?)`},
+		{"switch", minimal + "verify: {enabled: yes}\n", `duri.yaml:9: verify.enabled: "yes" is neither true nor false`},
+		{"switch is a list", minimal + "verify: {enabled: [true]}\n", `duri.yaml:9: verify.enabled is a list, want true or false`},
+		{"share", minimal + "verify: {cpu: 2%}\n", `duri.yaml:9: verify.cpu: "2%" is not a number`},
+		{"share not a number", minimal + "verify: {cpu: .nan}\n", `duri.yaml:9: verify.cpu: ".nan" is not a number`},
+		{"share is a list", minimal + "verify: {cpu: [1]}\n", `duri.yaml:9: verify.cpu is a list, want a number`},
+		{"share too great", minimal + "verify: {cpu: 2}\n", `duri.yaml:9: verify.cpu is 2, want 0.001 to 1`},
+		{"period too short", minimal + "verify: {period: 10ms}\n", `duri.yaml:9: verify.period is 10ms, want 1s to 87600h`},
 		{"alias", replace("name: demo", "name: &x demo"), `duri.yaml:1: cluster.name uses a YAML anchor or alias`},
 		{"not YAML", "site: [seoul\n", `duri.yaml:1: not valid YAML: did not find expected ',' or ']'`},
 		{"tab", "sites:\n\t- x\n", `duri.yaml:2: not valid YAML: found character that cannot start any token`},
@@ -143,6 +164,24 @@ func TestProblems(t *testing.T) {
 				t.Errorf("problems (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+func TestTablePoliciesAreRead(t *testing.T) {
+	c := mustParse(t, minimal+`    tables:
+      public.account: {mode: column, delta: [balance], foreign_keys: {fk_name: remove_child}}
+      '"a.b".c': {}
+`)
+	p := c.Databases[0].Policies()
+	want := policy.Table{Mode: policy.ModeColumn, Delta: []string{"balance"}, FK: map[string]policy.Orphans{"fk_name": policy.RemoveChild}}
+	if diff := cmp.Diff(want, p.Of("public", "account")); diff != "" {
+		t.Error(diff)
+	}
+	if !p.Declares(policy.Name{Schema: "a.b", Table: "c"}) || p.Of("a.b", "c").Mode != policy.ModeRow || len(p.Tables()) != 2 {
+		t.Errorf("%v", p.Tables())
+	}
+	if got := c.Origin(`databases[0].tables["public.account"].mode`); got.Line != 10 {
+		t.Errorf("the mode comes from %s", got)
 	}
 }
 
@@ -316,7 +355,7 @@ func TestReferenceDescribesEveryKey(t *testing.T) {
 	}
 	c := mustParse(t, Example())
 	for _, l := range leaves(c) {
-		key := strings.NewReplacer("[0]", "[]", "[1]", "[]").Replace(l.key)
+		key := strings.NewReplacer("[0]", "[]", "[1]", "[]", `["public.account"]`, "[]", `["account_branch_fkey"]`, "[]").Replace(l.key)
 		row := "| `" + key + "` |"
 		if !strings.Contains(string(page), row) {
 			t.Errorf("docs/reference/config.md has no row %q", row)

@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"regexp"
 	"slices"
@@ -9,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/duri-io/duri/internal/term"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -187,7 +189,47 @@ func (d *decoder) validateDatabases(c *Config) {
 			}
 			unique(d, schemas, s, at)
 		}
+		d.validateTables(key+".tables", db)
 	}
+}
+
+// validateTables checks declarations as far as the file alone tells; the rest needs the database (package preflight).
+func (d *decoder) validateTables(key string, db Database) {
+	names := map[policy.Name]string{}
+	for _, text := range slices.Sorted(maps.Keys(db.Tables)) {
+		at, t := entry(key, text), db.Tables[text]
+		n, err := policy.ParseName(text)
+		switch first, dup := names[n]; {
+		case err != nil:
+			d.invalid(at, fmt.Sprintf("%s: %q is not the name of a table: %v", key, text, err), "for example public.account")
+		case dup:
+			d.invalid(at, fmt.Sprintf("%s: %s and %s name the same table", key, first, text), "remove one of them")
+		case len(db.Schemas) > 0 && !slices.Contains(db.Schemas, n.Schema):
+			d.invalid(at, fmt.Sprintf("%s: schema %s of %s is not replicated", key, n.Schema, text), "add it to schemas, or remove the table")
+		}
+		names[n] = text
+		d.choice(at+".mode", string(t.Mode), texts(policy.Modes)...)
+		columns := map[string]int{}
+		for i, c := range t.Delta {
+			column := fmt.Sprintf("%s.delta[%d]", at, i)
+			d.identifier(column, c)
+			unique(d, columns, c, column)
+		}
+		for _, fk := range slices.Sorted(maps.Keys(t.FK)) {
+			constraint := entry(at+".foreign_keys", fk)
+			d.identifier(constraint, fk)
+			d.choice(constraint, string(t.FK[fk]), texts(policy.AllOrphans)...)
+		}
+	}
+}
+
+// texts converts values of a text type.
+func texts[T ~string](values []T) []string {
+	out := make([]string, len(values))
+	for i, v := range values {
+		out[i] = string(v)
+	}
+	return out
 }
 
 func (d *decoder) identifier(key, value string) {
@@ -218,11 +260,13 @@ func (d *decoder) validateLimits(c *Config) {
 	within(d, "apply.batch_bytes", c.Apply.BatchBytes, 64*KiB, GiB)
 	within(d, "apply.lock_timeout", c.Apply.LockTimeout, Millisecond, Hour)
 	within(d, "conflict.keep", c.Conflict.Keep, Hour, 87600*Hour)
+	within(d, "verify.period", c.Verify.Period, Second, 87600*Hour)
+	within(d, "verify.cpu", c.Verify.CPU, 0.001, 1)
 	within(d, "max_clock_skew", c.MaxClockSkew, Millisecond, Hour)
 	within(d, "heartbeat", c.Heartbeat, 10*Millisecond, 60*Second)
 }
 
-func within[T int | Duration | Size](d *decoder, key string, v, low, high T) {
+func within[T int | float64 | Duration | Size](d *decoder, key string, v, low, high T) {
 	if v < low || v > high {
 		d.invalid(key, fmt.Sprintf("%s is %v, want %v to %v", key, v, low, high), "remove the key for the default")
 	}

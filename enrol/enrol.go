@@ -34,9 +34,8 @@ type Header struct {
 	Tables   []Table  `json:"tables"`
 	// MatViews are the populated materialized views, in an order that suits most refreshes.
 	MatViews []Name `json:"matviews,omitempty"`
-	// Applied is how far the source had applied each replication origin just before the snapshot. A third site's
-	// changes up to there are surely in the content.
-	Applied map[string]wal.LSN `json:"applied,omitempty"`
+	// Applied is how far the source had applied each other site. Those changes are in the content, and no others.
+	Applied map[wal.SiteID]wal.LSN `json:"applied,omitempty"`
 }
 
 // Name is a schema-qualified name.
@@ -109,7 +108,7 @@ type Result struct {
 	// Unrefreshed are materialized views that stay empty because their query failed or they are not ours to refresh.
 	Unrefreshed []string `json:"unrefreshed,omitempty"`
 	// Applied is Header.Applied.
-	Applied map[string]wal.LSN `json:"applied,omitempty"`
+	Applied map[wal.SiteID]wal.LSN `json:"applied,omitempty"`
 }
 
 // Progress is told while Receive works, at most about five times a second and at each change of phase.

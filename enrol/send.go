@@ -120,9 +120,6 @@ func closed(c *pgconn.PgConn) {
 // snapshot. Afterwards the replication connection is not needed any more: the transaction keeps the snapshot, and the
 // source's agent keeps the changes after it.
 func (s *sender) snapshot(ctx context.Context, p program) (pre, post string, err error) {
-	if s.header.Applied, err = applied(ctx, s.conn); err != nil {
-		return "", "", wrap("read the source's apply progress", err)
-	}
 	// An exporting session counts as idle in a transaction, so a limit on that must not apply to it.
 	repl, err := pg.Connect(ctx, s.cfg.DSN, s.cfg.Database, settings(map[string]string{"replication": "database"}))
 	if err != nil {
@@ -154,18 +151,23 @@ func (s *sender) snapshot(ctx context.Context, p program) (pre, post string, err
 	return needed + pre, post, err
 }
 
-// applied reads how far each replication origin has been applied at the source.
-func applied(ctx context.Context, c *pgconn.PgConn) (map[string]wal.LSN, error) {
-	rows, err := pg.Rows(ctx, c, `SELECT roname, remote_lsn FROM pg_catalog.pg_replication_origin
-		JOIN pg_catalog.pg_show_replication_origin_status() ON local_id = roident WHERE remote_lsn IS NOT NULL`)
-	if err != nil {
+// applied reads how far each other site has been applied in the snapshot of c: what its apply transactions say.
+func applied(ctx context.Context, c *pgconn.PgConn) (map[wal.SiteID]wal.LSN, error) {
+	rows, err := pg.Rows(ctx, c, "SELECT pg_catalog.to_regclass('duri.applied') IS NOT NULL")
+	if err != nil || rows[0][0] != "t" {
 		return nil, err
 	}
-	out := map[string]wal.LSN{}
+	if rows, err = pg.Rows(ctx, c, "SELECT origin, max(to_lsn) FROM duri.applied GROUP BY origin"); err != nil {
+		return nil, err
+	}
+	out := map[wal.SiteID]wal.LSN{}
 	for _, r := range rows {
-		if out[r[0]], err = wal.ParseLSN(r[1]); err != nil {
+		id, err1 := strconv.ParseUint(r[0], 10, 16)
+		lsn, err2 := wal.ParseLSN(r[1])
+		if err := errors.Join(err1, err2); err != nil {
 			return nil, err
 		}
+		out[wal.SiteID(id)] = lsn
 	}
 	return out, nil
 }
@@ -188,6 +190,9 @@ func (s *sender) begin(ctx context.Context, snap decode.Snapshot) error {
 	_, err = pg.Rows(ctx, s.conn, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT "+pg.QuoteLiteral(snap.Name))
 	if err != nil {
 		return wrap("copy from the snapshot", err)
+	}
+	if h.Applied, err = applied(ctx, s.conn); err != nil {
+		return wrap("read the source's apply progress", err)
 	}
 	files, err := s.list(ctx)
 	if err != nil {

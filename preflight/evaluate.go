@@ -8,6 +8,7 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 )
 
 // facts are what was read of a database.
@@ -30,6 +31,14 @@ type facts struct {
 	publication *publication // nil: it does not exist
 	tables      []table
 	triggers    []trigger
+	policies    []declared
+}
+
+// declared is a policy and the table that it is meant for.
+type declared struct {
+	policy policy.Table
+	table  policy.Facts
+	file   bool // by duri.yaml
 }
 
 // role is the run-time role.
@@ -110,6 +119,9 @@ func evaluate(f facts, spec Spec) []Finding {
 		checkTable(r, f, t, spec)
 	}
 	triggers(r, f)
+	for _, d := range f.policies {
+		checkPolicy(r, d, spec)
+	}
 	surroundings(r, f)
 	return r.sorted()
 }
@@ -307,6 +319,29 @@ func triggers(r *report, f facts) {
 		}
 		r.error(kind+"_"+strings.ToLower(mode), g.table+"."+g.name, "a "+kind+" that is ENABLE "+mode+" runs for applied changes too, and what it writes would not reach the other sites",
 			fmt.Sprintf("ALTER TABLE %s ENABLE %s %s", g.sql, strings.ToUpper(kind), pg.QuoteIdent(g.name)))
+	}
+}
+
+// checkPolicy checks a declaration against its table. A table that does not exist is no error: at a site that joins by
+// copying none does yet, and without a table there is nothing to decide.
+func checkPolicy(r *report, d declared, spec Spec) {
+	name := d.table.Name.String()
+	if d.table.Missing && spec.Bootstrap == config.BootstrapCopy && !spec.Joined {
+		return
+	}
+	where := "duri.set_policy declares a policy for it, but "
+	if d.file {
+		where = "duri.yaml declares a policy for it, but "
+	}
+	for _, p := range policy.Check(d.policy, d.table) {
+		if p.Code == policy.CodeTable {
+			r.warn(p.Code, name, where+p.Text, p.Hint)
+			continue
+		}
+		r.error(p.Code, name, where+p.Text, p.Hint)
+	}
+	for _, p := range policy.Warnings(d.policy, d.table) {
+		r.warn(p.Code, name, p.Text, p.Hint)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/policy"
 )
 
 // healthy are the facts of a database with nothing to complain of.
@@ -101,7 +102,18 @@ func TestEachProblemIsFound(t *testing.T) {
 		"nondeterministic": {key(keyColumn{typ: "text", base: 25, typtype: "b"}), "error key_type public.t.k"},
 		"trigger always":   {fire(trigger{enabled: 'A'}), "error trigger_always public.t.tr"},
 		"trigger replica":  {fire(trigger{enabled: 'R'}), "error trigger_replica public.t.tr"},
-		"rule always":      {fire(trigger{enabled: 'A', rule: true}), "error rule_always public.t.tr"},
+		"policy does not fit": {func(f *facts) {
+			f.policies = []declared{{policy.Table{Mode: policy.ModeColumn}, policy.Facts{Name: policy.Name{Schema: "public", Table: "t"}, Keyed: true, NotFull: []policy.Name{{Schema: "public", Table: "t"}}}, true}}
+		}, "error policy_identity public.t"},
+		"policy of no table": {func(f *facts) {
+			f.policies = []declared{{policy.Table{}, policy.Facts{Name: policy.Name{Schema: "public", Table: "gone"}, Missing: true}, false}}
+		}, "warning policy_table public.gone"},
+		"policy with a bound": {func(f *facts) {
+			f.policies = []declared{{policy.Table{Delta: []string{"n"}}, policy.Facts{
+				Name: policy.Name{Schema: "public", Table: "t"}, Keyed: true, Columns: []policy.Column{{Name: "n", Base: 23, Checked: "positive"}},
+			}, true}}
+		}, "warning policy_check public.t"},
+		"rule always": {fire(trigger{enabled: 'A', rule: true}), "error rule_always public.t.tr"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := healthy()
@@ -154,6 +166,19 @@ func TestRowsRefuseASiteThatCopiesUntilItHasJoined(t *testing.T) {
 	}
 	spec.Joined = true
 	if got := evaluate(f, spec); len(got) != 0 {
+		t.Errorf("joined: %+v", got)
+	}
+}
+
+func TestTablesThatAreStillToBeCopiedMayBeDeclared(t *testing.T) {
+	f := healthy()
+	f.policies = []declared{{policy.Table{}, policy.Facts{Missing: true}, true}}
+	spec := Spec{Bootstrap: config.BootstrapCopy}.defaults()
+	if got := evaluate(f, spec); len(got) != 0 {
+		t.Errorf("before: %+v", got)
+	}
+	spec.Joined = true
+	if got := evaluate(f, spec); len(got) != 1 || got[0].Severity != SeverityWarning {
 		t.Errorf("joined: %+v", got)
 	}
 }

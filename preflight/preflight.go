@@ -1,6 +1,7 @@
 // Package preflight checks one database before it joins a cluster, and again at every start of its agent: the server's
 // settings, the run-time role's privileges, the publication, and every table, for what replication needs and for what it
-// cannot carry (replication.md sections 3 and 7, rule 22). It changes nothing and names every object it complains of.
+// cannot carry (replication.md sections 3 and 7, rule 22), and whether the declared policies fit their tables (rules 12
+// to 14). It changes nothing and names every object it complains of.
 //
 // Run reads a few catalogs and evaluates them; the evaluation is pure. An error of Run means that the check could not be
 // made; what the check found is a Finding. It does not compare sites with each other, and does not look into rows,
@@ -17,6 +18,7 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/policy"
 )
 
 // Severity says what follows from a finding.
@@ -50,6 +52,7 @@ type Spec struct {
 	Joined    bool             // it has its first content already: it may hold rows
 	Sites     int              // of the cluster, this one included; below 2: 2
 	Databases int              // replicated at this server, this one included; below 1: 1
+	Policies  policy.Set       // that duri.yaml declares; those made by duri.set_policy are read here
 }
 
 func (s Spec) defaults() Spec {

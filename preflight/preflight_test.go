@@ -9,11 +9,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/grants"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/internal/pgtest"
+	"github.com/duri-io/duri/policy"
 )
 
 func connect(t *testing.T, c *pgcluster.Cluster, user string) *pgconn.PgConn {
@@ -191,5 +193,28 @@ func TestFindsWrongSettingsAndPublication(t *testing.T) {
 	}
 	if d := cmp.Diff(want, lines(t, connect(t, c, ""), Spec{})); d != "" {
 		t.Error(d)
+	}
+}
+
+func TestFindsPoliciesThatDoNotFit(t *testing.T) {
+	c := pgtest.New(t, pgtest.WithSetting("wal_level", "logical"), pgtest.WithSetting("track_commit_timestamp", "on"))
+	pgtest.DB(t, c, "shop")
+	pgtest.Exec(t, c, "shop", `CREATE TABLE a (id int PRIMARY KEY, n int, f float8); CREATE TABLE b (id int PRIMARY KEY, n int); ALTER TABLE b REPLICA IDENTITY FULL;`)
+	pgtest.Exec(t, c, "shop", grants.SQL(grants.Spec{}))
+	spec := Spec{Policies: policy.NewSet(map[policy.Name]policy.Table{
+		{Schema: "public", Table: "a"}: {Delta: []string{"f"}}, {Schema: "public", Table: "c"}: {},
+	}, nil)}
+	conn := connect(t, c, "duri")
+	want := []string{"error policy_identity public.a", "error policy_type public.a", "warning policy_table public.c"}
+	if d := cmp.Diff(want, lines(t, conn, spec)); d != "" {
+		t.Errorf("of duri.yaml: %s", d)
+	}
+	if err := catalog.Migrate(t.Context(), conn); err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, c, "shop", `SELECT duri.set_policy('a', '{}'), duri.set_policy('b', '{"delta": ["n"]}'); ALTER TABLE b REPLICA IDENTITY DEFAULT`)
+	want = []string{"error policy_identity public.a", "error policy_identity public.b", "error policy_type public.a", "warning policy_table public.c"}
+	if d := cmp.Diff(want, lines(t, conn, spec)); d != "" {
+		t.Errorf("of SQL too: %s", d)
 	}
 }

@@ -9,8 +9,10 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 )
 
 // read collects the facts.
@@ -31,6 +33,7 @@ func read(ctx context.Context, c *pgconn.PgConn, spec Spec) (facts, error) {
 		{"the tables' keys", readKeys},
 		{"the tables' rows", readRows},
 		{"the triggers", readTriggers},
+		{"the table policies", readPolicies},
 	} {
 		if err := step.read(ctx, c, spec, &f); err != nil {
 			return f, fmt.Errorf("read %s: %w", step.what, err)
@@ -302,6 +305,31 @@ func readTriggers(ctx context.Context, c *pgconn.PgConn, spec Spec, f *facts) er
 		WHERE g.enabled IN ('A', 'R') AND c.relkind = 'r' AND `+scope(spec.Schemas)+" ORDER BY 1, 2, 3")
 	for _, r := range rows {
 		f.triggers = append(f.triggers, trigger{r[0] + "." + r[1], pg.QuoteName(r[0], r[1]), r[2], r[3] == "t", first(r[4])})
+	}
+	return err
+}
+
+// readPolicies reads the tables that a policy is declared for. Those of SQL exist only after the first start.
+func readPolicies(ctx context.Context, c *pgconn.PgConn, spec Spec, f *facts) error {
+	rows, err := pg.Rows(ctx, c, `SELECT r.oid IS NOT NULL AND pg_catalog.has_table_privilege(r.oid, 'SELECT')
+		FROM (SELECT pg_catalog.to_regclass('duri.policy')::oid) AS r(oid)`)
+	if err != nil {
+		return err
+	}
+	var sql policy.Set
+	if rows[0][0] == "t" {
+		if sql, err = catalog.Policies(ctx, c); err != nil {
+			return err
+		}
+	}
+	effective, _ := policy.Merge(spec.Policies, sql)
+	names := effective.Tables()
+	if len(names) == 0 {
+		return nil
+	}
+	tables, err := catalog.TableFacts(ctx, c, names)
+	for _, t := range tables {
+		f.policies = append(f.policies, declared{effective.Of(t.Name.Schema, t.Name.Table), t, spec.Policies.Declares(t.Name)})
 	}
 	return err
 }

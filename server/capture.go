@@ -16,12 +16,10 @@ import (
 
 // capture moves one database's decoded stream into the own journal and the local index. It is decode's Handler.
 type capture struct {
-	site   wal.SiteID
-	siteOf func(origin string) (wal.SiteID, bool)
-	j      *journal.Journal
-	local  *apply.Local
-	now    func() wal.Time
-	step   func(t *wal.Txn) // told of a backward clock step
+	n     *node
+	j     *journal.Journal
+	local *apply.History
+	step  func(t *wal.Txn) // told of a backward clock step
 
 	seen    []wal.Seen
 	maxTime wal.Time // greatest version time so far
@@ -37,10 +35,10 @@ type capture struct {
 	report  atomic.Pointer[func()] // asks the running stream to report at once
 }
 
-func newCapture(site wal.SiteID, siteOf func(string) (wal.SiteID, bool), j *journal.Journal, local *apply.Local, now func() wal.Time) *capture {
+func newCapture(n *node, j *journal.Journal, local *apply.History) *capture {
 	st := j.State()
 	c := &capture{
-		site: site, siteOf: siteOf, j: j, local: local, now: now, step: func(*wal.Txn) {},
+		n: n, j: j, local: local, step: func(*wal.Txn) {},
 		seen: st.Seen, maxTime: st.MaxVersionTime, flush: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 	}
 	c.durable.Store(uint64(j.Durable()))
@@ -50,17 +48,19 @@ func newCapture(site wal.SiteID, siteOf func(string) (wal.SiteID, bool), j *jour
 // Commit journals a local transaction; of one applied from elsewhere only its position counts (rule 20).
 func (c *capture) Commit(m *decode.Commit) error {
 	t := m.Txn
-	if m.Origin != "" {
-		site, ok := c.siteOf(m.Origin)
+	if m.Origin != "" && !c.n.ownOrigin(m.Origin) {
+		site, ok := c.n.siteOf(m.Origin)
 		if !ok {
 			return &originError{m.Origin}
 		}
-		c.see(site, m.OriginLSN)
+		if !c.n.repairOrigin(m.Origin) {
+			c.see(site, m.OriginLSN)
+		}
 		c.foreign = max(c.foreign, t.CommitTime)
 		return c.Advance(t.EndLSN)
 	}
 	t.Changes = slices.DeleteFunc(t.Changes, func(ch wal.Change) bool { return ch.Relation.Namespace == "duri" })
-	t.Origin, t.Seen, t.Received = c.site, slices.Clone(c.seen), c.now()
+	t.Origin, t.Seen, t.Received = c.n.self.ID, slices.Clone(c.seen), c.n.clock.Now()
 	c.behind.Store(t.Received.Sub(t.CommitTime) > behindAfter)
 	stepped := false
 	if t.VersionTime, stepped = stamp(t.CommitTime, c.maxTime, c.foreign); stepped {
@@ -130,7 +130,7 @@ const positionEvery = 200 * time.Millisecond
 // Idle wakes the flusher, and now and then writes down how far the stream has been read.
 func (c *capture) Idle() error {
 	if c.pending > c.j.End() && time.Since(c.positions) >= positionEvery {
-		if err := c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.now()); err != nil {
+		if err := c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.n.clock.Now()); err != nil {
 			return fmt.Errorf("journal position %s: %w", c.pending, err)
 		}
 		c.positions, c.pending = time.Now(), 0
@@ -204,8 +204,8 @@ func (c *capture) Positions() decode.Positions {
 	return decode.Positions{Write: d, Flush: d, Apply: d}
 }
 
-// rebuild fills the local index from the own journal, from the lowest position that a peer has not seen.
-func rebuild(ctx context.Context, j *journal.Journal, local *apply.Local, from wal.LSN) error {
+// rebuild fills a history from its journal, from the lowest position that some other site has not seen.
+func rebuild(ctx context.Context, j *journal.Journal, h *apply.History, from wal.LSN) error {
 	r, err := j.NewReader(max(from, j.Start()))
 	if err != nil {
 		return err
@@ -215,11 +215,11 @@ func rebuild(ctx context.Context, j *journal.Journal, local *apply.Local, from w
 	for {
 		rec, ok, err := r.TryNext()
 		if err != nil || !ok {
-			local.Advance(j.End())
+			h.Advance(j.End())
 			return err
 		}
 		if rec.Txn != nil {
-			if err := local.Add(rec.Txn); err != nil {
+			if err := h.Add(rec.Txn); err != nil {
 				return err
 			}
 		}

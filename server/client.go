@@ -54,10 +54,22 @@ func (e *UnreachableError) ExitCode() int { return 4 }
 func (e *UnreachableError) Unwrap() error { return e.Err }
 
 // remoteError is a problem that the agent reported.
-type remoteError struct{ p Problem }
+type remoteError struct {
+	p    Problem
+	code int // the command line's exit code for it
+}
 
 func (e *remoteError) Error() string    { return e.p.Error }
 func (e *remoteError) HintText() string { return e.p.Hint }
+func (e *remoteError) ExitCode() int    { return e.code }
+
+// exitCode is the command line's code for a problem: 5 for what is refused for safety, else 1.
+func exitCode(status int) int {
+	if status == http.StatusConflict {
+		return 5
+	}
+	return 1
+}
 
 func (c *Control) do(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
 	var rd io.Reader
@@ -88,7 +100,7 @@ func (c *Control) do(ctx context.Context, method, path string, query url.Values,
 	if err := json.NewDecoder(res.Body).Decode(&p); err != nil || p.Error == "" {
 		return nil, fmt.Errorf("the agent answered %s", res.Status)
 	}
-	return nil, &remoteError{p}
+	return nil, &remoteError{p, exitCode(res.StatusCode)}
 }
 
 func (c *Control) get(ctx context.Context, path string, query url.Values, v any) error {
@@ -116,21 +128,52 @@ func (c *Control) Status(ctx context.Context) (ClusterStatus, error) {
 	return s, err
 }
 
-// Conflicts lists recorded conflicts; the filter's names are the query's: database, table, kind, since, limit.
+// Conflicts lists recorded conflicts. The query's names are those of catalog.ConflictFilter: table, kind, code, origin
+// (a site's name), key (VALUE or COLUMN=VALUE, any number), since and until (RFC 3339), before, limit, exceptions (true);
+// and database, where several are replicated.
 func (c *Control) Conflicts(ctx context.Context, filter url.Values) ([]catalog.Conflict, error) {
 	var out []catalog.Conflict
 	err := c.get(ctx, "/v1/conflicts", filter, &out)
 	return out, err
 }
 
+// ConflictStats counts recorded conflicts; the filter is that of Conflicts, of which limit does not matter.
+func (c *Control) ConflictStats(ctx context.Context, filter url.Values) (catalog.ConflictStats, error) {
+	var out catalog.ConflictStats
+	err := c.get(ctx, "/v1/conflicts/stats", filter, &out)
+	return out, err
+}
+
+// Conflict shows one record. An empty database name means the only one.
+func (c *Control) Conflict(ctx context.Context, database string, id int64) (ConflictDetail, error) {
+	var out ConflictDetail
+	err := c.get(ctx, fmt.Sprintf("/v1/conflicts/%d", id), databaseQuery(database), &out)
+	return out, err
+}
+
+// Restore brings the losing image of a record back as a new change of this site. An empty database name means the only
+// one.
+func (c *Control) Restore(ctx context.Context, database string, id int64, req RestoreRequest) (catalog.Restoration, error) {
+	var out catalog.Restoration
+	res, err := c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/conflicts/%d/restore", id), databaseQuery(database), req)
+	if err != nil {
+		return out, err
+	}
+	defer func() { _ = res.Body.Close() }()
+	return out, json.NewDecoder(res.Body).Decode(&out)
+}
+
+func databaseQuery(name string) url.Values {
+	if name == "" {
+		return nil
+	}
+	return url.Values{"database": {name}}
+}
+
 // Verify compares the sites and reports progress on the way. An empty database name means the only one.
 func (c *Control) Verify(ctx context.Context, database string, req VerifyRequest, progress func(verify.Progress)) (verify.Report, error) {
 	var rep verify.Report
-	q := url.Values{}
-	if database != "" {
-		q.Set("database", database)
-	}
-	res, err := c.do(ctx, http.MethodPost, "/v1/verify", q, req)
+	res, err := c.do(ctx, http.MethodPost, "/v1/verify", databaseQuery(database), req)
 	if err != nil {
 		return rep, err
 	}
@@ -149,7 +192,7 @@ func (c *Control) Verify(ctx context.Context, database string, req VerifyRequest
 		case l.Report != nil:
 			return *l.Report, nil
 		case l.Problem != nil:
-			return rep, &remoteError{*l.Problem}
+			return rep, &remoteError{*l.Problem, exitCode(http.StatusOK)}
 		case l.Progress != nil && progress != nil:
 			progress(*l.Progress)
 		}

@@ -9,14 +9,9 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgconn"
-
-	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/verify"
-	"github.com/duri-io/duri/wal"
 )
 
 // ControlSocket is the Unix socket in data_dir through which the command line talks to the agent. Who may open the
@@ -56,7 +51,12 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", a.getStatus)
 	mux.HandleFunc("GET /v1/conflicts", a.getConflicts)
+	mux.HandleFunc("GET /v1/conflicts/stats", a.getConflictStats)
+	mux.HandleFunc("GET /v1/conflicts/{id}", a.getConflict)
+	mux.HandleFunc("POST /v1/conflicts/{id}/restore", a.postRestore)
+	mux.HandleFunc("GET /v1/tables", a.getTables)
 	mux.HandleFunc("POST /v1/verify", a.postVerify)
+	mux.HandleFunc("POST /v1/repair", a.postRepair)
 	srv := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx },
@@ -140,35 +140,6 @@ func (a *Agent) pick(r *http.Request) (*node, error) {
 	return nil, &hinted{fmt.Sprintf("database %q is not replicated", name), "see databases in duri.yaml"}
 }
 
-func (a *Agent) getConflicts(w http.ResponseWriter, r *http.Request) {
-	n, err := a.pick(r)
-	if err != nil {
-		writeError(w, http.StatusBadRequest, err)
-		return
-	}
-	q := r.URL.Query()
-	f := catalog.ConflictFilter{Table: q.Get("table"), Kind: q.Get("kind")}
-	if f.Limit, err = strconv.Atoi(q.Get("limit")); err != nil {
-		f.Limit = 100
-	}
-	if s := q.Get("since"); s != "" {
-		if f.Since, err = time.Parse(time.RFC3339, s); err != nil {
-			writeError(w, http.StatusBadRequest, &hinted{fmt.Sprintf("%q is not a time", s), "use RFC 3339, for example 2026-11-25T12:00:00Z"})
-			return
-		}
-	}
-	var out []catalog.Conflict
-	err = n.withSQL(r.Context(), func(c *pgconn.PgConn) error {
-		out, err = catalog.Conflicts(r.Context(), c, f)
-		return err
-	})
-	if err != nil {
-		writeError(w, http.StatusServiceUnavailable, err)
-		return
-	}
-	writeJSON(w, http.StatusOK, out)
-}
-
 // VerifyLine is one line of the verify stream: progress, then the report or a problem.
 type VerifyLine struct {
 	Progress *verify.Progress `json:"progress,omitempty"`
@@ -209,65 +180,11 @@ func (a *Agent) postVerify(w http.ResponseWriter, r *http.Request) {
 
 // verify compares this site's database with its peer's.
 func (n *node) verify(ctx context.Context, req VerifyRequest, progress func(verify.Progress)) (verify.Report, error) {
-	c := n.ready.Load()
-	if c == nil {
+	if n.ready.Load() == nil {
 		return verify.Report{}, errNotReady
 	}
 	p := n.peers[0]
-	remote := verify.NewRemote(p.site.Name, func(ctx context.Context, b []byte) ([]byte, error) {
-		return p.client.Compare(ctx, n.database.Name, b)
+	return verify.Run(ctx, side{n.db, n}, p.remote(), verify.Options{
+		Tables: req.Tables, Parallel: req.Parallel, Progress: progress, Settle: p.settle,
 	})
-	return verify.Run(ctx, n.db, remote, verify.Options{
-		Tables: req.Tables, Parallel: req.Parallel, Progress: progress,
-		Settle: func(ctx context.Context) error { return n.settle(ctx, c, p) },
-	})
-}
-
-// settle waits until each site has applied what the other had committed when it was called: here by the local
-// position, there by what the peer's agent says of itself.
-func (n *node) settle(ctx context.Context, c *captured, p *peer) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := n.emit(ctx, "settle"); err != nil {
-		return err
-	}
-	mine := c.local.Position()
-	theirs := wal.LSN(0)
-	for {
-		s, err := n.peerStatus(ctx, p)
-		if err != nil {
-			return err
-		}
-		if theirs == 0 {
-			theirs = s.Journal.End
-		}
-		here := p.live.Load().worker.Status().Applied >= theirs
-		for _, l := range s.Links {
-			if l.From == n.self.Name && l.Apply.Applied >= mine && here {
-				return nil
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("wait for the sites to apply each other's changes: %w", ctx.Err())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
-}
-
-func (n *node) peerStatus(ctx context.Context, p *peer) (DatabaseStatus, error) {
-	b, err := p.client.Status(ctx)
-	if err != nil {
-		return DatabaseStatus{}, err
-	}
-	var s SiteStatus
-	if err := json.Unmarshal(b, &s); err != nil {
-		return DatabaseStatus{}, err
-	}
-	for _, d := range s.Databases {
-		if d.Name == n.database.Name {
-			return d, nil
-		}
-	}
-	return DatabaseStatus{}, fmt.Errorf("site %s does not replicate database %s", p.site.Name, n.database.Name)
 }

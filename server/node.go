@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,6 +39,7 @@ type node struct {
 	self     config.Site
 	log      *slog.Logger
 	clock    *serverClock
+	hooks    Hooks
 	peers    []*peer
 	ready    atomic.Pointer[captured] // set once journal and index are open
 	over     atomic.Bool              // the journal budget is used up
@@ -60,7 +63,8 @@ type node struct {
 // captured is what exists once a database has been opened.
 type captured struct {
 	journal *journal.Journal
-	local   *apply.Local
+	local   *apply.History
+	mesh    *apply.Mesh
 	capture *capture
 }
 
@@ -159,11 +163,23 @@ func (n *node) event(kind, text string) {
 // siteOf maps a replication origin's name to a site.
 func (n *node) siteOf(origin string) (wal.SiteID, bool) {
 	for _, s := range n.cfg.Sites {
-		if origin == apply.OriginName(n.database.Name, s.Name) {
+		if origin == apply.OriginName(n.database.Name, s.Name) || origin == apply.RepairOriginName(n.database.Name, s.Name) {
 			return s.ID, true
 		}
 	}
-	return 0, false
+	return n.self.ID, n.ownOrigin(origin)
+}
+
+// ownOrigin reports whether a transaction under an origin is one of this site's own: only tests make such.
+func (n *node) ownOrigin(origin string) bool {
+	return n.hooks.Clock != nil && apply.IsClockOrigin(n.database.Name, origin)
+}
+
+// repairOrigin reports whether a transaction under an origin says nothing of a site's progress.
+func (n *node) repairOrigin(origin string) bool {
+	return slices.ContainsFunc(n.cfg.Sites, func(s config.Site) bool {
+		return origin == apply.RepairOriginName(n.database.Name, s.Name)
+	})
 }
 
 // Run opens the database, joining the cluster first if need be, and works until ctx ends. Whatever fails is tried
@@ -310,6 +326,9 @@ func (n *node) measureClock(ctx context.Context, conn *pgconn.PgConn) error {
 	var t int64
 	if _, err := fmt.Sscan(rows[0][0], &t); err != nil {
 		return err
+	}
+	if n.hooks.Clock != nil {
+		t = int64(wal.Time(t).Add(n.hooks.Clock()))
 	}
 	n.clock.set(wal.Time(t), time.Now())
 	return nil
@@ -470,7 +489,9 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 	for _, p := range n.peers {
 		needed = min(needed, p.acked().Durable, p.seen())
 		seen = min(seen, p.seen())
-		size, err := p.retain(now, keep, positionOf(applied, p.site.ID))
+		seenOfPeer := n.seenByOthers(p)
+		c.mesh.Prune(p.site.ID, seenOfPeer, n.clock.Now())
+		size, err := p.retain(now, keep, min(seenOfPeer, positionOf(applied, p.site.ID)))
 		if err != nil {
 			return err
 		}
@@ -483,6 +504,23 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 	sizes[0] = c.journal.State().DiskBytes
 	n.pause(sizes)
 	return nil
+}
+
+// seenByOthers is how far every third site's applied transactions had seen a peer: what came later is needed to judge what
+// is still to come. With two sites there is no third one.
+func (n *node) seenByOthers(p *peer) wal.LSN {
+	lowest := wal.LSN(math.MaxUint64)
+	for _, third := range n.peers {
+		if third == p {
+			continue
+		}
+		seen := wal.LSN(0)
+		if in := third.live.Load(); in != nil {
+			seen = wal.SeenOf(in.worker.Status().SeenOthers, p.site.ID)
+		}
+		lowest = min(lowest, seen)
+	}
+	return lowest
 }
 
 // positionOf finds a site's position; zero when there is none.

@@ -53,7 +53,7 @@ func (o offered) Compare(ctx context.Context, request []byte) ([]byte, error) {
 	if o.n.ready.Load() == nil {
 		return nil, errNotReady
 	}
-	return verify.Serve(ctx, o.n.db, request)
+	return verify.Serve(ctx, side{o.n.db, o.n}, request)
 }
 
 // FetchRow reads the present row with the key of row, in the order of rel's columns (rule 9).

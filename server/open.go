@@ -331,7 +331,7 @@ func (n *node) copyFromSeed(ctx context.Context) error {
 				if err := catalog.SetMeta(ctx, c, metaCopied, p.site.Name); err != nil {
 					return err
 				}
-				return noteCopy(ctx, c, p.site.ID, r)
+				return n.noteCopy(ctx, c, p.site.ID, r)
 			},
 		}, r, func(pr enrol.Progress) { n.copying(p.site.Name, pr) })
 		cerr := r.Close()
@@ -347,11 +347,18 @@ func (n *node) copyFromSeed(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// noteCopy writes the copy down as what has been applied of its source: apply goes on from there.
-func noteCopy(ctx context.Context, c *pgconn.PgConn, source wal.SiteID, r enrol.Result) error {
-	_, err := pg.Query(ctx, c, `INSERT INTO duri.applied (xid, origin, from_lsn, to_lsn, min_time, max_time, transactions, changes, records, seen)
-		VALUES (pg_catalog.pg_current_xact_id(), $1::int2, '0/0', $2::pg_lsn, '-infinity', $3::timestamptz, 0, 0, 0, '0/0')`,
-		fmt.Sprint(source), r.At.String(), r.Time.String())
+// noteCopy writes the copy down as what has been applied of its source and, through it, of the other sites: apply goes on
+// from there.
+func (n *node) noteCopy(ctx context.Context, c *pgconn.PgConn, source wal.SiteID, r enrol.Result) error {
+	// The copy's own row goes by the copying transaction, which its rows carry; the others by numbers that are none.
+	const note = `INSERT INTO duri.applied (xid, origin, from_lsn, to_lsn, min_time, max_time, transactions, changes, records, seen)
+		VALUES (%s, $1::int2, '0/0', $2::pg_lsn, '-infinity', $3::timestamptz, 0, 0, 0, '0/0')`
+	_, err := pg.Query(ctx, c, fmt.Sprintf(note, "pg_catalog.pg_current_xact_id()"), fmt.Sprint(source), r.At.String(), r.Time.String())
+	for site, lsn := range r.Applied {
+		if err == nil && site != source && site != n.self.ID {
+			_, err = pg.Query(ctx, c, fmt.Sprintf(note, fmt.Sprintf("'%d'::xid8", site)), fmt.Sprint(site), lsn.String(), r.Time.String())
+		}
+	}
 	return err
 }
 
@@ -400,16 +407,20 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 			return fmt.Errorf("open the copy of %s's journal: %w", p.site.Name, err)
 		}
 	}
-	seen, err := n.lowestSeen(ctx, copies)
+	seen, err := n.lowestSeen(ctx, n.self.ID, copies)
 	if err != nil {
 		return err
 	}
-	local := apply.NewLocal(n.self.ID, seen, j.State().MaxVersionTime, n.keys)
+	local := apply.NewHistory(n.self.ID, seen, j.State().MaxVersionTime, n.keys)
 	if err := rebuild(ctx, j, local, seen); err != nil {
-		return fmt.Errorf("rebuild the index of local changes: %w", err)
+		return fmt.Errorf("rebuild the history of local changes: %w", err)
 	}
-	c := &captured{journal: j, local: local}
-	c.capture = newCapture(n.self.ID, n.siteOf, j, local, n.clock.Now)
+	mesh, err := n.openMesh(ctx, local, copies)
+	if err != nil {
+		return err
+	}
+	c := &captured{journal: j, local: local, mesh: mesh}
+	c.capture = newCapture(n, j, local)
 	c.capture.step = func(t *wal.Txn) { n.clockStepped(t) }
 	for i, p := range n.peers {
 		p.live.Store(&incoming{copies[i], p.newWorker(c, copies[i])})
@@ -418,41 +429,78 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	return nil
 }
 
-// lowestSeen finds how far the next transaction of any peer will have seen this site, at least; what came later is
-// needed in the local index. The last applied transaction tells, or the positions of a peer that has written nothing
+// lowestSeen finds how far the next transaction of any other peer will have seen a site, at least; what came later is
+// needed in the site's history. The last applied transaction tells, or the positions of a peer that has written nothing
 // since. A peer of which nothing is known has seen nothing.
-func (n *node) lowestSeen(ctx context.Context, copies []*link.CopyWriter) (wal.LSN, error) {
+func (n *node) lowestSeen(ctx context.Context, site wal.SiteID, copies []*link.CopyWriter) (wal.LSN, error) {
 	applied, err := n.progress(ctx)
 	if err != nil {
 		return 0, err
 	}
-	lowest := wal.LSN(0)
+	lowest, first := wal.LSN(0), true
 	for i, p := range n.peers {
-		lsn, err := n.lastSeen(ctx, p.site.ID)
+		if p.site.ID == site {
+			continue
+		}
+		lsn, err := n.lastSeen(ctx, p.site.ID, site)
 		if err != nil {
 			return 0, err
 		}
-		idle, err := seenIdle(copies[i], positionOf(applied, p.site.ID), n.self.ID)
+		idle, err := seenIdle(copies[i], positionOf(applied, p.site.ID), site)
 		if err != nil {
 			return 0, err
 		}
-		if lsn = max(lsn, idle); i == 0 || lsn < lowest {
-			lowest = lsn
+		if lsn = max(lsn, idle); first || lsn < lowest {
+			lowest, first = lsn, false
 		}
 	}
 	return lowest, nil
 }
 
-// lastSeen reads what the last applied transaction of a site had seen.
-func (n *node) lastSeen(ctx context.Context, site wal.SiteID) (lsn wal.LSN, err error) {
+// lastSeen reads what the last applied transaction of a peer had seen of a site.
+func (n *node) lastSeen(ctx context.Context, peer, site wal.SiteID) (lsn wal.LSN, err error) {
+	column := "seen::text"
+	if site != n.self.ID {
+		column = fmt.Sprintf("coalesce(seen_others->>'%d', '0/0')", site)
+	}
 	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
-		rows, err := pg.Query(ctx, c, "SELECT seen FROM duri.applied WHERE origin = $1::int2 ORDER BY to_lsn DESC LIMIT 1", fmt.Sprint(site))
+		rows, err := pg.Query(ctx, c, "SELECT "+column+" FROM duri.applied WHERE origin = $1::int2 ORDER BY to_lsn DESC LIMIT 1", fmt.Sprint(peer))
 		if err == nil && len(rows) > 0 {
 			lsn, err = wal.ParseLSN(rows[0][0])
 		}
 		return err
 	})
 	return lsn, err
+}
+
+// openMesh makes the peers' histories, with three sites and more, and fills them from the copies of their journals as far
+// as those reach.
+func (n *node) openMesh(ctx context.Context, local *apply.History, copies []*link.CopyWriter) (*apply.Mesh, error) {
+	byID := map[wal.SiteID]*link.CopyWriter{}
+	for i, p := range n.peers {
+		byID[p.site.ID] = copies[i]
+	}
+	open := func(site wal.SiteID, from wal.LSN) (apply.Reader, error) { return readCopy(byID[site], from) }
+	var histories []*apply.History
+	for i, p := range n.peers {
+		if len(n.peers) == 1 {
+			break
+		}
+		seen, err := n.lowestSeen(ctx, p.site.ID, copies)
+		if err != nil {
+			return nil, err
+		}
+		h := apply.NewPeerHistory(p.site.ID, seen, n.keys)
+		histories = append(histories, h)
+		j, err := copies[i].Journal()
+		if err != nil {
+			continue // nothing was received yet
+		}
+		if err := rebuild(ctx, j, h, seen); err != nil {
+			return nil, fmt.Errorf("rebuild the history of %s's changes: %w", p.site.Name, err)
+		}
+	}
+	return apply.NewMesh(local, open, histories...), nil
 }
 
 // seenIdle is what a peer's journal copy had seen of site at its end, provided that it holds no transaction beyond

@@ -134,7 +134,7 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 		Site: n.self.ID, Origin: p.site.ID, OriginName: apply.OriginName(n.database.Name, p.site.Name),
 		SiteOf: n.siteOf, DSN: n.cfg.Postgres.DSN, Database: n.database.Name,
 		Open:    func(from wal.LSN) (apply.Reader, error) { return readCopy(w, from) },
-		Local:   c.local,
+		Mesh:    c.mesh,
 		Barrier: func(ctx context.Context, lsn wal.LSN) error { return n.barrier(ctx, c, lsn) },
 		Fetch: func(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error) {
 			return p.client.FetchRow(ctx, n.database.Name, rel, key, row)
@@ -240,10 +240,10 @@ func (p *peer) checkIncarnation(ctx context.Context, w *link.CopyWriter) error {
 	})
 }
 
-// retain prunes the copy: what is durable here is needed no more, after the time it is kept for convenience. applied is
-// the durable progress that PostgreSQL keeps, and from which apply begins after a restart; the worker's own idea may be
-// further, as it counts stretches without a transaction too.
-func (p *peer) retain(now time.Time, keep time.Duration, applied wal.LSN) (bytes int64, err error) {
+// retain prunes the copy: what is durable here, and has been seen by the third sites, is needed no more after the time it
+// is kept for convenience. done is the less of both. Of the progress that counts which PostgreSQL keeps, and from which
+// apply begins after a restart; the worker's own idea may be further, as it counts stretches without a transaction too.
+func (p *peer) retain(now time.Time, keep time.Duration, done wal.LSN) (bytes int64, err error) {
 	in := p.live.Load()
 	j, err := in.copy.Journal()
 	if err != nil {
@@ -254,7 +254,7 @@ func (p *peer) retain(now time.Time, keep time.Duration, applied wal.LSN) (bytes
 		p.ages = p.ages[1:]
 	}
 	if now.Sub(p.ages[0].at) >= keep {
-		if err := j.Prune(min(applied, p.ages[0].end)); err != nil {
+		if err := j.Prune(min(done, p.ages[0].end)); err != nil {
 			return 0, fmt.Errorf("prune the copy of %s's journal: %w", p.site.Name, err)
 		}
 	}

@@ -29,25 +29,33 @@ type Agent struct {
 	self    config.Site
 	log     *slog.Logger
 	nodes   []*node
+	watches map[*node][]*verify.Watch // comparisons in the background that this site drives
 	clients map[string]*link.Client
 	serverT *tls.Config
 	started time.Time
 	version string
+	hooks   Hooks
+}
+
+// Hooks let tests reach in. The zero value changes nothing.
+type Hooks struct {
+	// Clock is added to the server's clock as the agent reads it. With it, transactions under apply.ClockOriginName count
+	// as this site's own.
+	Clock func() time.Duration
 }
 
 // New composes the agent. It reads the certificates and touches nothing else.
 func New(cfg *config.Config, version string, log *slog.Logger) (*Agent, error) {
+	return NewHooked(cfg, version, log, Hooks{})
+}
+
+// NewHooked is New for tests.
+func NewHooked(cfg *config.Config, version string, log *slog.Logger, hooks Hooks) (*Agent, error) {
 	server, client, err := pki.TLS(pki.Files{CA: cfg.TLS.CA, Cert: cfg.TLS.Cert, Key: cfg.TLS.Key}, cfg.Cluster.ID, cfg.Site)
 	if err != nil {
 		return nil, err
 	}
-	if len(cfg.Sites) != 2 {
-		return nil, &hinted{
-			fmt.Sprintf("duri.yaml names %d sites; this version joins exactly two", len(cfg.Sites)),
-			"list two sites; more follow in a later version",
-		}
-	}
-	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, serverT: server, version: version}
+	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, version: version, hooks: hooks}
 	for _, s := range cfg.Peers() {
 		c, err := link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
@@ -59,7 +67,8 @@ func New(cfg *config.Config, version string, log *slog.Logger) (*Agent, error) {
 		a.clients[s.Name] = c
 	}
 	for _, d := range cfg.Databases {
-		a.nodes = append(a.nodes, a.newNode(d))
+		n := a.newNode(d)
+		a.nodes, a.watches[n] = append(a.nodes, n), newWatches(n)
 	}
 	return a, nil
 }
@@ -68,9 +77,9 @@ func now() wal.Time { return wal.TimeOf(time.Now()) }
 
 func (a *Agent) newNode(d config.Database) *node {
 	n := &node{
-		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, state: stateStarting, told: map[string]bool{},
-		db: verify.NewDB(verify.DBConfig{Name: a.self.Name, DSN: a.cfg.Postgres.DSN, Database: d.Name, Publication: Publication}),
+		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, hooks: a.hooks, state: stateStarting, told: map[string]bool{},
 	}
+	n.db = newDB(n)
 	for _, s := range a.cfg.Peers() {
 		log := a.log.With("database", d.Name, "peer", s.Name)
 		n.peers = append(n.peers, &peer{
@@ -104,6 +113,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.serveControl(ctx, control) })
 	for _, n := range a.nodes {
 		g.Go(func() error { return n.Run(ctx) })
+		g.Go(func() error { return a.watch(ctx, n) })
 	}
 	if err = g.Wait(); errors.Is(err, context.Canceled) {
 		err = nil

@@ -8,6 +8,7 @@ import (
 
 	"github.com/duri-io/duri/apply"
 	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -40,6 +41,8 @@ type DatabaseStatus struct {
 	Local      apply.Stats   `json:"local"`
 	OverBudget bool          `json:"over_budget"`
 	Links      []LinkStatus  `json:"links"`
+	// Verify is about the comparison in the background with each peer, at the site that drives it.
+	Verify []verify.WatchStatus `json:"verify,omitempty"`
 }
 
 // JournalStatus describes a journal at this site.
@@ -73,7 +76,9 @@ func (a *Agent) Status() SiteStatus {
 		At: time.Now().UTC(), UptimeS: time.Since(a.started).Seconds(),
 	}
 	for _, n := range a.nodes {
-		s.Databases = append(s.Databases, n.status())
+		d := n.status()
+		d.Verify = a.watchStatus(n)
+		s.Databases = append(s.Databases, d)
 	}
 	return s
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -103,7 +104,10 @@ func (c *comparison) forRanges(parent context.Context, ranges []Range, f func(co
 
 // hash asks both sides for the sum of a range.
 func (c *comparison) hash(ctx context.Context, r Range) ([2]Sum, error) {
-	return each(ctx, c.sides, func(ctx context.Context, s Side) (Sum, error) { return s.Hash(ctx, c.t, r, c.rangeRows*2) })
+	sums, err := each(ctx, c.sides, func(ctx context.Context, s Side) (Sum, error) { return s.Hash(ctx, c.t, r, c.rangeRows*2) })
+	seconds := max(sums[0].Seconds, sums[1].Seconds)
+	c.spent(0, time.Duration(seconds*float64(time.Second)))
+	return sums, err
 }
 
 // sameSums reports whether a range is equal at both sides.
@@ -160,7 +164,9 @@ func (c *comparison) count(sums [2]Sum) {
 	c.rep.RowsB += sums[1].Rows
 	c.rep.Ranges++
 	c.mu.Unlock()
-	c.report(c, func(p *Progress) { p.Rows += max(sums[0].Rows, sums[1].Rows) })
+	rows := max(sums[0].Rows, sums[1].Rows)
+	c.spent(rows, 0)
+	c.report(c, func(p *Progress) { p.Rows += rows })
 }
 
 // narrow looks for the rows that differ in a range whose sums do.
@@ -222,6 +228,8 @@ func (c *comparison) rangeInFlight() {
 
 // rowsOf asks both sides for rows.
 func (c *comparison) rowsOf(ctx context.Context, r Range, limit int) ([2][]Row, error) {
+	began := time.Now()
+	defer func() { c.spent(0, time.Since(began)) }()
 	return each(ctx, c.sides, func(ctx context.Context, s Side) ([]Row, error) {
 		rows, err := s.Rows(ctx, c.t, r, limit)
 		if err == nil && len(rows) >= limit {
@@ -397,7 +405,7 @@ func (c *comparison) conclude() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range c.suspects {
-		s.conclude()
+		s.conclude(c.o.Rounds)
 		switch {
 		case s.real:
 			c.real = append(c.real, s)

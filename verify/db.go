@@ -9,10 +9,12 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/wal"
 )
 
 // DBConfig says where a DB's PostgreSQL is.
@@ -24,6 +26,13 @@ type DBConfig struct {
 	Connections int    // the most that are open at once; 0: 2
 	// StatementTimeout bounds each statement, which is short unless the server is in trouble; 0: one minute.
 	StatementTimeout time.Duration
+
+	// What Versions and Mend need besides; without it they refuse. Site is the number of this site, SiteOf tells which
+	// site a replication origin's name stands for, RepairOrigin is the name of the one under which Mend writes rows of a
+	// site.
+	Site         wal.SiteID
+	SiteOf       func(origin string) (wal.SiteID, bool)
+	RepairOrigin func(wal.SiteID) string
 }
 
 // DB is a Side over PostgreSQL. It connects when it is first used. Close it when nothing uses it any more.
@@ -36,7 +45,7 @@ type DB struct {
 	defs map[string]*definition // by Table.String; nil before the first look
 }
 
-var _ Side = (*DB)(nil)
+var _ Mender = (*DB)(nil)
 
 // NewDB gives a DB that is not connected yet.
 func NewDB(cfg DBConfig) *DB {
@@ -252,7 +261,7 @@ func (db *DB) view(ctx context.Context, t Table) (*view, error) {
 	if d == nil || d.Schema != t.Schema {
 		return nil, refuse("it is not published here")
 	}
-	v := &view{definition: d}
+	v := &view{definition: d, asked: t.Columns}
 	for _, c := range t.Columns {
 		if _, ok := columnByName(d.Columns, c.Name); !ok {
 			return nil, refuse("column %q is not published here", c.Name)
@@ -319,6 +328,9 @@ func (db *DB) Bounds(ctx context.Context, t Table, r Range, rows int) ([]Key, er
 		}
 		r.After = keyOf(res.Rows[0])
 		keys = append(keys, r.After)
+		if r.First {
+			return keys, nil
+		}
 	}
 }
 
@@ -333,6 +345,13 @@ func keyOf(values [][]byte) Key {
 // Hash computes a range's digest inside PostgreSQL; for Parts, from the rows' hashes in this process, which takes 16
 // bytes a row.
 func (db *DB) Hash(ctx context.Context, t Table, r Range, limit int) (Sum, error) {
+	began := time.Now()
+	sum, err := db.hash(ctx, t, r, limit)
+	sum.Seconds = time.Since(began).Seconds()
+	return sum, err
+}
+
+func (db *DB) hash(ctx context.Context, t Table, r Range, limit int) (Sum, error) {
 	v, err := db.prepare(ctx, t, r)
 	if err != nil {
 		return Sum{}, err
@@ -368,7 +387,11 @@ func (db *DB) Rows(ctx context.Context, t Table, r Range, limit int) ([]Row, err
 		return nil, err
 	}
 	if r.Parts != nil || r.Hashes != nil {
-		return db.scanRows(ctx, v, r, limit)
+		rows, err := db.scanRows(ctx, v, r, limit)
+		if err == nil && r.ImageBytes < 0 {
+			err = db.portable(t, rows)
+		}
+		return rows, err
 	}
 	q, err := v.rowsSQL(r, limit)
 	if err != nil {
@@ -385,12 +408,26 @@ func (db *DB) Rows(ctx context.Context, t Table, r Range, limit int) ([]Row, err
 	return rows, nil
 }
 
+// portable refuses rows to be written elsewhere whose values would not survive the way, which is JSON.
+func (db *DB) portable(t Table, rows []Row) error {
+	for _, r := range rows {
+		for _, v := range r.Image {
+			if v != nil && !utf8.ValidString(*v) {
+				return &TableError{db.cfg.Name, t.String(), "a value is not valid UTF-8, so rows cannot be written at another site",
+					"repair the row by hand: the database's encoding is SQL_ASCII"}
+			}
+		}
+	}
+	return nil
+}
+
 // row converts what rowsSQL and chunkRowsSQL give.
 func (v *view) row(values [][]byte, imageBytes int) Row {
 	n := len(v.key)
 	row := Row{Hash: string(values[n]), Copies: 1}
 	if n > 0 {
-		row.Key = keyOf(values[:n])
+		row.Key, row.Stamp = keyOf(values[:n]), string(values[n+1])
+		n++
 	}
 	for _, value := range values[n+1:] {
 		row.Image = append(row.Image, cutImage(value, imageBytes))

@@ -139,15 +139,16 @@ func orNone(s string) string {
 }
 
 // commonColumns gives the columns that both have, in order of their names, and the differences. A column of two types
-// is common: text is compared.
+// is common, but of no named one: text is compared.
 func commonColumns(a, b []Column) (common []Column, differences []ColumnDifference) {
 	for _, c := range a {
 		other, ok := columnByName(b, c.Name)
-		if ok {
-			common = append(common, c)
-		}
 		if !ok || other.Type != c.Type {
 			differences = append(differences, ColumnDifference{c.Name, c.Type, other.Type})
+			c.Type = ""
+		}
+		if ok {
+			common = append(common, c)
 		}
 	}
 	for _, c := range b {

@@ -5,14 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+
+	"github.com/duri-io/duri/wal"
 )
 
 // request is what a Remote sends. Fields that Op does not need are empty.
 type request struct {
-	Op    string `json:"op"` // tables, bounds, hash, rows
-	Table *Table `json:"table,omitempty"`
-	Range *Range `json:"range,omitempty"`
-	N     int    `json:"n,omitempty"` // rows of Bounds, limit of Hash and Rows
+	Op    string     `json:"op"` // tables, bounds, hash, rows; mark, reach; versions, mend
+	Table *Table     `json:"table,omitempty"`
+	Range *Range     `json:"range,omitempty"`
+	N     int        `json:"n,omitempty"` // rows of Bounds, limit of Hash and Rows
+	Marks []wal.Seen `json:"marks,omitempty"`
+	Fixes []Fix      `json:"fixes,omitempty"`
 }
 
 // reply answers a request.
@@ -22,6 +26,10 @@ type reply struct {
 	Sum    *Sum        `json:"sum,omitempty"`
 	Rows   []Row       `json:"rows,omitempty"`
 	Error  *replyError `json:"error,omitempty"`
+
+	Marks    []wal.Seen     `json:"marks,omitempty"`
+	Versions []VersionedRow `json:"versions,omitempty"`
+	Outcomes []Outcome      `json:"outcomes,omitempty"`
 }
 
 // replyError carries an error with its hint. Table is set for a *TableError.
@@ -60,9 +68,13 @@ func serve(ctx context.Context, s Side, b []byte) (rep reply, err error) {
 	if err := json.Unmarshal(b, &req); err != nil {
 		return rep, fmt.Errorf("read comparison request: %w", err)
 	}
-	if req.Op == "tables" {
+	switch req.Op {
+	case "tables":
 		rep.Tables, err = s.Tables(ctx)
 		return rep, err
+	case "bounds", "hash", "rows":
+	default:
+		return serveMore(ctx, s, req)
 	}
 	if req.Table == nil || req.Range == nil || req.N < 1 || req.N > requestRowsMax {
 		return rep, fmt.Errorf("read comparison request: %q lacks table, range or a number in bounds", req.Op)
@@ -76,8 +88,6 @@ func serve(ctx context.Context, s Side, b []byte) (rep reply, err error) {
 		rep.Sum = &sum
 	case "rows":
 		rep.Rows, err = s.Rows(ctx, *req.Table, *req.Range, req.N)
-	default:
-		err = withHint(fmt.Errorf("read comparison request: %q is not known here", req.Op), "run the same version of duri at both sites")
 	}
 	return rep, err
 }
@@ -88,7 +98,10 @@ type Remote struct {
 	call func(context.Context, []byte) ([]byte, error)
 }
 
-var _ Side = (*Remote)(nil)
+var (
+	_ Mender  = (*Remote)(nil)
+	_ Settler = (*Remote)(nil)
+)
 
 // NewRemote gives the Side of the site name. call carries a request to that site, where Serve answers it; it may be
 // called from several goroutines.
@@ -130,13 +143,13 @@ func (r *Remote) Tables(ctx context.Context) ([]Table, error) {
 
 // Bounds is Side.Bounds.
 func (r *Remote) Bounds(ctx context.Context, t Table, rg Range, rows int) ([]Key, error) {
-	rep, err := r.do(ctx, request{"bounds", &t, &rg, rows})
+	rep, err := r.do(ctx, request{Op: "bounds", Table: &t, Range: &rg, N: rows})
 	return rep.Bounds, err
 }
 
 // Hash is Side.Hash.
 func (r *Remote) Hash(ctx context.Context, t Table, rg Range, limit int) (Sum, error) {
-	rep, err := r.do(ctx, request{"hash", &t, &rg, limit})
+	rep, err := r.do(ctx, request{Op: "hash", Table: &t, Range: &rg, N: limit})
 	if err == nil && rep.Sum == nil {
 		err = fmt.Errorf("reply of %s holds no digest", r.name)
 	}
@@ -148,6 +161,6 @@ func (r *Remote) Hash(ctx context.Context, t Table, rg Range, limit int) (Sum, e
 
 // Rows is Side.Rows.
 func (r *Remote) Rows(ctx context.Context, t Table, rg Range, limit int) ([]Row, error) {
-	rep, err := r.do(ctx, request{"rows", &t, &rg, limit})
+	rep, err := r.do(ctx, request{Op: "rows", Table: &t, Range: &rg, N: limit})
 	return rep.Rows, err
 }

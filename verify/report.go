@@ -93,6 +93,9 @@ type Difference struct {
 	// CopiesA and CopiesB say how often the row exists.
 	CopiesA int64 `json:"copies_a"`
 	CopiesB int64 `json:"copies_b"`
+
+	seen observation // as it was compared; Repair touches nothing else
+	hash string      // of the row, without a key
 }
 
 // Progress is passed to Options.Progress.

@@ -59,19 +59,28 @@ func (o Options) check() error {
 // cannot be reached, Settle failed, ctx ended); the Report then says what was found until then, and is not Equal. A
 // table that cannot be compared is no error; it has TableReport.Error.
 func Run(ctx context.Context, a, b Side, o Options) (Report, error) {
+	_, rep, err := run(ctx, a, b, o)
+	return rep, err
+}
+
+// run is Run; it gives its runner as well, which knows how tables were compared.
+func run(ctx context.Context, a, b Side, o Options) (*runner, Report, error) {
 	if err := o.check(); err != nil {
-		return Report{}, err
+		return nil, Report{}, err
 	}
-	o = o.withDefaults()
-	r := &runner{sides: [2]Side{a, b}, o: o, slots: make(chan struct{}, o.Parallel)}
-	rep := Report{A: a.Name(), B: b.Name(), Started: time.Now().UTC(), Seed: o.Seed}
-	r.started = rep.Started
+	r := newRunner(a, b, o)
+	rep := Report{A: a.Name(), B: b.Name(), Started: r.started, Seed: r.o.Seed}
 	err := r.run(ctx, &rep)
 	if err == nil {
 		err = context.Cause(ctx) // whatever a Side made of it
 	}
 	r.finish(&rep, err)
-	return rep, err
+	return r, rep, err
+}
+
+func newRunner(a, b Side, o Options) *runner {
+	o = o.withDefaults()
+	return &runner{sides: [2]Side{a, b}, o: o, slots: make(chan struct{}, o.Parallel), started: time.Now().UTC()}
 }
 
 // RunAll compares the first side with every other one. As equality is transitive, that compares all with all.
@@ -94,6 +103,8 @@ type runner struct {
 	slots   chan struct{} // bounds the ranges compared at a time
 	started time.Time
 	tables  []*comparison
+	// meter is told how far the first pass has come, and what each question has cost; nil: nobody asks.
+	meter func(rows int64, took time.Duration)
 
 	mu       sync.Mutex // guards progress, and is held while it is reported
 	progress Progress
@@ -193,6 +204,14 @@ func (r *runner) forTables(ctx context.Context, f func(*comparison, context.Cont
 		})
 	}
 	return g.Wait()
+}
+
+// spent tells the meter of rows that the first pass has compared, or what a question has cost at the side where it took
+// longer.
+func (r *runner) spent(rows int64, took time.Duration) {
+	if r.meter != nil {
+		r.meter(rows, took)
+	}
 }
 
 // report changes the progress and passes it on.

@@ -136,7 +136,11 @@ func TestRowsThatClientsKeepWritingAreNoDifferences(t *testing.T) {
 }
 
 func TestSuspectDecisions(t *testing.T) {
-	o := func(a, b string) observation { return observation{cell{a, 1}, cell{b, 1}} }
+	o := func(a, b string) observation { return observation{cell{hash: a, copies: 1}, cell{hash: b, copies: 1}} }
+	copies := func(a, b int64) observation {
+		return observation{cell{hash: "h", copies: a}, cell{hash: "h", copies: b}}
+	}
+	stamped := func(xmin string) observation { return observation{b: cell{hash: "x", copies: 1, stamp: xmin}} }
 	for name, c := range map[string]struct {
 		first observation
 		then  []observation
@@ -149,18 +153,21 @@ func TestSuspectDecisions(t *testing.T) {
 		"stable in the only round":       {o("x", "y"), []observation{o("x", "y")}, false, true},
 		"always changing":                {o("1", "0"), []observation{o("2", "1"), o("3", "2")}, false, false},
 		"one side changing":              {o("1", "0"), []observation{o("2", "0"), o("3", "0")}, false, false},
-		"changing, then stable":          {o("1", "0"), []observation{o("2", "0"), o("2", "0")}, false, true},
+		"changing, then stable once":     {o("1", "0"), []observation{o("2", "0"), o("2", "0")}, false, false},
+		"changing, then stable":          {o("1", "0"), []observation{o("2", "0"), o("2", "0"), o("2", "0")}, true, true},
+		"written again with its values":  {stamped("7"), []observation{stamped("8"), stamped("9")}, false, false},
+		"not written again":              {stamped("7"), []observation{stamped("7"), stamped("7")}, true, true},
 		"stable, then changing":          {o("1", "0"), []observation{o("1", "0"), o("2", "0")}, false, false},
 		"stable, then equal":             {o("1", "0"), []observation{o("1", "0"), o("1", "1")}, true, false},
-		"multiplicities":                 {observation{cell{"h", 2}, cell{"h", 1}}, []observation{{cell{"h", 2}, cell{"h", 1}}}, false, true},
-		"multiplicities that become one": {observation{cell{"h", 2}, cell{"h", 1}}, []observation{{cell{"h", 2}, cell{"h", 2}}}, true, false},
+		"multiplicities":                 {copies(2, 1), []observation{copies(2, 1)}, false, true},
+		"multiplicities that become one": {copies(2, 1), []observation{copies(2, 2)}, true, false},
 	} {
 		s := &suspect{last: c.first}
 		for _, o := range c.then {
 			s.see(o)
 		}
 		done := s.done
-		if s.conclude(); done != c.done || s.real != c.real {
+		if s.conclude(len(c.then)); done != c.done || s.real != c.real {
 			t.Errorf("%s: done %v, real %v", name, done, s.real)
 		}
 	}

@@ -98,7 +98,8 @@ func sumOf(pairs []pair, bits int) Sum {
 // partOf gives the leading bits of a hash. (A shift by 64 is 0 in Go.)
 func partOf(hash uint64, bits int) int { return int(hash >> (64 - bits)) }
 
-// scanRows reads rows by Parts or Hashes chunk by chunk. Without a key, equal rows are counted.
+// scanRows reads rows by Parts or Hashes chunk by chunk. Without a key, equal rows are one, and counted unless r asks for
+// images.
 func (db *DB) scanRows(ctx context.Context, v *view, r Range, limit int) ([]Row, error) {
 	chunks, err := db.chunks(ctx, v)
 	if err != nil {
@@ -107,7 +108,7 @@ func (db *DB) scanRows(ctx context.Context, v *view, r Range, limit int) ([]Row,
 	var rows []Row
 	seen := map[string]int{} // hash -> index into rows
 	for _, c := range chunks {
-		q, err := v.chunkRowsSQL(r, c, limit-len(rows)+1)
+		q, err := v.chunkRowsSQL(r, c, limit+1) // some may be in rows already
 		if len(v.key) == 0 && r.ImageBytes == 0 {
 			q, err = v.chunkCopiesSQL(r, c)
 		}

@@ -21,7 +21,7 @@ type Side interface {
 	// Tables lists the published user tables, sorted by schema and name.
 	Tables(ctx context.Context) ([]Table, error)
 	// Bounds gives the keys that cut r (After and UpTo only) into ranges of rows rows: the key of every rows-th row,
-	// ascending. The last range may be empty.
+	// ascending. The last range may be empty. Range.First asks for the first key only.
 	Bounds(ctx context.Context, t Table, r Range, rows int) ([]Key, error)
 	// Hash gives count and digest of the rows in r. A range in key order that has more than limit rows is not read
 	// further, and its Sum is Truncated; limit does not apply to Parts.
@@ -101,8 +101,9 @@ func (k Key) id() string { return strings.Join(k, "\x00") }
 
 // Algorithm names for Digest.
 const (
-	AlgorithmFast = "hash64" // PostgreSQL's hashtextextended
-	AlgorithmMD5  = "md5"    // the first 8 bytes of MD5 of the row in UTF-8
+	AlgorithmFast   = "hash64"   // PostgreSQL's hashtextextended
+	AlgorithmMD5    = "md5"      // the first 8 bytes of MD5 of the row in UTF-8
+	AlgorithmRecord = "record64" // PostgreSQL's hash_record_extended, added up over a range: the continuous comparison
 )
 
 // Digest says how rows are hashed. Both sides must be asked with the same.
@@ -129,6 +130,8 @@ type Range struct {
 	Hashes []string `json:"hashes,omitempty"`
 	// ImageBytes asks Rows for images, with values longer than this cut; 0: no images, -1: uncut.
 	ImageBytes int `json:"image_bytes,omitempty"`
+	// First asks Bounds for the first key only, which spares a walk through the whole range.
+	First bool `json:"first,omitempty"`
 }
 
 // Sum is what Hash found.
@@ -139,6 +142,8 @@ type Sum struct {
 	Digest    string    `json:"digest,omitempty"`
 	Truncated bool      `json:"truncated,omitempty"`
 	Parts     []PartSum `json:"parts,omitempty"` // for a Range with Parts: those that hold rows, ascending
+	// Seconds is how long PostgreSQL took for it, as its site saw it: an upper bound of the CPU time.
+	Seconds float64 `json:"seconds,omitempty"`
 }
 
 // PartSum is the Sum of one part.
@@ -150,10 +155,13 @@ type PartSum struct {
 
 // Row is one row, or in a table without key all rows with one text.
 type Row struct {
-	Key    Key       `json:"key,omitempty"`
-	Hash   string    `json:"hash"`
-	Copies int64     `json:"copies"`          // 1 with a key
-	Image  []*string `json:"image,omitempty"` // a value per Table.Columns; nil is NULL
+	Key    Key    `json:"key,omitempty"`
+	Hash   string `json:"hash"`
+	Copies int64  `json:"copies"` // 1 with a key
+	// Stamp changes with each write of a row with a key, also with one that writes the same values: the transaction that
+	// wrote it.
+	Stamp string    `json:"stamp,omitempty"`
+	Image []*string `json:"image,omitempty"` // a value per Table.Columns; nil is NULL
 }
 
 // TableError says why one table cannot be compared. The comparison of others goes on.

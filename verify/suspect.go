@@ -9,12 +9,16 @@ import (
 type cell struct {
 	hash   string
 	copies int64
+	stamp  string
 }
+
+func cellOf(r Row) cell { return cell{r.Hash, r.Copies, r.Stamp} }
 
 // observation is a row at both sides, at about the same time.
 type observation struct{ a, b cell }
 
-func (o observation) equal() bool { return o.a == o.b }
+// equal says that both sides hold the same values, whichever transactions wrote them.
+func (o observation) equal() bool { return o.a.hash == o.b.hash && o.a.copies == o.b.copies }
 
 // suspect is a row that differed. It is looked at again after each settling:
 //
@@ -34,8 +38,9 @@ type suspect struct {
 	real   bool
 }
 
-// stableEnough is how many settlings decide before the rounds are over. A second one is against a row that was changed
-// and changed back in between.
+// stableEnough is how many settlings decide. One is not enough: a row that one side lacks at both looks may have arrived
+// and been deleted again in between; that delete then is on its way, and the second settling brings it. (Whether a row
+// that is there was written in between, with the same values perhaps, its stamp tells.)
 const stableEnough = 2
 
 // see takes the next observation.
@@ -53,9 +58,9 @@ func (s *suspect) see(o observation) {
 	s.last = o
 }
 
-// conclude decides what the rounds left open.
-func (s *suspect) conclude() {
-	s.real = s.real || !s.done && s.stable > 0
+// conclude decides what so many rounds left open.
+func (s *suspect) conclude(rounds int) {
+	s.real = s.real || !s.done && s.stable >= min(stableEnough, rounds)
 }
 
 // id is what identifies the row.
@@ -68,7 +73,7 @@ func (s *suspect) id() string {
 
 // difference reports a real one, without images.
 func (s *suspect) difference() Difference {
-	d := Difference{Kind: Differs, Key: s.key, CopiesA: s.last.a.copies, CopiesB: s.last.b.copies}
+	d := Difference{Kind: Differs, Key: s.key, CopiesA: s.last.a.copies, CopiesB: s.last.b.copies, seen: s.last, hash: s.hash}
 	switch {
 	case d.CopiesA < d.CopiesB:
 		d.Kind = MissingAtA
@@ -96,7 +101,7 @@ func compareRows(a, b []Row) []*suspect {
 				s = &suspect{key: r.Key, hash: r.Hash}
 				seen[idOf(r)] = s
 			}
-			put(&s.last, cell{r.Hash, r.Copies})
+			put(&s.last, cellOf(r))
 		}
 	}
 	add(a, func(o *observation, c cell) { o.a = c })
@@ -125,12 +130,12 @@ func observations(a, b []Row) map[string]observation {
 	out := map[string]observation{}
 	for _, r := range a {
 		o := out[idOf(r)]
-		o.a = cell{r.Hash, r.Copies}
+		o.a = cellOf(r)
 		out[idOf(r)] = o
 	}
 	for _, r := range b {
 		o := out[idOf(r)]
-		o.b = cell{r.Hash, r.Copies}
+		o.b = cellOf(r)
 		out[idOf(r)] = o
 	}
 	return out

@@ -10,9 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -142,12 +140,8 @@ func (b *bench) settings() map[string]string {
 }
 
 func (b *bench) pgbench(ctx context.Context, c *pgcluster.Cluster, db string, args ...string) error {
-	args = append([]string{"-h", "127.0.0.1", "-p", strconv.Itoa(c.Port()), "-U", c.Superuser()}, append(args, db)...)
-	out, err := exec.CommandContext(ctx, filepath.Join(c.BinDir(), "pgbench"), args...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("pgbench: %w: %s", err, out)
-	}
-	return nil
+	_, err := pair.Pgbench(ctx, c, db, args...)
+	return err
 }
 
 // prepareNative makes the same database with a native subscription, copied and then disabled.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/internal/term"
+	"github.com/duri-io/duri/server"
 )
 
 func newConfigCmd(a *app) *cobra.Command {
@@ -32,10 +34,11 @@ func newConfigCheckCmd(a *app) *cobra.Command {
 		Short: "Check duri.yaml, its certificates and its connection strings",
 		Example: `  duri config check
   duri config check -c /etc/duri/duri.yaml -o json`,
-		Long: "Reads what the agent would read and reports all problems with file and line. It connects nowhere.\n" +
+		Long: "Reads what the agent would read and reports all problems with file and line. It connects to no database;\n" +
+			"where tables are declared, a running agent is asked which of them duri.set_policy declares as well.\n" +
 			"The exit code is 0 when all is well and 3 when there are problems.",
 		Args: noArgs,
-		RunE: func(*cobra.Command, []string) error { return configCheck(a) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return configCheck(cmd.Context(), a) },
 	}
 }
 
@@ -44,9 +47,10 @@ type checkResult struct {
 	File     string            `json:"file"`
 	OK       bool              `json:"ok"`
 	Problems []*config.Problem `json:"problems"`
+	Notes    []string          `json:"notes"` // what is well, but may surprise
 }
 
-func configCheck(a *app) error {
+func configCheck(ctx context.Context, a *app) error {
 	path, err := config.Find(a.configFile)
 	if err != nil {
 		return err
@@ -60,8 +64,9 @@ func configCheck(a *app) error {
 	default:
 		bad = &config.Error{Problems: checkFiles(c)}
 	}
+	notes := declaredTwice(ctx, c)
 	if a.json() {
-		if err := term.JSON(a.stdout, checkResult{File: path, OK: len(bad.Problems) == 0, Problems: append([]*config.Problem{}, bad.Problems...)}); err != nil {
+		if err := term.JSON(a.stdout, checkResult{path, len(bad.Problems) == 0, append([]*config.Problem{}, bad.Problems...), notes}); err != nil {
 			return err
 		}
 	}
@@ -73,7 +78,42 @@ func configCheck(a *app) error {
 	}
 	_, err = fmt.Fprintf(a.stdout, "%s is valid: site %s of cluster %s (%d sites, %d databases)\n",
 		path, c.Site, c.Cluster.Name, len(c.Sites), len(c.Databases))
+	for _, n := range notes {
+		if err == nil {
+			_, err = fmt.Fprintln(a.stdout, "note: "+term.Clean(n))
+		}
+	}
 	return err
+}
+
+// askAgent bounds how long a check waits for an agent that may not even run.
+const askAgent = 3 * time.Second
+
+// declaredTwice asks the agent which tables of duri.yaml duri.set_policy declares as well. Without an agent that answers
+// nothing is known, which is no problem of the file.
+func declaredTwice(ctx context.Context, c *config.Config) []string {
+	notes := []string{}
+	if c == nil {
+		return notes
+	}
+	ctx, cancel := context.WithTimeout(ctx, askAgent)
+	defer cancel()
+	for _, d := range c.Databases {
+		if len(d.Tables) == 0 {
+			continue
+		}
+		tables, err := server.NewControl(c.DataDir).Tables(ctx, d.Name)
+		if err != nil {
+			continue
+		}
+		for _, t := range tables {
+			// By this file, not by that of the running agent, which may be older.
+			if t.PartitionOf == "" && d.Policies().Declares(t.FullName()) && (t.Overridden || t.PolicySource == "sql") {
+				notes = append(notes, fmt.Sprintf("database %s: duri.set_policy declares %s too; duri.yaml wins", d.Name, t.FullName()))
+			}
+		}
+	}
+	return notes
 }
 
 // problems are what a check found, or what is wrong with what the user asked for; code is the exit code.

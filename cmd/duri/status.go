@@ -11,6 +11,7 @@ import (
 
 	"github.com/duri-io/duri/internal/term"
 	"github.com/duri-io/duri/server"
+	"github.com/duri-io/duri/verify"
 )
 
 func newStatusCmd(a *app) *cobra.Command {
@@ -95,6 +96,11 @@ func summary(s server.ClusterStatus) (string, bool) {
 				}
 				bad = append(bad, fmt.Sprintf("database %s at %s %s", d.Name, site.Site, why))
 			}
+			for _, v := range d.Verify {
+				if n, more := differing(v); n > 0 {
+					bad = append(bad, fmt.Sprintf("%s%d rows differ between %s and %s", more, n, site.Site, v.Peer))
+				}
+			}
 			for _, l := range d.Links {
 				conflicts += l.Apply.Conflicts
 				worst = max(worst, l.LagS)
@@ -127,6 +133,9 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 			if d.Problem != nil {
 				problems = append(problems, problem(d.Name+" at "+site.Site, d.Problem.Text, d.Problem.Hint))
 			}
+			for _, v := range d.Verify {
+				problems = append(problems, differences(site.Site, v)...)
+			}
 			for _, l := range d.Links {
 				t.Row(d.Name, l.From, site.Site, linkState(d, l, style), fmt.Sprintf("%.1f s", l.LagS), term.Size(l.LagBytes),
 					term.Count(l.Apply.Transactions), term.Count(l.Apply.Conflicts), term.Size(l.Received.Bytes))
@@ -148,6 +157,30 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 		}
 	}
 	return nil
+}
+
+// differing counts the rows that the comparison in the background has found; more says that there may be others.
+func differing(v verify.WatchStatus) (rows int, more string) {
+	for _, f := range v.Found {
+		rows += f.Rows
+		if f.More {
+			more = "more than "
+		}
+	}
+	return rows, more
+}
+
+// differences are the lines about what the comparison in the background has found. Why it is paused or fails is told by
+// the links; here it is worth a line only when nothing has been compared for long.
+func differences(site string, v verify.WatchStatus) []string {
+	var out []string
+	for _, f := range v.Found {
+		out = append(out, problem(site+" = "+v.Peer, fmt.Sprintf("%s, found at %s", f, f.First.Format(time.RFC3339)), "see what would be done with `duri repair --dry-run`"))
+	}
+	if v.Problem != "" {
+		out = append(out, problem(site+" = "+v.Peer, "cannot compare in the background: "+v.Problem, v.Hint))
+	}
+	return out
 }
 
 func problem(subject, text, hint string) string {

@@ -1,6 +1,6 @@
-// Package pair runs two sites on this machine for benchmarks, proofs and end-to-end tests: two PostgreSQL clusters and
-// two agents as separate processes of the real binary, so that either can be killed at any moment. Everything is on
-// loopback, in one directory, and gone after Close.
+// Package pair runs two or more sites on this machine for benchmarks, proofs and end-to-end tests: a PostgreSQL cluster
+// and an agent each, the agents as separate processes of the real binary, so that any can be killed at any moment.
+// Everything is on loopback, in one directory, and gone after Close.
 package pair
 
 import (
@@ -12,6 +12,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -33,24 +35,24 @@ type Options struct {
 	Database string // replicated database; default app
 	// More are further databases; nothing of them is seeded.
 	More     []string
-	Names    [2]string // of the sites; default a, b
+	Names    []string // of the sites, two or more; default a, b
 	Settings map[string]string
-	// Clusters are running ones of the caller's, which Close leaves alone; nil: two are made, with Settings. One of them
-	// may be nil: that site has a configuration only, and its agent is not started.
+	// Clusters are running ones of the caller's, one a site, which Close leaves alone; nil: they are made, with Settings.
+	// Some may be nil: such a site has a configuration only, and its agent is not started.
 	Clusters []*pgcluster.Cluster
-	// Relays puts a relay in front of each agent: Site.Relay is what the other site connects through.
+	// Relays puts a relay between each agent and each that connects to it; see Site.Relay and Pair.Link.
 	Relays bool
 	// Held makes everything but does not start the agents; see StartAgents.
 	Held bool
-	// Seed fills site A's database before it joins; nil: it stays empty.
+	// Seed fills the first site's database before it joins; nil: it stays empty.
 	Seed func(ctx context.Context, a *Site) error
 	// Config changes a site's configuration file before its agent first starts; nil: as it is.
 	Config func(site, text string) string
 }
 
-// Pair is two sites.
+// Pair is the sites.
 type Pair struct {
-	Sites    []*Site // A, B
+	Sites    []*Site // in the order of Options.Names; the first is the seed
 	Database string
 	dir      string
 	opts     Options
@@ -64,7 +66,7 @@ type Site struct {
 	ConfigFile string
 	DataDir    string // of the agent
 	Control    *server.Control
-	Relay      *faultnet.Relay // nil without Options.Relays
+	Relay      Relays // what the other sites connect through; nil without Options.Relays
 	binary     string
 	logFile    string
 
@@ -84,14 +86,17 @@ func Build(ctx context.Context, dir string) (string, error) {
 	return out, nil
 }
 
-// Start makes both clusters, enrols the databases with the one-time SQL and starts both agents. After an error nothing
-// is left.
+// Start makes the clusters, enrols the databases with the one-time SQL and starts the agents. After an error nothing is
+// left.
 func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 	if o.Database == "" {
 		o.Database = "app"
 	}
-	if o.Names == ([2]string{}) {
-		o.Names = [2]string{"a", "b"}
+	if len(o.Names) == 0 {
+		o.Names = []string{"a", "b"}
+	}
+	if len(o.Names) < 2 || o.Clusters != nil && len(o.Clusters) != len(o.Names) {
+		return nil, fmt.Errorf("start sites: %d names and %d clusters; two or more of each belong together", len(o.Names), len(o.Clusters))
 	}
 	dir, err := os.MkdirTemp("", "duri-pair-")
 	if err != nil {
@@ -113,21 +118,14 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 	}
 	if o.Seed != nil {
 		if err := o.Seed(ctx, p.Sites[0]); err != nil {
-			return nil, fmt.Errorf("seed site a: %w", err)
+			return nil, fmt.Errorf("seed site %s: %w", p.Sites[0].Name, err)
 		}
 	}
 	if err := p.configure(); err != nil {
 		return nil, err
 	}
-	for _, s := range p.Sites {
-		if s.Cluster == nil {
-			continue
-		}
-		for _, db := range p.databases() {
-			if err := s.Cluster.Exec(ctx, db, grants.SQL(grants.Spec{})); err != nil {
-				return nil, fmt.Errorf("grants at %s: %w", s.Name, err)
-			}
-		}
+	if err := p.grant(ctx); err != nil {
+		return nil, err
 	}
 	if o.Held {
 		return p, nil
@@ -135,7 +133,22 @@ func Start(ctx context.Context, o Options) (_ *Pair, err error) {
 	return p, p.StartAgents()
 }
 
-// StartAgents starts both agents.
+// grant prepares the run-time role at each site.
+func (p *Pair) grant(ctx context.Context) error {
+	for _, s := range p.Sites {
+		if s.Cluster == nil {
+			continue
+		}
+		for _, db := range p.databases() {
+			if err := s.Cluster.Exec(ctx, db, grants.SQL(grants.Spec{})); err != nil {
+				return fmt.Errorf("grants at %s: %w", s.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// StartAgents starts the agent of each site.
 func (p *Pair) StartAgents() error {
 	for _, s := range p.Sites {
 		if s.Cluster == nil {
@@ -202,32 +215,53 @@ func (p *Pair) configure() error {
 	if err := config.InitCluster(spec); err != nil {
 		return err
 	}
-	if p.opts.Relays {
-		for i, s := range p.Sites {
-			var err error
-			if s.Relay, err = faultnet.New(spec.Sites[i].Address); err != nil {
-				return err
-			}
-		}
-	}
 	for i, s := range p.Sites {
 		dir := filepath.Join(spec.Out, s.Name)
 		s.ConfigFile, s.DataDir = filepath.Join(dir, config.FileName), filepath.Join(dir, "data")
 		s.logFile, s.Control = filepath.Join(dir, "agent.log"), server.NewControl(s.DataDir)
-		err := s.EditConfig(func(text string) string {
-			if peer := p.Sites[1-i]; peer.Relay != nil {
-				text = strings.ReplaceAll(text, spec.Sites[1-i].Address, peer.Relay.Addr())
-			}
-			if p.opts.Config != nil {
-				text = p.opts.Config(s.Name, text)
-			}
-			return text
-		})
-		if err != nil {
+		if err := p.relays(s, spec.Sites[i].Address); err != nil {
+			return err
+		}
+	}
+	for i, s := range p.Sites {
+		if err := s.EditConfig(func(text string) string { return p.siteConfig(i, spec.Sites, text) }); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// relays starts the relays in front of a site's agent.
+func (p *Pair) relays(s *Site, address string) error {
+	if !p.opts.Relays {
+		return nil
+	}
+	s.Relay = Relays{}
+	for _, from := range p.Sites {
+		if from == s {
+			continue
+		}
+		r, err := faultnet.New(address)
+		if err != nil {
+			return err
+		}
+		s.Relay[from.Name] = r
+	}
+	return nil
+}
+
+// siteConfig is the i-th site's configuration with the addresses of its relays in place of the other agents' own.
+func (p *Pair) siteConfig(i int, sites []config.InitSite, text string) string {
+	name := p.Sites[i].Name
+	for j, peer := range p.Sites {
+		if r := peer.Relay[name]; r != nil {
+			text = strings.ReplaceAll(text, strconv.Quote(sites[j].Address), strconv.Quote(r.Addr()))
+		}
+	}
+	if p.opts.Config != nil {
+		text = p.opts.Config(name, text)
+	}
+	return text
 }
 
 // EditConfig changes the site's configuration file; the agent reads it when it starts.
@@ -364,22 +398,33 @@ func (p *Pair) Wait(ctx context.Context, what string, ok func(ctx context.Contex
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait until %s: %w (last: %w)\nagent a: %s\nagent b: %s", what, ctx.Err(), last, p.Sites[0].Log(), p.Sites[1].Log())
+			return fmt.Errorf("wait until %s: %w (last: %w)%s", what, ctx.Err(), last, p.logs())
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
-// WaitReady waits until both sites stream both ways in all databases.
+// logs are the ends of the agents' logs, for an error message.
+func (p *Pair) logs() string {
+	var b strings.Builder
+	for _, s := range p.Sites {
+		if s.Cluster != nil {
+			fmt.Fprintf(&b, "\nagent %s: %s", s.Name, s.Log())
+		}
+	}
+	return b.String()
+}
+
+// WaitReady waits until every site streams from every other one, in all databases.
 func (p *Pair) WaitReady(ctx context.Context) error {
-	return p.Wait(ctx, "both sites stream", func(ctx context.Context) (bool, error) {
+	return p.Wait(ctx, "all sites stream", func(ctx context.Context) (bool, error) {
 		for _, s := range p.Sites {
 			all, err := s.StatusAll(ctx)
 			if err != nil {
 				return false, err
 			}
 			for _, d := range all {
-				if d.State != "ready" || len(d.Links) != 1 || d.Links[0].Health != server.HealthOK || d.Links[0].Received.End == 0 {
+				if !p.streams(d) {
 					return false, fmt.Errorf("site %s: %+v", s.Name, d)
 				}
 			}
@@ -388,7 +433,14 @@ func (p *Pair) WaitReady(ctx context.Context) error {
 	})
 }
 
-// WaitApplied waits until each site has applied all that the other had committed when it was called.
+// streams reports whether a database is joined and hears all other sites.
+func (p *Pair) streams(d server.DatabaseStatus) bool {
+	return d.State == "ready" && len(d.Links) == len(p.Sites)-1 && !slices.ContainsFunc(d.Links, func(l server.LinkStatus) bool {
+		return l.Health != server.HealthOK || l.Received.End == 0
+	})
+}
+
+// WaitApplied waits until each site has applied all that the others had committed when it was called.
 func (p *Pair) WaitApplied(ctx context.Context) error {
 	for i, db := range p.databases() {
 		if err := p.waitApplied(ctx, i, db); err != nil {
@@ -399,38 +451,50 @@ func (p *Pair) WaitApplied(ctx context.Context) error {
 }
 
 func (p *Pair) waitApplied(ctx context.Context, n int, database string) error {
-	marks := make([]wal.LSN, len(p.Sites))
-	for i, s := range p.Sites {
+	marks := map[string]wal.LSN{} // by site
+	for _, s := range p.Sites {
 		rows, err := s.Cluster.QueryText(ctx, database, "SELECT pg_logical_emit_message(true, 'duri.mark', '')")
 		if err == nil {
-			marks[i], err = wal.ParseLSN(rows[0][0])
+			marks[s.Name], err = wal.ParseLSN(rows[0][0])
 		}
 		if err != nil {
 			return err
 		}
 	}
-	return p.Wait(ctx, "both sites have applied everything", func(ctx context.Context) (bool, error) {
-		for i, mark := range marks {
-			all, err := p.Sites[1-i].StatusAll(ctx)
+	return p.Wait(ctx, "all sites have applied everything", func(ctx context.Context) (bool, error) {
+		for _, s := range p.Sites {
+			all, err := s.StatusAll(ctx)
 			if err != nil {
 				return false, err
 			}
-			if d := all[n]; len(d.Links) != 1 || d.Links[0].Apply.Applied < mark {
-				return false, fmt.Errorf("site %s has not applied %s yet: %+v", p.Sites[1-i].Name, mark, d.Links)
+			if behind := lacks(all[n].Links, s.Name, marks); behind != "" {
+				return false, fmt.Errorf("site %s has not applied %s of %s yet: %+v", s.Name, marks[behind], behind, all[n].Links)
 			}
 		}
 		return true, nil
 	})
 }
 
-// Close ends both agents and removes everything but the caller's own clusters.
+// lacks names a site whose mark is not applied at the site that has the links; empty when there is none.
+func lacks(links []server.LinkStatus, self string, marks map[string]wal.LSN) string {
+	applied := map[string]wal.LSN{}
+	for _, l := range links {
+		applied[l.From] = l.Apply.Applied
+	}
+	for from, mark := range marks {
+		if from != self && applied[from] < mark {
+			return from
+		}
+	}
+	return ""
+}
+
+// Close ends the agents and removes everything but the caller's own clusters.
 func (p *Pair) Close() error {
 	var errs []error
 	for _, s := range p.Sites {
 		errs = append(errs, s.SignalAgent(syscall.SIGKILL))
-		if s.Relay != nil {
-			errs = append(errs, s.Relay.Close())
-		}
+		errs = append(errs, s.Relay.close())
 		if p.opts.Clusters == nil {
 			errs = append(errs, s.Cluster.Destroy())
 		}

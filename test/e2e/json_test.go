@@ -49,6 +49,7 @@ func TestEveryFieldIsDocumented(t *testing.T) {
 	names := map[string]bool{}
 	for _, typ := range []reflect.Type{
 		reflect.TypeFor[server.ClusterStatus](), reflect.TypeFor[verify.Report](), reflect.TypeFor[catalog.Conflict](),
+		reflect.TypeFor[server.RepairReport](),
 		reflect.TypeFor[config.Problem](), reflect.TypeFor[config.Value](),
 	} {
 		fields(typ, names)

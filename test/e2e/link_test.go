@@ -150,7 +150,7 @@ func TestTwoDatabasesWithOddNamesAndSitesThatBeginAlike(t *testing.T) {
 	t.Parallel()
 	first, second := `My-App "1" é`, "my_app"
 	p := newPair(t, pair.Options{
-		Database: first, More: []string{second}, Names: [2]string{"a", "ab"}, Seed: schema(`CREATE TABLE "T x" (id int PRIMARY KEY, v text); INSERT INTO "T x" VALUES (0, 'seed')`),
+		Database: first, More: []string{second}, Names: []string{"a", "ab"}, Seed: schema(`CREATE TABLE "T x" (id int PRIMARY KEY, v text); INSERT INTO "T x" VALUES (0, 'seed')`),
 	})
 	for i, s := range p.Sites {
 		do(t, s, fmt.Sprintf(`INSERT INTO "T x" VALUES (%d, 'first')`, i+1))

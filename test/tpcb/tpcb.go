@@ -10,9 +10,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os/exec"
-	"path/filepath"
-	"regexp"
 	"strconv"
 	"syscall"
 	"time"
@@ -20,7 +17,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/duri-io/duri/internal/pair"
-	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/server"
 )
 
@@ -57,7 +53,7 @@ func Run(ctx context.Context, o Options) (res Result, err error) {
 	p, err := pair.Start(ctx, pair.Options{
 		Binary: o.Binary, BinDir: o.BinDir, Settings: map[string]string{"fsync": fsync, "shared_buffers": "256MB"},
 		Seed: func(ctx context.Context, a *pair.Site) error {
-			_, err := pgbench(ctx, a.Cluster, a.Database, "-i", "-q", "-s", strconv.Itoa(o.Scale))
+			_, err := pair.Pgbench(ctx, a.Cluster, a.Database, "-i", "-q", "-s", strconv.Itoa(o.Scale))
 			return err
 		},
 	})
@@ -91,12 +87,12 @@ func load(ctx context.Context, p *pair.Pair, o Options, res *Result) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for i, s := range p.Sites {
 		g.Go(func() error {
-			out, err := pgbench(ctx, s.Cluster, s.Database, "-n", "-c", strconv.Itoa(o.Clients), "-j", "1", "-T", strconv.Itoa(o.Seconds),
+			out, err := pair.Pgbench(ctx, s.Cluster, s.Database, "-n", "-c", strconv.Itoa(o.Clients), "-j", "1", "-T", strconv.Itoa(o.Seconds),
 				"--max-tries=1000", "--random-seed="+strconv.FormatUint(o.Seed+uint64(i), 10))
 			if err != nil {
 				return fmt.Errorf("site %s: %w", s.Name, err)
 			}
-			res.Transactions[i], res.Failed[i] = number(processed, out), number(failed, out)
+			res.Transactions[i], res.Failed[i] = pair.PgbenchCounts(out)
 			fmt.Fprintf(o.Out, "site %s: %d transactions, %d failed\n", s.Name, res.Transactions[i], res.Failed[i])
 			return nil
 		})
@@ -160,27 +156,4 @@ func check(ctx context.Context, p *pair.Pair, res *Result) error {
 		return fmt.Errorf("pgbench committed %d transactions, the history has %d rows at a and %d at b", want, res.History[0], res.History[1])
 	}
 	return nil
-}
-
-var (
-	processed = regexp.MustCompile(`number of transactions actually processed: (\d+)`)
-	failed    = regexp.MustCompile(`number of failed transactions: (\d+)`)
-)
-
-func number(re *regexp.Regexp, text string) int {
-	m := re.FindStringSubmatch(text)
-	if m == nil {
-		return 0
-	}
-	n, _ := strconv.Atoi(m[1])
-	return n
-}
-
-func pgbench(ctx context.Context, c *pgcluster.Cluster, db string, args ...string) (string, error) {
-	args = append([]string{"-h", "127.0.0.1", "-p", strconv.Itoa(c.Port()), "-U", c.Superuser()}, append(args, db)...)
-	out, err := exec.CommandContext(ctx, filepath.Join(c.BinDir(), "pgbench"), args...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("pgbench: %w: %s", err, out)
-	}
-	return string(out), nil
 }
