@@ -45,19 +45,19 @@ type node struct {
 	over     atomic.Bool              // the journal budget is used up
 	gate     gate                     // of decoding
 
-	mu    sync.Mutex // guards state, fault, stepped
-	state string
-	fault fault
-	sql   *pgconn.PgConn // the utility session: clock, heartbeat, barrier, maintenance
-	sqlMu sync.Mutex     // one user of sql at a time; taken before mu
+	sql  *session // for clock, heartbeat, barrier, maintenance
+	rows *session // for rows that peers fetch
+	keys *apply.Keys
+	db   *verify.DB
 
+	mu      sync.Mutex // guards the fields up to the next gap
+	state   string
+	fault   fault
 	stepped time.Time // last backward clock step seen
-	keys    *apply.Keys
 
 	emitted time.Time       // last heartbeat message; used by the heartbeat loop alone
 	ages    []age           // used by the maintenance loop alone
 	told    map[string]bool // findings that are in the log; used by open alone
-	db      *verify.DB
 }
 
 // captured is what exists once a database has been opened.
@@ -206,7 +206,8 @@ func (n *node) Run(ctx context.Context) error {
 		g.Go(func() error { return p.run(ctx) })
 	}
 	err = g.Wait()
-	n.closeSQL()
+	n.sql.close()
+	n.rows.close()
 	n.keys.Close()
 	n.db.Close()
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
@@ -334,34 +335,24 @@ func (n *node) measureClock(ctx context.Context, conn *pgconn.PgConn) error {
 	return nil
 }
 
-// withSQL lends the utility session; it is opened when needed and dropped after an error of the connection.
-func (n *node) withSQL(ctx context.Context, f func(*pgconn.PgConn) error) error {
-	n.sqlMu.Lock()
-	defer n.sqlMu.Unlock()
-	if n.sql == nil || n.sql.IsClosed() {
-		conn, err := pg.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, map[string]string{
-			"application_name":   "duri_agent",
-			"synchronous_commit": "local", // its commits exist to flush the WAL, and wait for nobody else
-			"statement_timeout":  "30s",
-		})
-		if err != nil {
-			return err
-		}
-		n.sql = conn
+// newSessions makes the node's own sessions.
+func (n *node) newSessions() {
+	with := func(settings map[string]string) *session {
+		return &session{dsn: n.cfg.Postgres.DSN, database: n.database.Name, settings: settings}
 	}
-	err := f(n.sql)
-	if err != nil && pg.IsConnectionError(err) {
-		pg.Close(n.sql)
-		n.sql = nil
-	}
-	return err
+	n.sql = with(map[string]string{
+		"application_name":   "duri_agent",
+		"synchronous_commit": "local", // its commits exist to flush the WAL, and wait for nobody else
+		"statement_timeout":  "30s",
+	})
+	// The peer holds rows locked while it asks for one of ours, and so may we at the same moment: two such waits behind
+	// clients' locks could wait for each other across sites, which no server would notice.
+	n.rows = with(map[string]string{"application_name": "duri_fetch", "lock_timeout": "200ms", "statement_timeout": "5s"})
 }
 
-func (n *node) closeSQL() {
-	n.sqlMu.Lock()
-	defer n.sqlMu.Unlock()
-	pg.Close(n.sql)
-	n.sql = nil
+// withSQL lends the utility session.
+func (n *node) withSQL(ctx context.Context, f func(*pgconn.PgConn) error) error {
+	return n.sql.do(ctx, f)
 }
 
 // emit writes a message into the WAL and flushes it: the walsender then delivers everything before it.

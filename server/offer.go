@@ -62,7 +62,7 @@ func (o offered) FetchRow(ctx context.Context, rel *wal.Relation, key []string, 
 	if err != nil {
 		return nil, false, err
 	}
-	err = o.n.withSQL(ctx, func(c *pgconn.PgConn) error {
+	err = o.n.rows.do(ctx, func(c *pgconn.PgConn) error {
 		params := make([][]byte, len(args))
 		for i, a := range args {
 			params[i] = []byte(a)

@@ -79,6 +79,7 @@ func (a *Agent) newNode(d config.Database) *node {
 	n := &node{
 		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, hooks: a.hooks, state: stateStarting, told: map[string]bool{},
 	}
+	n.newSessions()
 	n.db = newDB(n)
 	for _, s := range a.cfg.Peers() {
 		log := a.log.With("database", d.Name, "peer", s.Name)
