@@ -104,6 +104,7 @@ type execution struct {
 	records []record
 	created []created
 	bags    []*tableWave // tables without a key that rows were added to
+	parking []string     // tables in which rows were parked or made way
 	fresh   bool         // the barrier was passed since rows were last locked
 }
 
@@ -228,7 +229,7 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 		}
 		return x.truncate(ctx, wv)
 	}
-	if len(wv.moved) > 0 {
+	if len(wv.moved) > 0 || x.b.careful {
 		if head != nil {
 			if err := x.begin(ctx, head); err != nil {
 				return err
@@ -242,6 +243,14 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 	var ops []op
 	var calls []call
 	for _, tw := range wv.tables {
+		if crowded, err := x.crowded(ctx, tw); err != nil {
+			return err
+		} else if crowded {
+			if err := x.placeAll(ctx, wv, tw); err != nil {
+				return err
+			}
+			continue
+		}
 		for _, o := range fastOps(tw) {
 			ops = append(ops, o)
 			calls = append(calls, o.call(x.origin, x.before))
@@ -284,6 +293,9 @@ func (x *execution) settle(ctx context.Context, wv *wave, ops []op, res []*pgcon
 		}
 	}
 	for _, tw := range wv.tables {
+		if tw.placed {
+			continue
+		}
 		more := slices.Concat(pending[tw], slowOnes(tw))
 		if err := x.resolve(ctx, wv, tw, more); err != nil {
 			return err

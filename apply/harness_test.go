@@ -83,6 +83,20 @@ func (f *feed) step(to wal.SiteID, n int) bool {
 	return true
 }
 
+// stepTxn lets records up to the next transaction through to a receiver; false when there is none.
+func (f *feed) stepTxn(to wal.SiteID) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := f.limit(to); i < len(f.recs); i++ {
+		if f.recs[i].Txn != nil {
+			f.limits[to] = i + 1
+			f.signal()
+			return true
+		}
+	}
+	return false
+}
+
 // limit is how many records a receiver may see. f.mu is held.
 func (f *feed) limit(to wal.SiteID) int {
 	if n, held := f.limits[to]; held {
@@ -180,6 +194,8 @@ type site struct {
 	// stamp may change a transaction's version, as after a clock step.
 	stamp func(*wal.Txn)
 	seen  []wal.Seen
+	// foreign is the greatest commit time that was applied here.
+	foreign wal.Time
 
 	faults bool // errors of the worker and the stream are expected
 	errMu  sync.Mutex
@@ -192,12 +208,19 @@ func (s *site) Commit(c *decode.Commit) error {
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	t := c.Txn
+	if c.Origin == s.resetOrigin() {
+		s.local.Advance(t.EndLSN)
+		return nil
+	}
 	if c.Origin != "" && !IsClockOrigin(s.db, c.Origin) {
 		from, ok := s.siteOf(c.Origin)
 		if !ok {
 			return fmt.Errorf("unexpected origin %q", c.Origin)
 		}
-		s.see(from, c.OriginLSN)
+		if !strings.HasSuffix(c.Origin, ":repair") {
+			s.see(from, c.OriginLSN)
+		}
+		s.foreign = max(s.foreign, t.CommitTime)
 		s.local.Advance(t.EndLSN)
 		return nil
 	}
@@ -216,6 +239,7 @@ func (s *site) Commit(c *decode.Commit) error {
 	if err := s.local.Add(t); err != nil {
 		return err
 	}
+	s.mesh.Parking.Touched(t)
 	s.feed.add(journal.Record{To: t.EndLSN, Txn: t})
 	return nil
 }
@@ -352,6 +376,9 @@ func (s *site) fetch(ctx context.Context, rel *wal.Relation, key []string, row w
 
 func (s *site) slot() string { return "duri_" + s.db }
 
+// resetOrigin is the replication origin under which tests make tables empty without anybody's hearing of it.
+func (s *site) resetOrigin() string { return "duri_" + s.db + ":reset" }
+
 // loop runs f again and again until stop, which waits for its end.
 func (s *site) loop(f func(context.Context) error) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -485,11 +512,11 @@ func (s *site) setUp(schema string, o rigOptions) {
 	pg.Close(r)
 	s.siteOf = func(name string) (wal.SiteID, bool) {
 		for _, p := range s.peers {
-			if name == OriginName(s.db, p.name) {
+			if name == OriginName(s.db, p.name) || name == RepairOriginName(s.db, p.name) {
 				return p.id, true
 			}
 		}
-		return s.id, IsClockOrigin(s.db, name)
+		return s.id, IsClockOrigin(s.db, name) || name == RepairOriginName(s.db, s.name)
 	}
 	s.keys = NewKeys(s.dsn, s.db)
 	s.local = NewHistory(s.id, at, 0, s.keys)

@@ -1,6 +1,8 @@
 package apply
 
 import (
+	"math"
+
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/wal"
 )
@@ -19,6 +21,9 @@ type held struct {
 	// behind: the incoming transaction had seen what has not been applied here yet.
 	behind bool
 }
+
+// ownRow is held.end of a row that the present apply transaction has written itself.
+const ownRow = wal.LSN(math.MaxUint64)
 
 // verdict is what becomes of one key.
 type verdict struct {

@@ -69,6 +69,7 @@ type tableWave struct {
 	index   map[string]*entry
 	set     []int   // scratch
 	appends []int32 // refs of inserts into a table without key, in order
+	placed  bool    // every entry has been placed, see place
 	inOrder []int32 // refs of changes from the first update or delete in a table without key on, in order
 }
 
@@ -90,6 +91,7 @@ type batch struct {
 	behind           int // how often local decoding was too far behind
 	minTime, maxTime wal.Time
 	merged           bool // false: one wave per change, in the original order
+	careful          bool // rows may collide, or be parked: see place
 }
 
 func (b *batch) from() wal.LSN { return b.txns[0].CommitLSN }

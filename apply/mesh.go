@@ -16,6 +16,8 @@ import (
 type Mesh struct {
 	// Local is the history of this site's own transactions.
 	Local *History
+	// Parking knows the tables with parked rows.
+	Parking *Parking
 	// open returns a reader of a peer's journal behind a position.
 	open func(site wal.SiteID, from wal.LSN) (Reader, error)
 	// peers are the histories of the other sites. With two sites there are none: no third one can have seen less of a
@@ -42,7 +44,7 @@ type mergedID struct {
 // journal.
 func NewMesh(local *History, open func(site wal.SiteID, from wal.LSN) (Reader, error), peers ...*History) *Mesh {
 	m := &Mesh{
-		Local: local, open: open, peers: map[wal.SiteID]*History{}, applied: map[wal.SiteID]wal.LSN{},
+		Local: local, Parking: newParking(), open: open, peers: map[wal.SiteID]*History{}, applied: map[wal.SiteID]wal.LSN{},
 		merged: map[mergedID]map[string]past{},
 	}
 	for _, h := range peers {

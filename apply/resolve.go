@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"strconv"
 	"time"
@@ -107,7 +106,7 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 	if again {
 		judged := map[*entry]bool{}
 		for i, e := range pending {
-			judged[e] = rows[i].end != math.MaxUint64
+			judged[e] = rows[i].end != ownRow
 		}
 		x.drop(judged)
 	}
@@ -115,7 +114,7 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 	var upd []op
 	for i, e := range pending {
 		h, ok := rows[i]
-		if ok && h.end == math.MaxUint64 && (again || !e.slow) {
+		if ok && h.end == ownRow && (again || !e.slow) {
 			// Our own insert, or another fast statement of this wave, wrote it already; or an earlier wave.
 			if again || e.kind == netInsert {
 				x.created = append(x.created, created{tw, wv, e})
@@ -238,7 +237,7 @@ func (x *execution) heldRow(ctx context.Context, tw *tableWave, row [][]byte) (h
 	h := held{State: conflict.State{Existence: conflict.Live}}
 	switch {
 	case string(row[1]) == x.xid:
-		h.end = math.MaxUint64
+		h.end = ownRow
 		h.Version.Site = x.w.cfg.Origin
 	case row[2] == nil:
 		h.Seen = true // beyond the horizon: older than anything concurrent (rule 5)

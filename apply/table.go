@@ -43,6 +43,10 @@ type target struct {
 	key  []keyColumn // in the table's key order; at indexes the relation's columns
 	// isKey tells the relation's columns that are part of the key.
 	isKey []bool
+
+	// Constraints besides the key, and the statement that finds rows that collide on one; read when first needed.
+	uniques   []unique
+	colliders string
 }
 
 // TableError says why changes of a table cannot be applied here.

@@ -186,10 +186,7 @@ func (w *Worker) run(ctx context.Context) error {
 	if err := w.connect(ctx); err != nil {
 		return err
 	}
-	defer func() {
-		pg.Close(w.session.conn)
-		pg.Close(w.aux)
-	}()
+	defer w.close()
 	from, err := w.progress(ctx)
 	if err != nil {
 		return fmt.Errorf("read progress of origin %s: %w", w.cfg.OriginName, err)
@@ -211,7 +208,19 @@ func (w *Worker) run(ctx context.Context) error {
 
 // connect opens both sessions and takes the replication origin.
 func (w *Worker) connect(ctx context.Context) error {
-	conn, err := pg.Connect(ctx, w.cfg.DSN, w.cfg.Database, w.settings("duri_apply_"+strconv.Itoa(int(w.cfg.Origin))))
+	err := w.open(ctx, "duri_apply_"+strconv.Itoa(int(w.cfg.Origin)))
+	if err != nil {
+		return err
+	}
+	if err = w.takeOrigin(ctx); err != nil {
+		w.close()
+	}
+	return err
+}
+
+// open makes the sessions of a worker.
+func (w *Worker) open(ctx context.Context, name string) error {
+	conn, err := pg.Connect(ctx, w.cfg.DSN, w.cfg.Database, w.settings(name))
 	if err != nil {
 		return fmt.Errorf("connect to apply: %w", err)
 	}
@@ -225,11 +234,14 @@ func (w *Worker) connect(ctx context.Context) error {
 	w.auxMu.Lock()
 	w.targets, w.tables = map[wal.RelationID]*target{}, map[string]*table{}
 	w.auxMu.Unlock()
-	if err = w.takeOrigin(ctx); err != nil {
-		pg.Close(conn)
-		pg.Close(aux)
-	}
-	return err
+	w.began, w.filled = w.cfg.Clock(), map[string]wal.Time{}
+	return nil
+}
+
+// close ends the sessions.
+func (w *Worker) close() {
+	pg.Close(w.session.conn)
+	pg.Close(w.aux)
 }
 
 // settings of an apply session. It commits asynchronously: progress is in the same transaction, and what is reported
@@ -316,7 +328,6 @@ func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
 	defer w.mu.Unlock()
 	w.status.Applied, w.status.Durable = from, from
 	w.marks, w.done, w.position = nil, 0, nil
-	w.began, w.filled = w.cfg.Clock(), map[string]wal.Time{}
 	w.cfg.Mesh.setApplied(w.cfg.Origin, from)
 	return from, nil
 }
@@ -562,6 +573,9 @@ const maxTries = 3
 // names one transaction (rule 17) and a unique swap finds its original order.
 func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 	for try := 1; ; try++ {
+		if !b.careful && w.cfg.Mesh.Parking.touches(b) {
+			return w.applyCarefully(ctx, b)
+		}
 		err := w.applyOnce(ctx, b)
 		var behind *behindError
 		switch {
@@ -585,6 +599,9 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 		case disturbed(err) && try < maxTries:
 		case len(b.txns) > 1:
 			return w.applyHalves(ctx, b)
+		case collided(err) && !b.careful:
+			return w.applyCarefully(ctx, b)
+		case collided(err) && try < maxTries: // with a row that a client has inserted meanwhile
 		case b.merged:
 			p, perr := planTxns(b.txns, w.resolve, w.cfg.Mesh.behind, false)
 			if perr != nil {
@@ -620,6 +637,20 @@ func pause(ctx context.Context, d time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// applyCarefully applies a batch in which rows may collide: one transaction at a time, change by change.
+func (w *Worker) applyCarefully(ctx context.Context, b *batch) error {
+	if len(b.txns) > 1 {
+		return w.applyHalves(ctx, b)
+	}
+	p, err := planTxns(b.txns, w.resolve, w.cfg.Mesh.behind, false)
+	if err != nil {
+		return &TransactionError{w.cfg.Origin, b.from(), b.txns[0].XID, err}
+	}
+	p.cut()
+	p.batch.careful = true
+	return w.applyBatch(ctx, p.batch)
 }
 
 func (w *Worker) applyHalves(ctx context.Context, b *batch) error {
@@ -660,6 +691,9 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	local, err := x.apply(ctx)
 	if err != nil {
 		return err
+	}
+	for _, table := range x.parking {
+		w.cfg.Mesh.Parking.note(table)
 	}
 	last := b.txns[len(b.txns)-1]
 	conflicts := int64(0)

@@ -19,6 +19,9 @@ const (
 	UpdateDeleted       Kind = "update_deleted"
 	DeleteOriginDiffers Kind = "delete_origin_differs"
 	DeleteMissing       Kind = "delete_missing"
+	// Of rows with different keys that collide on another constraint (rule 11).
+	UpdateExists            Kind = "update_exists"
+	MultipleUniqueConflicts Kind = "multiple_unique_conflicts"
 )
 
 // Existence is what a site holds for a key.
@@ -55,6 +58,9 @@ const (
 	Superseded Code = "superseded" // left alone: the state is newer, and had already seen this change
 	Lost       Code = "lost"       // truly concurrent, and older
 	Won        Code = "won"        // truly concurrent, and newer
+	Parked     Code = "parked"     // kept out of sight, because a newer row has a value that must be unique (rule 11)
+	Displaced  Code = "displaced"  // written, and the older row that has the value was parked
+	Unparked   Code = "unparked"   // a parked row is visible again
 	Filled     Code = "filled"     // written after completing unchanged TOAST values from elsewhere (rule 9)
 )
 

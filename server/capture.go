@@ -19,6 +19,7 @@ type capture struct {
 	n     *node
 	j     *journal.Journal
 	local *apply.History
+	mesh  *apply.Mesh
 	step  func(t *wal.Txn) // told of a backward clock step
 
 	seen    []wal.Seen
@@ -35,10 +36,10 @@ type capture struct {
 	report  atomic.Pointer[func()] // asks the running stream to report at once
 }
 
-func newCapture(n *node, j *journal.Journal, local *apply.History) *capture {
+func newCapture(n *node, j *journal.Journal, mesh *apply.Mesh) *capture {
 	st := j.State()
 	c := &capture{
-		n: n, j: j, local: local, step: func(*wal.Txn) {},
+		n: n, j: j, local: mesh.Local, mesh: mesh, step: func(*wal.Txn) {},
 		seen: st.Seen, maxTime: st.MaxVersionTime, flush: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 	}
 	c.durable.Store(uint64(j.Durable()))
@@ -70,6 +71,7 @@ func (c *capture) Commit(m *decode.Commit) error {
 	if err := c.local.Add(t); err != nil {
 		return fmt.Errorf("index transaction %s: %w", t.CommitLSN, err)
 	}
+	c.mesh.Parking.Touched(t)
 	if len(t.Changes) == 0 { // a heartbeat: the index learns how late it is
 		return c.Advance(t.EndLSN)
 	}

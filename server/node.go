@@ -202,6 +202,7 @@ func (n *node) Run(ctx context.Context) error {
 	g.Go(func() error { return c.capture.syncLoop(ctx) })
 	g.Go(func() error { return n.heartbeatLoop(ctx, c) })
 	g.Go(func() error { return n.maintainLoop(ctx, c) })
+	g.Go(func() error { return n.unparkLoop(ctx, c) })
 	for _, p := range n.peers {
 		g.Go(func() error { return p.run(ctx) })
 	}
@@ -214,6 +215,41 @@ func (n *node) Run(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// unparkLoop brings parked rows back when what hid them makes way (rule 11).
+func (n *node) unparkLoop(ctx context.Context, c *captured) error {
+	u := apply.NewUnparker(apply.Config{
+		Site: n.self.ID, SiteOf: n.siteOf, DSN: n.cfg.Postgres.DSN, Database: n.database.Name, Mesh: c.mesh,
+		Barrier: func(ctx context.Context, lsn wal.LSN) error { return n.barrier(ctx, c, lsn) },
+		Clock:   n.clock.Now, LockTimeout: n.cfg.Apply.LockTimeout.Std(), Logger: n.log,
+	}, n.repairOriginOf)
+	told := ""
+	failed := func(what string, err error) {
+		if f := newFault(what, err); f.Text != told {
+			told = f.Text
+			n.log.Warn(f.Text, "database", n.database.Name, "hint", f.Hint)
+		}
+	}
+	for {
+		if err := retry(ctx, failed, "bring parked rows back", longestPause, func() error { return u.Run(ctx) }); err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+}
+
+// repairOriginOf names the origin under which a site's rows are written here by other means than applying; empty for an
+// unknown site.
+func (n *node) repairOriginOf(site wal.SiteID) string {
+	for _, s := range n.cfg.Sites {
+		if s.ID == site {
+			return apply.RepairOriginName(n.database.Name, s.Name)
+		}
+	}
+	return ""
 }
 
 // longestPause is the longest time between two attempts at what may mend itself.

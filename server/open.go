@@ -420,7 +420,7 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 		return err
 	}
 	c := &captured{journal: j, local: local, mesh: mesh}
-	c.capture = newCapture(n, j, local)
+	c.capture = newCapture(n, j, mesh)
 	c.capture.step = func(t *wal.Txn) { n.clockStepped(t) }
 	for i, p := range n.peers {
 		p.live.Store(&incoming{copies[i], p.newWorker(c, copies[i])})

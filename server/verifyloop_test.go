@@ -79,8 +79,12 @@ func TestDeletesAreFoundInTheJournals(t *testing.T) {
 	}
 	const since = 71 // what both journals hold
 	want := []verify.Deletion{
-		{Version: wal.Version{Time: 100, Site: 1}, Since: since}, {Since: since}, {Version: wal.Version{Time: 120, Site: 1}, Since: since},
-		{Since: since}, {Version: wal.Version{Time: 101, Site: 2}, Since: since}, {Since: since},
+		{Version: wal.Version{Time: 100, Site: 1}, Since: since},
+		{Since: since},
+		{Version: wal.Version{Time: 120, Site: 1}, Since: since},
+		{Since: since},
+		{Version: wal.Version{Time: 101, Site: 2}, Since: since},
+		{Since: since},
 	}
 	got := search("t", verify.Key{"1", "x"}, verify.Key{"2", "x"}, verify.Key{"3", "x"}, verify.Key{"4", "x"}, verify.Key{"5", `y","z`}, verify.Key{"33", "x"})
 	if diff := cmp.Diff(want, got); diff != "" {

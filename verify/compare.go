@@ -106,7 +106,7 @@ func (c *comparison) forRanges(parent context.Context, ranges []Range, f func(co
 func (c *comparison) hash(ctx context.Context, r Range) ([2]Sum, error) {
 	sums, err := each(ctx, c.sides, func(ctx context.Context, s Side) (Sum, error) { return s.Hash(ctx, c.t, r, c.rangeRows*2) })
 	seconds := max(sums[0].Seconds, sums[1].Seconds)
-	c.spent(0, time.Duration(seconds*float64(time.Second)))
+	c.meter.work(max(sums[0].Rows, sums[1].Rows), time.Duration(seconds*float64(time.Second)))
 	return sums, err
 }
 
@@ -165,7 +165,9 @@ func (c *comparison) count(sums [2]Sum) {
 	c.rep.Ranges++
 	c.mu.Unlock()
 	rows := max(sums[0].Rows, sums[1].Rows)
-	c.spent(rows, 0)
+	if c.meter.compared != nil {
+		c.meter.compared(rows)
+	}
 	c.report(c, func(p *Progress) { p.Rows += rows })
 }
 
@@ -229,7 +231,7 @@ func (c *comparison) rangeInFlight() {
 // rowsOf asks both sides for rows.
 func (c *comparison) rowsOf(ctx context.Context, r Range, limit int) ([2][]Row, error) {
 	began := time.Now()
-	defer func() { c.spent(0, time.Since(began)) }()
+	defer func() { c.meter.work(0, time.Since(began)) }()
 	return each(ctx, c.sides, func(ctx context.Context, s Side) ([]Row, error) {
 		rows, err := s.Rows(ctx, c.t, r, limit)
 		if err == nil && len(rows) >= limit {

@@ -413,8 +413,10 @@ func (db *DB) portable(t Table, rows []Row) error {
 	for _, r := range rows {
 		for _, v := range r.Image {
 			if v != nil && !utf8.ValidString(*v) {
-				return &TableError{db.cfg.Name, t.String(), "a value is not valid UTF-8, so rows cannot be written at another site",
-					"repair the row by hand: the database's encoding is SQL_ASCII"}
+				return &TableError{
+					db.cfg.Name, t.String(), "a value is not valid UTF-8, so rows cannot be written at another site",
+					"repair the row by hand: the database's encoding is SQL_ASCII",
+				}
 			}
 		}
 	}

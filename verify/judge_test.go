@@ -110,7 +110,8 @@ func TestPacerKeepsPeriodAndShare(t *testing.T) {
 			p, now := newPacer(100_000, 100*time.Second, 0.01, start), start
 			for range 100 {
 				now = now.Add(p.wait(now))
-				p.spend(now, 1000, x.took)
+				p.compared(now, 1000)
+				p.worked(now, 1000, x.took)
 			}
 			now = now.Add(p.wait(now))
 			if got := now.Sub(start); got < x.want-time.Millisecond || got > x.want+time.Millisecond {
@@ -118,11 +119,24 @@ func TestPacerKeepsPeriodAndShare(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a busy machine is not taken for costly rows", func(t *testing.T) {
+		p, now := newPacer(100_000, 100*time.Second, 0.01, start), start
+		for i := range 100 {
+			now = now.Add(p.wait(now))
+			p.compared(now, 1000)
+			p.worked(now, 1000, time.Millisecond*[]time.Duration{20, 5, 1, 9}[i%4])
+		}
+		now = now.Add(p.wait(now))
+		if got := now.Sub(start); got < 80*time.Second || got > 160*time.Second { // 100 s by what rows cost, 875 s by what it took
+			t.Errorf("a pass takes %s", got)
+		}
+	})
 	t.Run("what was missed is caught up within bounds", func(t *testing.T) {
 		p, now := newPacer(100_000, 100*time.Second, 0.5, start), start.Add(time.Hour)
 		burst := 0
 		for ; p.wait(now) == 0; burst++ {
-			p.spend(now, 1000, time.Millisecond)
+			p.compared(now, 1000)
+			p.worked(now, 1000, time.Millisecond)
 		}
 		want := int(paceSlack.Seconds()*100/passTime(100*time.Second).Seconds()) + 1
 		if burst < want-1 || burst > want+1 {

@@ -103,8 +103,7 @@ type runner struct {
 	slots   chan struct{} // bounds the ranges compared at a time
 	started time.Time
 	tables  []*comparison
-	// meter is told how far the first pass has come, and what each question has cost; nil: nobody asks.
-	meter func(rows int64, took time.Duration)
+	meter   meter
 
 	mu       sync.Mutex // guards progress, and is held while it is reported
 	progress Progress
@@ -206,11 +205,15 @@ func (r *runner) forTables(ctx context.Context, f func(*comparison, context.Cont
 	return g.Wait()
 }
 
-// spent tells the meter of rows that the first pass has compared, or what a question has cost at the side where it took
-// longer.
-func (r *runner) spent(rows int64, took time.Duration) {
-	if r.meter != nil {
-		r.meter(rows, took)
+// meter is told what a comparison costs. Either may be nil.
+type meter struct {
+	compared func(rows int64)                     // by the first pass
+	worked   func(rows int64, took time.Duration) // on a question, at the side where it took longer
+}
+
+func (m meter) work(rows int64, took time.Duration) {
+	if m.worked != nil {
+		m.worked(rows, took)
 	}
 }
 

@@ -23,6 +23,8 @@ type WatchConfig struct {
 	Calm func() string
 	// News is told when a table is found to differ, and, with Rows 0, when it does no more. It may block for a moment.
 	News func(Found)
+
+	rangeRows int // smaller in tests; 0: watchRangeRows
 }
 
 func (c WatchConfig) withDefaults() WatchConfig {
@@ -31,6 +33,9 @@ func (c WatchConfig) withDefaults() WatchConfig {
 	}
 	if c.CPU <= 0 {
 		c.CPU = 0.02
+	}
+	if c.rangeRows == 0 {
+		c.rangeRows = watchRangeRows
 	}
 	if c.Calm == nil {
 		c.Calm = func() string { return "" }
@@ -90,6 +95,14 @@ type Watch struct {
 	status WatchStatus
 	tables map[string]*watched // tables with rows found, by Table.String
 	pace   pacer
+
+	bounds map[string]bounds // used by Run alone
+}
+
+// bounds are where the ranges of a table end, from an earlier pass: to walk the index for them costs a tenth of a pass.
+type bounds struct {
+	keys []Key
+	rows int // that a range had then
 }
 
 // watched is a table in which rows were found.
@@ -100,6 +113,9 @@ type watched struct {
 }
 
 const (
+	// watchRangeRows is the size of a range: some 30 ms of PostgreSQL's time. Where rows are written, larger ranges differ
+	// more often in flight; with smaller ones PostgreSQL wakes up too often with cold caches.
+	watchRangeRows = 50_000
 	// foundMax bounds the rows of a table that are remembered as different.
 	foundMax = 1000
 	// recheckMost is how often rows found earlier are looked at again, at the most; settleMost likewise for suspects.
@@ -112,7 +128,7 @@ const (
 func NewWatch(c WatchConfig) *Watch {
 	c = c.withDefaults()
 	return &Watch{
-		cfg: c, poke: make(chan struct{}, 1), tables: map[string]*watched{},
+		cfg: c, poke: make(chan struct{}, 1), tables: map[string]*watched{}, bounds: map[string]bounds{},
 		status: WatchStatus{Peer: c.B.Name(), State: WatchRunning},
 	}
 }
@@ -171,7 +187,7 @@ func (w *Watch) pass(ctx context.Context) error {
 // begin lists the tables of both sites, and tries until it can.
 func (w *Watch) begin(ctx context.Context) (r *runner, err error) {
 	err = w.insist(ctx, func() error {
-		r = newRunner(w.cfg.A, w.cfg.B, Options{Parallel: 1, MaxDiffs: foundMax, Settle: w.cfg.Settle})
+		r = newRunner(w.cfg.A, w.cfg.B, Options{Parallel: 1, RangeRows: w.cfg.rangeRows, MaxDiffs: foundMax, Settle: w.cfg.Settle})
 		lists, err := each(ctx, r.sides, func(ctx context.Context, s Side) ([]Table, error) { return s.Tables(ctx) })
 		if err != nil {
 			return err
@@ -189,17 +205,22 @@ func (w *Watch) begin(ctx context.Context) (r *runner, err error) {
 		w.pace = newPacer(total, w.cfg.Period, w.cfg.CPU, time.Now())
 		w.status.Rows, w.status.RowsTotal = 0, total
 		w.mu.Unlock()
-		r.meter = w.spend
+		r.meter = meter{compared: w.compared, worked: w.worked}
 		return err
 	})
 	return r, err
 }
 
-// spend counts what a question has cost.
-func (w *Watch) spend(rows int64, took time.Duration) {
+func (w *Watch) compared(rows int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.pace.spend(time.Now(), rows, took)
+	w.pace.compared(time.Now(), rows)
+}
+
+func (w *Watch) worked(rows int64, took time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pace.worked(time.Now(), rows, took)
 }
 
 func (w *Watch) wait() time.Duration {
@@ -303,20 +324,51 @@ func (p *pass) ranges(ctx context.Context, c *comparison) error {
 		}
 		return nil
 	}
-	r := Range{By: c.by}
-	for {
+	name, all := c.t.String(), Range{By: c.by}
+	if b, ok := p.bounds[name]; ok && b.rows == c.rangeRows && len(b.keys) > 0 && len(b.keys[0]) == len(c.t.Key) {
+		delete(p.bounds, name) // unless they have served well
+		good := true
+		for _, r := range cut(all, b.keys) {
+			rows, err := p.counting(func() error { return p.one(ctx, c, r) })
+			if err != nil || p.enough(c) {
+				return err
+			}
+			good = good && rows < 2*int64(b.rows) && (rows > int64(b.rows)/4 || r.UpTo == nil)
+		}
+		if good {
+			p.bounds[name] = b
+		}
+		return nil
+	}
+	var keys []Key
+	for r := all; ; r.After = r.UpTo {
 		var err error
 		if r.UpTo, err = p.bound(ctx, c, r); err != nil {
 			return err
 		}
-		if err := p.one(ctx, c, r); err != nil {
+		if err := p.one(ctx, c, r); err != nil || p.enough(c) {
 			return err
 		}
-		if r.UpTo == nil || p.enough(c) {
-			return nil
+		if r.UpTo == nil {
+			break
 		}
-		r.After = r.UpTo
+		keys = append(keys, r.UpTo)
 	}
+	p.bounds[name] = bounds{keys, c.rangeRows}
+	return nil
+}
+
+// counting gives how many rows f has compared.
+func (p *pass) counting(f func() error) (rows int64, err error) {
+	before := p.comparedRows()
+	err = f()
+	return p.comparedRows() - before, err
+}
+
+func (p *pass) comparedRows() int64 {
+	p.runner.mu.Lock()
+	defer p.runner.mu.Unlock()
+	return p.progress.Rows
 }
 
 // bound finds where the next range ends, by this site's rows; nil: it is the last. What the peer has more in it is cut
@@ -326,7 +378,7 @@ func (p *pass) bound(ctx context.Context, c *comparison, r Range) (key Key, err 
 	err = p.insist(ctx, func() error {
 		began := time.Now()
 		keys, err := p.cfg.A.Bounds(ctx, c.t, r, c.rangeRows)
-		p.spend(0, time.Since(began))
+		p.worked(0, time.Since(began))
 		if err == nil && len(keys) > 0 {
 			key = keys[0]
 		}
@@ -368,9 +420,7 @@ func (p *pass) one(ctx context.Context, c *comparison, r Range) error {
 
 // counted takes the rows compared over into the status.
 func (p *pass) counted() {
-	p.runner.mu.Lock()
-	rows := p.progress.Rows
-	p.runner.mu.Unlock()
+	rows := p.comparedRows()
 	p.change(func(s *WatchStatus) { s.Rows = rows })
 }
 

@@ -115,6 +115,7 @@ type run struct {
 	load   load
 	res    Result
 	marks  int
+	healed time.Time // when the last cut ended
 }
 
 func (r *run) say(format string, args ...any) {
@@ -172,22 +173,20 @@ func stalledError(reason string) error {
 	return fmt.Errorf("replication does not begin: %s", reason)
 }
 
-// end waits until both sites have everything, and heals the link if the load ended before it.
-func (r *run) end(ctx context.Context, begin time.Time) (err error) {
-	since := begin.Add(r.res.Length)
-	last := r.o.Last && r.o.Cut > 0
-	if last {
-		since = r.heal()
-	}
-	r.res.Ended, err = r.catchUp(ctx, since)
-	if last {
-		r.res.Healed = r.res.Ended
+// end waits until both sites have everything.
+func (r *run) end(ctx context.Context, begin time.Time) error {
+	end := begin.Add(r.res.Length)
+	d, err := r.catchUp(ctx, end)
+	r.res.Ended = d
+	if r.o.Last && r.o.Cut > 0 && d > 0 {
+		r.res.Healed = d + end.Sub(r.healed)
 	}
 	return err
 }
 
-// cut cuts the link. If that is in the middle of the load, it also heals it, and measures how long both sites then take
-// to have what was committed by then.
+// cut cuts and heals the link. If that is in the middle of the load, it also measures how long both sites then take to
+// have what was committed by then. At its end it does not wait for the clients: one may wait for a row that apply has
+// locked, and apply for the rest of a transaction that the cut has kept from it.
 func (r *run) cut(ctx context.Context) (time.Duration, error) {
 	before := (r.o.Length - r.o.Cut) / 2
 	if r.o.Last {
@@ -203,23 +202,22 @@ func (r *run) cut(ctx context.Context) (time.Duration, error) {
 		}
 	}
 	r.say("link cut")
-	if r.o.Last || !pause(ctx, r.o.Cut) {
+	if !pause(ctx, r.o.Cut) {
 		return 0, nil
 	}
-	d, err := r.catchUp(ctx, r.heal())
+	for _, l := range r.system.Relays() {
+		l.Heal()
+	}
+	r.healed = time.Now()
+	r.say("link healed")
+	if r.o.Last {
+		return 0, nil
+	}
+	d, err := r.catchUp(ctx, r.healed)
 	if err == nil && r.res.Stalled == "" {
 		r.say("caught up %.2f s after healing, under load", d.Seconds())
 	}
 	return d, err
-}
-
-// heal ends the cut and says when that was.
-func (r *run) heal() time.Time {
-	for _, l := range r.system.Relays() {
-		l.Heal()
-	}
-	r.say("link healed")
-	return time.Now()
 }
 
 // pause waits; false when ctx ended before.
