@@ -146,6 +146,9 @@ func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
 		{beginSQL, nil},
 		{xidSQL, nil},
 	}
+	if x.b.again != nil {
+		head = append(head, call{"SET LOCAL lock_timeout = '" + heldWait + "'", nil})
+	}
 	for _, wv := range x.b.waves {
 		if err := x.applyWave(ctx, wv, head); err != nil {
 			return 0, err
@@ -199,10 +202,16 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 		}
 		tail = append(tail, call{recordSQL, [][]byte{doc}})
 	}
+	if len(x.b.held) > 0 {
+		tail = append(tail, call{holdSQL, heldParams(x.w.cfg.Origin, x.b.held)})
+	}
+	if x.b.again != nil {
+		tail = append(tail, call{releaseSQL, releaseParams(x.w.cfg.Origin, x.b.again)})
+	}
 	tail = append(tail,
 		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, x.w.cfg.Site, len(x.records))},
 		call{constraintsSQL, nil},
-		call{originSQL, [][]byte{[]byte(x.b.to().String()), []byte(x.b.maxTime.String())}},
+		call{originSQL, [][]byte{[]byte(x.seenTo().String()), []byte(x.b.maxTime.String())}},
 		call{commitSQL, nil},
 		call{committedSQL, [][]byte{[]byte(x.origin)}})
 	res, err := x.s.run(ctx, tail)
@@ -216,6 +225,18 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 		return 0, fmt.Errorf("replication origin %s has no progress after a commit", x.w.cfg.OriginName)
 	}
 	return wal.ParseLSN(string(res[len(res)-1].Rows[0][0]))
+}
+
+// seenTo is how far this site has seen the origin once the batch is committed: not beyond what waits.
+func (x *execution) seenTo() wal.LSN {
+	to := x.b.to()
+	if floor, ok := x.w.aside.floor(); ok {
+		to = min(to, floor)
+	}
+	for _, h := range x.b.held {
+		to = min(to, h.lsn)
+	}
+	return to
 }
 
 // applyWave writes a wave: first every net change in few set-based statements that touch quiet rows only, then, one

@@ -90,8 +90,11 @@ type batch struct {
 	changes          int
 	behind           int // how often local decoding was too far behind
 	minTime, maxTime wal.Time
-	merged           bool // false: one wave per change, in the original order
-	careful          bool // rows may collide, or be parked: see place
+	merged           bool         // false: one wave per change, in the original order
+	careful          bool         // rows may collide, or be parked: see place
+	filtered         bool         // changes of keys that wait were left out
+	held             []heldChange // these
+	again            []changeID   // not empty: the batch is these changes only, which had been set aside
 }
 
 func (b *batch) from() wal.LSN { return b.txns[0].CommitLSN }
@@ -108,7 +111,9 @@ type planner struct {
 	batch   *batch
 	bytes   int
 	resolve resolver
-	behind  func(*wal.Txn) bool // see Mesh.behind
+	behind  func(*wal.Txn) bool          // see Mesh.behind
+	waits   func(table, key string) bool // changes of these keys are left out, nil: of none
+	only    map[changeID]bool            // nil: all
 	wave    *wave
 	byName  map[string]*tableWave         // of the present wave, by local table
 	targets map[wal.RelationID]*tableWave // of the present wave, by origin definition
@@ -143,6 +148,9 @@ func (p *planner) addTxn(t *wal.Txn) error {
 	b := p.batch
 	for i := range t.Changes {
 		p.num = int32(i)
+		if p.only != nil && !p.only[changeID{t.CommitLSN, p.num}] {
+			continue
+		}
 		if err := p.add(t, &t.Changes[i]); err != nil {
 			return err
 		}
@@ -187,7 +195,34 @@ func (p *planner) add(t *wal.Txn, c *wal.Change) error {
 	if len(tw.table.key) == 0 {
 		return p.addKeyless(tw, t, c)
 	}
+	if p.waits != nil && p.hold(tw, t, c) {
+		return nil
+	}
 	return p.addKeyed(tw, t, c)
+}
+
+// hold leaves a change out when changes of a key that it touches wait; then all of its keys do.
+func (p *planner) hold(tw *tableWave, t *wal.Txn, c *wal.Change) bool {
+	var keys []string
+	waits := false
+	for _, tuple := range []wal.Tuple{c.Old, c.New} {
+		if tuple == nil {
+			continue
+		}
+		if k, ok := keyOf(nil, tw.key, tuple); ok && !slices.Contains(keys, string(k)) {
+			keys = append(keys, string(k))
+		}
+	}
+	for _, k := range keys {
+		waits = waits || p.waits(tw.String(), k) ||
+			slices.ContainsFunc(p.batch.held, func(h heldChange) bool { return h.table == tw.String() && h.key == k })
+	}
+	if waits {
+		for _, k := range keys {
+			p.batch.held = append(p.batch.held, heldChange{changeID{t.CommitLSN, p.num}, tw.String(), k})
+		}
+	}
+	return waits
 }
 
 // table returns the wave's part for the relation, opening wave and part as needed. A second definition of the same

@@ -235,6 +235,15 @@ func round(t *testing.T, sites []*site, seed uint64) {
 			}
 		})
 	}
+	holder := sites[rng.IntN(len(sites))].connect() // a client that keeps a row locked for longer than is waited for
+	wg.Go(func() {
+		key := 1 + int(seed%keysMax)
+		if _, err := pg.Rows(context.WithoutCancel(ctx), holder, fmt.Sprintf("SET deadlock_timeout = '20ms'; BEGIN; SELECT FROM t WHERE id = %d FOR UPDATE", key)); err != nil {
+			return // a victim of a deadlock
+		}
+		_ = pause(ctx, 900*time.Millisecond)
+		_, _ = pg.Rows(context.WithoutCancel(ctx), holder, "COMMIT")
+	})
 	for range 25 {
 		s := sites[rng.IntN(len(sites))]
 		to := s.peers[rng.IntN(len(s.peers))]
@@ -262,6 +271,7 @@ func round(t *testing.T, sites []*site, seed uint64) {
 	}
 	cancel()
 	wg.Wait()
+	pg.Close(holder)
 	for _, c := range clients {
 		pg.Close(c.conn)
 	}

@@ -48,6 +48,7 @@ func (u *Unparker) run(ctx context.Context) error {
 	if err := w.loadOrigins(ctx); err != nil {
 		return err
 	}
+	w.aside = newAside()
 	if err := w.cfg.Mesh.Parking.Load(ctx, w.session.conn); err != nil {
 		return err
 	}

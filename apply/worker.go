@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"strconv"
 	"sync"
@@ -86,6 +87,8 @@ type Status struct {
 	Transactions int64      `json:"transactions"` // applied since start
 	Changes      int64      `json:"changes"`      // applied since start
 	Conflicts    int64      `json:"conflicts"`    // recorded since start
+	Held         int        `json:"held"`         // keys whose changes wait for a client's lock
+	Blocker      string     `json:"blocker"`      // the sessions that were last seen to hold such locks
 	Retries      int64      `json:"retries"`      // batches tried again since start
 	HeldUntil    time.Time  `json:"held_until"`   // clock rule: nothing is applied before this
 	LastError    string     `json:"last_error"`   // why nothing is being applied
@@ -97,10 +100,14 @@ type Status struct {
 type Worker struct {
 	cfg Config
 
-	mu     sync.Mutex // guards the fields up to the next gap
-	status Status
-	done   int    // batches executed in this run
-	marks  []mark // commits whose local flush is not confirmed yet
+	mu        sync.Mutex // guards the fields up to the next gap
+	status    Status
+	at        wal.LSN // committed up to here, but for what waits
+	flushedTo wal.LSN // and flushed up to here
+	floor     wal.LSN // before the oldest change that waits
+	waiting   bool    // for locks
+	done      int     // batches executed in this run
+	marks     []mark  // commits whose local flush is not confirmed yet
 	// position is the last one that was read; it counts when positionAfter batches are done.
 	position      *journal.Position
 	positionAfter int
@@ -108,6 +115,7 @@ type Worker struct {
 	// Of the executing goroutine: when this run began, and when rows were completed with values from the origin.
 	began  wal.Time
 	filled map[string]wal.Time
+	aside  *aside
 
 	session *session
 	aux     *pgconn.PgConn // catalog reads and flush polling
@@ -191,6 +199,10 @@ func (w *Worker) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read progress of origin %s: %w", w.cfg.OriginName, err)
 	}
+	if err := w.loadAside(ctx); err != nil {
+		return err
+	}
+	w.reached(from, nil)
 	r, err := w.cfg.Open(from)
 	if err != nil {
 		return fmt.Errorf("read the journal of site %d from %s: %w", w.cfg.Origin, from, err)
@@ -326,9 +338,8 @@ func (w *Worker) progress(ctx context.Context) (wal.LSN, error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.status.Applied, w.status.Durable = from, from
+	w.at, w.flushedTo = from, from
 	w.marks, w.done, w.position = nil, 0, nil
-	w.cfg.Mesh.setApplied(w.cfg.Origin, from)
 	return from, nil
 }
 
@@ -488,13 +499,39 @@ func (w *Worker) takePosition() {
 		return
 	}
 	w.position = nil
-	w.status.Applied = max(w.status.Applied, pos.To)
+	w.at = max(w.at, pos.To)
 	if n := len(w.marks); n > 0 { // as durable as the last commit before it
-		w.marks = append(w.marks, mark{w.status.Applied, w.marks[n-1].local})
+		w.marks = append(w.marks, mark{w.at, w.marks[n-1].local})
 	} else {
-		w.status.Durable = w.status.Applied
+		w.flushedTo = w.at
 	}
 	w.takeSeen(pos.Seen)
+	w.show()
+}
+
+// reached notes a commit, and what the worker has set aside by now. mark is nil when there was none.
+func (w *Worker) reached(to wal.LSN, m *mark) {
+	floor, waits := w.aside.floor()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.at = max(w.at, to)
+	if m != nil {
+		w.marks = append(w.marks, *m)
+	}
+	w.floor, w.status.Held = floor, len(w.aside.keys)
+	if !waits {
+		w.floor = math.MaxUint64
+	}
+	w.waiting = waits
+	if !waits {
+		w.status.Blocker = ""
+	}
+	w.show()
+}
+
+// show puts the positions into the status: neither passes what waits. w.mu is held.
+func (w *Worker) show() {
+	w.status.Applied, w.status.Durable = min(w.at, w.floor), min(w.flushedTo, w.floor)
 	w.cfg.Mesh.setApplied(w.cfg.Origin, w.status.Applied)
 }
 
@@ -546,10 +583,18 @@ func (w *Worker) table(schema, name string) (*table, error) {
 
 // execute applies batches as they come.
 func (w *Worker) execute(ctx context.Context, in <-chan *planner) error {
+	again := time.NewTicker(heldEvery)
+	defer again.Stop()
 	for {
+		if len(w.aside.keys) > 0 && time.Since(w.aside.tried) >= heldEvery {
+			if err := w.tryAside(ctx); err != nil {
+				return err
+			}
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-again.C:
 		case p := <-in:
 			p.cut()
 			if len(p.batch.txns) == 0 {
@@ -576,6 +621,12 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 		if !b.careful && w.cfg.Mesh.Parking.touches(b) {
 			return w.applyCarefully(ctx, b)
 		}
+		if !b.filtered && w.aside.touches(b) {
+			var err error
+			if b, err = w.replan(b); err != nil {
+				return err
+			}
+		}
 		err := w.applyOnce(ctx, b)
 		var behind *behindError
 		switch {
@@ -591,6 +642,24 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 			continue
 		case ctx.Err() != nil || w.session.conn.IsClosed() || pg.IsConnectionError(err):
 			return err
+		case pg.SQLState(err) == "55P03" && try >= asideAfter:
+			next, aerr := w.setAside(ctx, b)
+			if aerr != nil && !disturbed(aerr) {
+				return aerr
+			}
+			if next != nil {
+				b, try = next, 0
+				continue
+			}
+			if len(b.txns) > 1 {
+				return w.applyHalves(ctx, b)
+			}
+			if try%maxTries == 0 {
+				w.stuck(fmt.Errorf("transaction %s waits for locks of this site's clients: %w", b.from(), err),
+					"end or commit the sessions that hold the locks; apply goes on by itself")
+			}
+		case pg.SQLState(err) == "55P03":
+			w.waitsForLocks()
 		case len(b.txns) == 1 && disturbed(err):
 			if try%maxTries == 0 {
 				w.stuck(fmt.Errorf("transaction %s waits for locks of this site's clients: %w", b.from(), err),
@@ -674,7 +743,7 @@ func disturbed(err error) bool {
 	case "40P01", "55P03", "40001": // deadlock, lock timeout, serialization
 		return true
 	}
-	return errors.Is(err, errRestless) || errors.Is(err, errInvisible) || errors.Is(err, errTruncated)
+	return errors.Is(err, errRestless) || errors.Is(err, errLocked) || errors.Is(err, errInvisible) || errors.Is(err, errTruncated)
 }
 
 func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
@@ -695,6 +764,10 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	for _, table := range x.parking {
 		w.cfg.Mesh.Parking.note(table)
 	}
+	if b.again == nil {
+		w.aside.add(b)
+		w.reached(b.to(), &mark{b.to(), local})
+	}
 	last := b.txns[len(b.txns)-1]
 	conflicts := int64(0)
 	for _, r := range x.records {
@@ -705,14 +778,14 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := &w.status
-	s.Applied, s.AppliedTime = b.to(), b.maxTime
-	w.takeSeen(last.Seen)
-	s.Transactions += int64(len(b.txns))
-	s.Changes += int64(b.changes)
+	if b.again == nil {
+		s.AppliedTime = b.maxTime
+		w.takeSeen(last.Seen)
+		s.Transactions += int64(len(b.txns))
+	}
+	s.Changes += int64(b.changes - len(b.held))
 	s.Conflicts += conflicts
 	s.LastError, s.LastHint = "", ""
-	w.marks = append(w.marks, mark{b.to(), local})
-	w.cfg.Mesh.setApplied(w.cfg.Origin, b.to())
 	return nil
 }
 
@@ -726,9 +799,14 @@ func (w *Worker) pollFlush(ctx context.Context) error {
 			return err
 		}
 		w.mu.Lock()
-		waiting := len(w.marks) > 0
+		unflushed, waiting := len(w.marks) > 0, w.waiting
 		w.mu.Unlock()
-		if !waiting {
+		if waiting {
+			if err := w.findBlocker(ctx, w.session.conn.PID()); err != nil {
+				return err
+			}
+		}
+		if !unflushed {
 			continue
 		}
 		w.auxMu.Lock()
@@ -750,8 +828,9 @@ func (w *Worker) flushed(local wal.LSN) {
 	defer w.mu.Unlock()
 	n := 0
 	for n < len(w.marks) && w.marks[n].local <= local {
-		w.status.Durable = w.marks[n].source
+		w.flushedTo = w.marks[n].source
 		n++
 	}
 	w.marks = w.marks[n:]
+	w.show()
 }

@@ -248,7 +248,8 @@ func (n *node) progress(ctx context.Context) (seen []wal.Seen, err error) {
 	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
 		seen = nil
 		for _, s := range n.cfg.Peers() {
-			rows, err := pg.Query(ctx, c, "SELECT max(to_lsn)::text FROM duri.applied WHERE origin = $1::int2", fmt.Sprint(s.ID))
+			rows, err := pg.Query(ctx, c, `SELECT least(max(to_lsn), (SELECT min(lsn) FROM duri.held WHERE origin = $1::int2))::text
+				FROM duri.applied WHERE origin = $1::int2`, fmt.Sprint(s.ID))
 			if err != nil {
 				return err
 			}
