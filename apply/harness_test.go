@@ -21,6 +21,7 @@ import (
 	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/internal/pgtest"
 	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -431,6 +432,7 @@ type rigOptions struct {
 	sites    int  // default 2
 	pgtest   []pgtest.Option
 	config   func(*Config)
+	policies policy.Set
 }
 
 // newRig makes two sites A (1) and B (2) with the schema, streaming both ways.
@@ -519,13 +521,14 @@ func (s *site) setUp(schema string, o rigOptions) {
 		return s.id, IsClockOrigin(s.db, name) || name == RepairOriginName(s.db, s.name)
 	}
 	s.keys = NewKeys(s.dsn, s.db)
+	s.keys.SetPolicies(o.policies)
 	s.local = NewHistory(s.id, at, 0, s.keys)
 	s.mesh = s.newMesh()
 	for _, p := range s.peers {
 		cfg := Config{
 			Site: s.id, Origin: p.id, OriginName: OriginName(s.db, p.name), SiteOf: s.siteOf, DSN: s.dsn, Database: s.db,
 			Open: p.feed.reader(s.id), Mesh: s.mesh, Barrier: s.barrier, Fetch: p.fetch,
-			Clock: func() wal.Time { return wal.TimeOf(time.Now()) },
+			Clock: func() wal.Time { return wal.TimeOf(time.Now()) }, Policy: o.policies.Of,
 		}
 		if o.config != nil {
 			o.config(&cfg)

@@ -37,8 +37,13 @@ type History struct {
 	dead   []deadKey       // graves in order of EndLSN
 	all    map[string]past // by table: the last TRUNCATE
 
-	keys func(*wal.Relation) ([]namedKey, error)
-	buf  []byte
+	// What changes did to the columns of rows of tables in column mode.
+	touches map[grave][]touched
+	touched []deadKey // touches in order of EndLSN
+
+	columnMode func(*wal.Relation) bool
+	keys       func(*wal.Relation) ([]namedKey, error)
+	buf        []byte
 }
 
 // past is a transaction of the history.
@@ -75,7 +80,7 @@ type namedKey struct {
 func NewHistory(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *History {
 	return &History{
 		site: site, own: true, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]past{},
-		graves: map[grave]past{}, all: map[string]past{}, keys: keys.of,
+		graves: map[grave]past{}, all: map[string]past{}, touches: map[grave][]touched{}, columnMode: keys.columnMode, keys: keys.of,
 	}
 }
 
@@ -97,8 +102,14 @@ func (l *History) Add(t *wal.Txn) error {
 	}
 	p := pastOf(t)
 	for i := range t.Changes {
-		if err := l.bury(p, &t.Changes[i]); err != nil {
+		c := &t.Changes[i]
+		if err := l.bury(p, c); err != nil {
 			return err
+		}
+		if l.columnMode(c.Relation) {
+			if err := l.touch(p, c); err != nil {
+				return err
+			}
 		}
 	}
 	l.txns = append(l.txns, p)
@@ -143,6 +154,28 @@ func (l *History) bury(p past, c *wal.Change) error {
 	g := grave{c.Relation.String(), k}
 	l.graves[g] = p
 	l.dead = append(l.dead, deadKey{g, p.end})
+	return nil
+}
+
+// touch notes which columns of a row of a table in column mode a change has written.
+func (l *History) touch(p past, c *wal.Change) error {
+	names, err := l.keys(c.Relation)
+	if err != nil || len(names) == 0 {
+		return err
+	}
+	for _, t := range []wal.Tuple{c.Old, c.New} {
+		if t == nil {
+			continue
+		}
+		key, ok := relationKey(l.buf[:0], names, c.Relation, t)
+		l.buf = key
+		if !ok {
+			continue
+		}
+		g := grave{c.Relation.String(), string(key)}
+		l.touches[g] = append(l.touches[g], touched{p, changedColumns(c)})
+		l.touched = append(l.touched, deadKey{g, p.end})
+	}
 	return nil
 }
 
@@ -228,6 +261,16 @@ func (l *History) Prune(seen wal.LSN, now wal.Time) {
 		n++
 	}
 	l.dead = l.dead[n:]
+	n = 0
+	for n < len(l.touched) && l.touched[n].end <= seen {
+		g := l.touched[n].grave
+		l.touches[g] = slices.DeleteFunc(l.touches[g], func(t touched) bool { return t.end <= seen })
+		if len(l.touches[g]) == 0 {
+			delete(l.touches, g)
+		}
+		n++
+	}
+	l.touched = l.touched[n:]
 	for name, s := range l.all {
 		if s.end <= seen {
 			delete(l.all, name)

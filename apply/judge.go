@@ -17,7 +17,7 @@ type held struct {
 	seen []wal.Seen // of other sites, by that transaction
 	// third: a site wrote the row that is neither this one nor the incoming one; xid is the transaction that did.
 	third bool
-	xid   uint32
+	xmin  uint32 // of the row
 	// behind: the incoming transaction had seen what has not been applied here yet.
 	behind bool
 }
@@ -31,6 +31,7 @@ type verdict struct {
 	row     wal.Tuple // its image; may hold Unchanged only where the row that is there keeps its value
 	changed bool      // something is to be written
 	records []outcome
+	state   held // the key's state in the end
 }
 
 // outcome is one change that did not simply apply (rule 16, archive.md section 3).
@@ -44,8 +45,15 @@ type outcome struct {
 // row, or ok false when the origin has the row no more; then a later change in the stream will say so.
 type fetcher func(r *ref) (row wal.Tuple, ok bool, err error)
 
+// merging is what judging a key takes besides its changes and its state.
+type merging struct {
+	fetch   fetcher
+	blend   *blend                     // see target
+	touched func(*ref) map[string]bool // with a blend in column mode: columns that greater versions have written
+}
+
 // judge runs a key's changes, in order, against what is held.
-func judge(chain []*ref, h held, fetch fetcher) (verdict, error) {
+func judge(chain []*ref, h held, m merging) (verdict, error) {
 	var v verdict
 	wasLive := h.Existence == conflict.Live
 	var known wal.Tuple // the origin's image after the changes so far, as far as they tell
@@ -57,8 +65,15 @@ func judge(chain []*ref, h held, fetch fetcher) (verdict, error) {
 		known = row
 		d := conflict.Decide(r.op, r.txn.Version(), h.toward(r))
 		rival := h
-		if d.Apply {
-			next, code, err := succeed(r, row, h, d, fetch)
+		if m.blend != nil && r.op == wal.Update && h.Existence == conflict.Live {
+			var changed bool
+			var err error
+			if h, d, changed, err = blendOne(m.blend, r, h, d, m.touched); err != nil {
+				return v, err
+			}
+			v.changed = v.changed || changed
+		} else if d.Apply {
+			next, code, err := succeed(r, row, h, d, m.fetch)
 			if err != nil {
 				return v, err
 			}
@@ -73,6 +88,7 @@ func judge(chain []*ref, h held, fetch fetcher) (verdict, error) {
 			v.records = append(v.records, outcome{r, d, rival})
 		}
 	}
+	v.state = h
 	v.live = h.Existence == conflict.Live
 	v.row = h.image
 	v.changed = v.changed && (v.live || wasLive)

@@ -4,17 +4,20 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
 // Keys finds the key columns of local tables, reading the catalog once per definition. Safe for concurrent use.
 type Keys struct {
 	dsn, database string
+	policies      atomic.Pointer[policy.Set]
 
 	mu    sync.Mutex // guards the rest
 	conn  *pgconn.PgConn
@@ -24,6 +27,15 @@ type Keys struct {
 // NewKeys returns a Keys that connects when it is first asked. The caller closes it.
 func NewKeys(dsn, database string) *Keys {
 	return &Keys{dsn: dsn, database: database, known: map[wal.RelationID][]namedKey{}}
+}
+
+// SetPolicies tells what is declared for the tables.
+func (k *Keys) SetPolicies(s policy.Set) { k.policies.Store(&s) }
+
+// columnMode reports whether changes of different columns of a table's rows both stand.
+func (k *Keys) columnMode(rel *wal.Relation) bool {
+	s := k.policies.Load()
+	return s != nil && s.Of(rel.Namespace, rel.Name).Mode == policy.ModeColumn
 }
 
 // Close ends the connection.

@@ -47,8 +47,10 @@ type entry struct {
 	maybe bool
 	// slow: no fast statement may write the entry, because its image lacks values of a row under another key
 	slow bool
-	row  wal.Tuple // net image for insert and update
-	last int32     // index+1 into wave.refs of the key's last change
+	// blended: likewise, because concurrent changes merge
+	blended bool
+	row     wal.Tuple // net image for insert and update
+	last    int32     // index+1 into wave.refs of the key's last change
 }
 
 // moved is a primary key change whose new image lacks out-of-line values: PostgreSQL does not send what an UPDATE did
@@ -194,6 +196,9 @@ func (p *planner) add(t *wal.Txn, c *wal.Change) error {
 	}
 	if len(tw.table.key) == 0 {
 		return p.addKeyless(tw, t, c)
+	}
+	if err := checkFull(tw.target, c); err != nil {
+		return err
 	}
 	if p.waits != nil && p.hold(tw, t, c) {
 		return nil
@@ -389,6 +394,7 @@ func (p *planner) touch(tw *tableWave, r ref, keyTuple wal.Tuple) error {
 	if r.op != wal.Delete && !r.row.Complete() && p.behind(r.txn) {
 		r.blind = true
 	}
+	e.blended = tw.blend != nil
 	p.wave.refs = append(p.wave.refs, r)
 	e.last = int32(len(p.wave.refs))
 	if fresh {

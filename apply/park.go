@@ -208,13 +208,18 @@ func (x *execution) tryPlace(ctx context.Context, wv *wave, tw *tableWave, e *en
 	case !visible:
 		h = x.grave(tw, e, wv)
 	}
-	v, err := judge(wv.chain(e), h, x.fetch(ctx, tw))
+	v, err := judge(wv.chain(e), h, x.merging(ctx, tw, e.key))
 	if err != nil {
 		return false, err
 	}
 	x.record(tw, e, v.records)
 	if !v.changed {
 		return true, nil
+	}
+	if v.live && tw.blend != nil && v.state.Version.Site != x.w.cfg.Origin {
+		if err := x.keepVersion(ctx, tw, e.key, v.state); err != nil {
+			return false, err
+		}
 	}
 	if isParked {
 		if err := x.unpark(ctx, tw, e.key); err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pgtest"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -34,7 +35,7 @@ func planResolver(rel *wal.Relation) (*target, error) {
 		{name: "v", typ: "text", arrayType: "text[]"},
 		{name: "big", typ: "text", arrayType: "text[]"},
 	}}
-	return bind(t, rel)
+	return bind(t, rel, policy.Table{})
 }
 
 func text(s string) wal.Value { return wal.Value{Kind: wal.Text, Data: []byte(s)} }
@@ -188,7 +189,7 @@ func TestBindRefusesWhatItCannotKeep(t *testing.T) {
 		return r.Seal()
 	}
 	tab := &table{full: "public.t", key: []int{0}, columns: []column{{name: "id"}, {name: "v"}}}
-	g, err := bind(tab, rel("v", "id"))
+	g, err := bind(tab, rel("v", "id"), policy.Table{})
 	if err != nil || g.key[0].at != 1 || !slices.Equal(g.cols, []int{1, 0}) {
 		t.Errorf("other order of columns: %+v, %v", g, err)
 	}
@@ -203,7 +204,7 @@ func TestBindRefusesWhatItCannotKeep(t *testing.T) {
 		{odd, rel("id"), "equality cannot be told"},
 	} {
 		var te *TableError
-		if _, err := bind(tc.t, tc.rel); !errors.As(err, &te) || !strings.Contains(err.Error(), tc.want) || te.Hint == "" {
+		if _, err := bind(tc.t, tc.rel, policy.Table{}); !errors.As(err, &te) || !strings.Contains(err.Error(), tc.want) || te.Hint == "" {
 			t.Errorf("%v: %v, want %q", tc.rel.Columns, err, tc.want)
 		}
 	}
@@ -222,29 +223,29 @@ func TestJudgeKeepsTheOriginsImage(t *testing.T) {
 		asked++
 		return wal.Tuple{text("1"), text("z"), text("fetched")}, true, nil
 	}
-	v, err := judge(chain, rival, ask)
+	v, err := judge(chain, rival, merging{fetch: ask})
 	if err != nil || !v.live || !v.changed || string(v.row[1].Data) != "b" || string(v.row[2].Data) != "ours" || asked != 0 {
 		t.Errorf("%+v, %v, asked %d times", v, err, asked)
 	}
 	if len(v.records) != 2 || v.records[0].decision.Code != conflict.Lost || v.records[1].decision.Code != conflict.Won {
 		t.Errorf("records %+v", v.records)
 	}
-	if v, err = judge(chain[1:], rival, ask); err != nil || asked != 1 || string(v.row[2].Data) != "fetched" || string(v.row[1].Data) != "b" {
+	if v, err = judge(chain[1:], rival, merging{fetch: ask}); err != nil || asked != 1 || string(v.row[2].Data) != "fetched" || string(v.row[1].Data) != "b" {
 		t.Errorf("alone: %+v, %v, asked %d times", v, err, asked)
 	}
 	gone := func(*ref) (wal.Tuple, bool, error) { return nil, false, nil }
-	if v, err = judge(chain[1:], rival, gone); err != nil || v.changed || v.records[0].decision.Code != conflict.Won {
+	if v, err = judge(chain[1:], rival, merging{fetch: gone}); err != nil || v.changed || v.records[0].decision.Code != conflict.Won {
 		t.Errorf("gone at the origin: %+v, %v", v, err)
 	}
 	// Half of a key change: what stands under the new key is another row, even if the origin wrote it.
 	own := held{State: conflict.State{Existence: conflict.Live, Version: wal.Version{Time: 5, Site: 1}}, image: rival.image}
 	half := []*ref{{txn: txnAt(10), op: wal.Insert, row: part}}
-	if v, err = judge(half, own, ask); err != nil || string(v.row[2].Data) != "fetched" || v.records[0].decision.Code != conflict.Filled {
+	if v, err = judge(half, own, merging{fetch: ask}); err != nil || string(v.row[2].Data) != "fetched" || v.records[0].decision.Code != conflict.Filled {
 		t.Errorf("key change onto another row: %+v, %v", v, err)
 	}
 	// The rival had been seen: what stands here is what the origin changed.
 	chain[1].txn.Seen = []wal.Seen{{Site: 2, LSN: 5}}
-	if v, err = judge(chain[1:], rival, gone); err != nil || string(v.row[2].Data) != "theirs" || len(v.records) != 0 {
+	if v, err = judge(chain[1:], rival, merging{fetch: gone}); err != nil || string(v.row[2].Data) != "theirs" || len(v.records) != 0 {
 		t.Errorf("seen: %+v, %v", v, err)
 	}
 }

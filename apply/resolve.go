@@ -114,23 +114,28 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 	var upd []op
 	for i, e := range pending {
 		h, ok := rows[i]
-		if ok && h.end == ownRow && (again || !e.slow) {
+		if ok && h.end == ownRow && (again || !e.slow && !e.blended) {
 			// Our own insert, or another fast statement of this wave, wrote it already; or an earlier wave.
 			if again || e.kind == netInsert {
 				x.created = append(x.created, created{tw, wv, e})
 			}
-			if !x.touched(wv, tw, e.key) {
+			if again || e.kind != netInsert || !x.touched(wv, tw, e.key) {
 				continue
 			}
 		}
 		if !ok {
 			h = x.grave(tw, e, wv)
 		}
-		v, err := judge(wv.chain(e), h, x.fetch(ctx, tw))
+		v, err := judge(wv.chain(e), h, x.merging(ctx, tw, e.key))
 		if err != nil {
 			return nil, err
 		}
 		x.record(tw, e, v.records)
+		if v.changed && v.live && tw.blend != nil && v.state.Version.Site != x.w.cfg.Origin {
+			if err := x.keepVersion(ctx, tw, e.key, v.state); err != nil {
+				return nil, err
+			}
+		}
 		switch {
 		case !v.changed:
 		case !v.live:
@@ -229,7 +234,11 @@ func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (
 			return nil, err
 		}
 	}
-	return out, x.attributeThird(ctx, tw, out, func(i int) string { return pending[i].key })
+	key := func(i int) string { return pending[i].key }
+	if err := x.attributeThird(ctx, tw, out, key); err != nil {
+		return nil, err
+	}
+	return out, x.attributeBlended(ctx, tw, out, key)
 }
 
 // heldRow reads one row of lockSQL.
@@ -248,7 +257,7 @@ func (x *execution) heldRow(ctx context.Context, tw *tableWave, row [][]byte) (h
 		if err := errors.Join(err1, err2, err3); err != nil {
 			return h, fmt.Errorf("lock rows of %s: %w", tw.table, err)
 		}
-		h.Version.Time = wal.Time(micros)
+		h.Version.Time, h.xmin = wal.Time(micros), uint32(xmin)
 		if err := x.attribute(ctx, &h, uint32(roident), uint32(xmin)); err != nil {
 			return h, err
 		}
@@ -279,7 +288,6 @@ func (x *execution) attribute(ctx context.Context, h *held, roident, xmin uint32
 		}
 		h.Version.Site = site
 		h.third = site != x.w.cfg.Origin && site != x.w.cfg.Site
-		h.xid = xmin
 		if site != x.w.cfg.Site {
 			return nil
 		}
@@ -318,7 +326,7 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 			if len(ids) > 1 {
 				ids = append(ids, ',')
 			}
-			ids = strconv.AppendUint(ids, uint64(h.xid), 10)
+			ids = strconv.AppendUint(ids, uint64(h.xmin), 10)
 		}
 	}
 	if len(ids) == 1 {
@@ -347,7 +355,7 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 		if !h.third {
 			continue
 		}
-		span, ok := found[h.xid]
+		span, ok := found[h.xmin]
 		if !ok || span.to <= first.SeenOf(h.Version.Site) {
 			h.Seen, h.end = true, 0
 			rows[i] = h
@@ -440,7 +448,7 @@ func (x *execution) recheck(ctx context.Context) error {
 // recheckKey judges a created key against its tombstone: all that the batch did to it since, in later waves too.
 func (x *execution) recheckKey(ctx context.Context, c created, s past) error {
 	chain, entries := x.since(c)
-	v, err := judge(chain, deleted(s), x.fetch(ctx, c.tw))
+	v, err := judge(chain, deleted(s), x.merging(ctx, c.tw, c.e.key))
 	if err != nil {
 		return err
 	}
@@ -524,6 +532,16 @@ func (x *execution) completeOne(ctx context.Context, wv *wave, m *moved, h held,
 	r.row, r.blind = fill(r.row, row), false
 	wv.refold(m.e)
 	return nil
+}
+
+// merging is what judging a key of a table takes.
+func (x *execution) merging(ctx context.Context, tw *tableWave, key string) merging {
+	return merging{
+		fetch: x.fetch(ctx, tw), blend: tw.blend,
+		touched: func(r *ref) map[string]bool {
+			return x.w.cfg.Mesh.touchedSince(tw.rel, tw.String(), key, r.txn.Version(), x.w.cfg.Origin)
+		},
+	}
 }
 
 // fetch completes rows by asking the origin.

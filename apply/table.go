@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -44,6 +45,8 @@ type target struct {
 	// isKey tells the relation's columns that are part of the key.
 	isKey []bool
 
+	blend *blend // nil: the greater version's whole row stands
+
 	// Constraints besides the key, and the statement that finds rows that collide on one; read when first needed.
 	uniques   []unique
 	colliders string
@@ -62,9 +65,9 @@ func (e *TableError) Error() string {
 // HintText is the advice that goes with the error.
 func (e *TableError) HintText() string { return e.Hint }
 
-// bind joins rel to t. Every column that arrives must exist here; columns that exist only here keep their defaults.
-func bind(t *table, rel *wal.Relation) (*target, error) {
-	g := &target{table: t, rel: rel, cols: make([]int, len(rel.Columns)), isKey: make([]bool, len(rel.Columns))}
+// bind joins rel to t, whose rows merge as p declares. Every column that arrives must exist here; columns that exist only here keep their defaults.
+func bind(t *table, rel *wal.Relation, p policy.Table) (*target, error) {
+	g := &target{table: t, rel: rel, blend: newBlend(p, rel), cols: make([]int, len(rel.Columns)), isKey: make([]bool, len(rel.Columns))}
 	byName := make(map[string]int, len(t.columns))
 	for i, c := range t.columns {
 		byName[c.name] = i

@@ -135,7 +135,7 @@ func (u *Unparker) target(schema, name string) (*tableWave, error) {
 	for _, c := range t.columns {
 		rel.Columns = append(rel.Columns, wal.Column{Name: c.name})
 	}
-	g, err := bind(t, rel)
+	g, err := bind(t, rel, u.w.policy(schema, name))
 	if err != nil {
 		return nil, err
 	}

@@ -24,6 +24,7 @@ import (
 
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -49,6 +50,9 @@ type Config struct {
 	Barrier func(ctx context.Context, lsn wal.LSN) error
 	// Fetch asks the origin for the present row with row's key (rule 9). Nil: it cannot be asked.
 	Fetch func(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error)
+	// Policy is what is declared for a table, in force from a run's start to its end; nil: nothing for any. The histories
+	// must know the same (Keys).
+	Policy func(schema, table string) policy.Table
 	// Clock is the local PostgreSQL server's clock (rule 1).
 	Clock func() wal.Time
 
@@ -561,11 +565,19 @@ func (w *Worker) resolve(rel *wal.Relation) (*target, error) {
 	if err != nil {
 		return nil, err
 	}
-	g, err := bind(t, rel)
+	g, err := bind(t, rel, w.policy(rel.Namespace, rel.Name))
 	if err == nil {
 		w.targets[rel.ID] = g
 	}
 	return g, err
+}
+
+// policy is what is declared for a table.
+func (w *Worker) policy(schema, name string) policy.Table {
+	if w.cfg.Policy == nil {
+		return policy.Table{}
+	}
+	return w.cfg.Policy(schema, name)
 }
 
 func (w *Worker) table(schema, name string) (*table, error) {

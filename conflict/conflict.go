@@ -61,6 +61,7 @@ const (
 	Parked     Code = "parked"     // kept out of sight, because a newer row has a value that must be unique (rule 11)
 	Displaced  Code = "displaced"  // written, and the older row that has the value was parked
 	Unparked   Code = "unparked"   // a parked row is visible again
+	Merged     Code = "merged"     // older, and yet part of it stands: delta columns, column mode (rules 13 and 14)
 	Filled     Code = "filled"     // written after completing unchanged TOAST values from elsewhere (rule 9)
 )
 
