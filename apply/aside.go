@@ -264,7 +264,7 @@ func (w *Worker) probe(ctx context.Context, tw *tableWave) (free, there map[int]
 	if free, err = ordinals(lock + " SKIP LOCKED"); err != nil {
 		return nil, nil, err
 	}
-	there, err = ordinals(strings.TrimSuffix(lock, " FOR UPDATE OF t"))
+	there, err = ordinals(strings.TrimSuffix(lock, forUpdate))
 	return free, there, err
 }
 

@@ -272,6 +272,9 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 			}
 			continue
 		}
+		if err := x.leaveBuried(ctx, wv, tw); err != nil {
+			return err
+		}
 		for _, o := range fastOps(tw) {
 			ops = append(ops, o)
 			calls = append(calls, o.call(x.origin, x.before))

@@ -49,6 +49,7 @@ type entry struct {
 	slow bool
 	// blended: likewise, because concurrent changes merge
 	blended bool
+	buried  bool // a tombstone beats all of it, see leaveBuried
 	row     wal.Tuple // net image for insert and update
 	last    int32     // index+1 into wave.refs of the key's last change
 }
@@ -101,6 +102,25 @@ type batch struct {
 
 func (b *batch) from() wal.LSN { return b.txns[0].CommitLSN }
 func (b *batch) to() wal.LSN   { return b.txns[len(b.txns)-1].EndLSN }
+
+// tables names the tables that the batch writes, each once. What it truncates may cascade to others, which the record of
+// the truncation has as changes of their own.
+func (b *batch) tables() (names []string) {
+	add := func(name string) {
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	for _, wv := range b.waves {
+		for _, tw := range wv.tables {
+			add(tw.String())
+		}
+		if wv.truncate != nil {
+			add(wv.truncate.Relation.String())
+		}
+	}
+	return names
+}
 
 // resolver finds the local target of an origin's relation.
 type resolver func(*wal.Relation) (*target, error)

@@ -33,7 +33,7 @@ func left(o op, r *pgconn.Result) []*entry {
 func slowOnes(tw *tableWave) []*entry {
 	var out []*entry
 	for _, e := range tw.entries {
-		if e.slow || e.blended || tw.deferrable && e.kind == netInsert {
+		if !e.buried && (e.slow || e.blended || tw.deferrable && e.kind == netInsert) {
 			out = append(out, e)
 		}
 	}
@@ -47,7 +47,7 @@ func fastOps(tw *tableWave) []op {
 	var updates []op
 	for _, e := range tw.entries {
 		switch {
-		case e.slow, e.blended:
+		case e.slow, e.blended, e.buried:
 		case e.kind == netDelete:
 			del = append(del, item{e: e})
 		case e.kind == netInsert:

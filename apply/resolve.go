@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/duri-io/duri/conflict"
@@ -21,6 +22,10 @@ var errRestless = errors.New("rows kept changing while they were resolved")
 
 // resolve decides keys whose rows were not quiet: it locks the rows, judges, and writes.
 func (x *execution) resolve(ctx context.Context, wv *wave, tw *tableWave, pending []*entry) error {
+	pending, err := x.leaveLosers(ctx, wv, tw, pending)
+	if err != nil {
+		return err
+	}
 	for round := range maxResolve {
 		if len(pending) == 0 {
 			return nil
@@ -38,6 +43,63 @@ func (x *execution) resolve(ctx context.Context, wv *wave, tw *tableWave, pendin
 		}
 	}
 	return errRestless
+}
+
+// leaveLosers takes out the keys whose changes all lose against the row that is visible: versions only grow, so no lock is
+// needed to know that, and clients are not kept from these rows.
+func (x *execution) leaveLosers(ctx context.Context, wv *wave, tw *tableWave, pending []*entry) (rest []*entry, err error) {
+	if len(pending) == 0 || tw.blend != nil {
+		return pending, nil
+	}
+	rows, err := x.read(ctx, tw, pending, strings.TrimSuffix(lockSQL(tw.table), forUpdate))
+	if err != nil {
+		return nil, err
+	}
+	for i, e := range pending {
+		h, ok := rows[i]
+		if !ok || h.end == ownRow {
+			rest = append(rest, e)
+			continue
+		}
+		chain := wv.chain(e)
+		if !chain[len(chain)-1].txn.Version().Less(h.Version) {
+			rest = append(rest, e)
+			continue
+		}
+		v, err := judge(chain, h, x.merging(ctx, tw, e.key))
+		if err != nil {
+			return nil, err
+		}
+		if v.changed {
+			rest = append(rest, e)
+			continue
+		}
+		x.record(tw, e, v.records)
+	}
+	return rest, nil
+}
+
+// leaveBuried takes out the keys of a wave whose changes all lose against a known tombstone: whatever stands under the
+// key now, or comes to, is newer than they are.
+func (x *execution) leaveBuried(ctx context.Context, wv *wave, tw *tableWave) error {
+	for _, e := range tw.entries {
+		e.buried = false
+		if tw.blend != nil {
+			continue
+		}
+		s, ok := x.w.cfg.Mesh.tombstone(tw.String(), e.key, x.w.cfg.Origin)
+		if !ok || !wv.refs[e.last-1].txn.Version().Less(s.made) {
+			continue
+		}
+		v, err := judge(wv.chain(e), deleted(s), x.merging(ctx, tw, e.key))
+		if err != nil {
+			return err
+		}
+		if e.buried = !v.changed; e.buried {
+			x.record(tw, e, v.records)
+		}
+	}
+	return nil
 }
 
 // lockMissing looks once more for the rows that were not found, after the capture barrier and with every transaction
@@ -211,6 +273,11 @@ func (x *execution) record(tw *tableWave, e *entry, outs []outcome) {
 
 // lock locks and reads the rows of the pending keys, by their position in pending.
 func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (map[int]held, error) {
+	return x.read(ctx, tw, pending, lockSQL(tw.table))
+}
+
+// read is lock with another statement: lockSQL with or without its lock.
+func (x *execution) read(ctx context.Context, tw *tableWave, pending []*entry, sql string) (map[int]held, error) {
 	o := op{tw: tw}
 	for _, e := range pending {
 		o.items = append(o.items, item{e: e})
@@ -220,7 +287,7 @@ func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (
 		params = append(params, o.array(func(it item) wal.Value { return it.e.keyv[k] }))
 	}
 	x.fresh = false
-	res, err := x.s.run(ctx, []call{{lockSQL(tw.table), params}})
+	res, err := x.s.run(ctx, []call{{sql, params}})
 	if err != nil {
 		return nil, err
 	}
@@ -428,9 +495,13 @@ func (e *behindError) Error() string {
 }
 
 // recheck is the capture barrier: keys that were created are looked up among the tombstones again, now that the rows
-// are in place and every delete that came before them is decoded.
+// are in place and every delete that came before them is decoded. All that the batch did to a key is judged against its
+// tombstone, what later waves did too.
 func (x *execution) recheck(ctx context.Context) error {
 	done := map[grave]bool{}
+	var order []*tableWave
+	dead := map[string][]item{}
+	live := map[string][]op{}
 	for _, c := range x.created {
 		g := grave{c.tw.String(), c.e.key}
 		s, ok := x.w.cfg.Mesh.tombstone(g.table, g.key, x.w.cfg.Origin)
@@ -438,31 +509,32 @@ func (x *execution) recheck(ctx context.Context) error {
 			continue
 		}
 		done[g] = true
-		if err := x.recheckKey(ctx, c, s); err != nil {
+		chain, entries := x.since(c)
+		v, err := judge(chain, deleted(s), x.merging(ctx, c.tw, c.e.key))
+		if err != nil {
 			return err
 		}
+		x.drop(entries)
+		x.record(c.tw, c.e, v.records)
+		if len(dead[g.table])+len(live[g.table]) == 0 {
+			order = append(order, c.tw)
+		}
+		if v.live { // as it is, but for values that came from elsewhere
+			live[g.table] = addUpdate(live[g.table], c.tw, item{e: c.e, row: v.row})
+		} else { // a later wave may have removed the row already
+			dead[g.table] = append(dead[g.table], item{e: c.e})
+		}
 	}
-	return nil
-}
-
-// recheckKey judges a created key against its tombstone: all that the batch did to it since, in later waves too.
-func (x *execution) recheckKey(ctx context.Context, c created, s past) error {
-	chain, entries := x.since(c)
-	v, err := judge(chain, deleted(s), x.merging(ctx, c.tw, c.e.key))
-	if err != nil {
-		return err
+	var calls []call
+	for _, tw := range order {
+		for _, o := range assemble(tw, dead[tw.String()], live[tw.String()], nil, false) {
+			calls = append(calls, o.call(x.origin, forever))
+		}
 	}
-	x.drop(entries)
-	x.record(c.tw, c.e, v.records)
-	if v.live { // as it is, but for values that came from elsewhere
-		o := op{kind: netUpdate, tw: c.tw, items: []item{{e: c.e, row: v.row}}}
-		o.set = updateSet(nil, c.tw, o.items[0])
-		_, err = x.s.run(ctx, []call{o.call(x.origin, forever)})
-		return err
+	if len(calls) == 0 {
+		return nil
 	}
-	// A later wave may have removed the row already.
-	del := op{kind: netDelete, tw: c.tw, items: []item{{e: c.e}}}
-	_, err = x.s.run(ctx, []call{del.call(x.origin, forever)})
+	_, err := x.s.run(ctx, calls)
 	return err
 }
 

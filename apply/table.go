@@ -338,9 +338,12 @@ func lockSQL(t *table) string {
 	b.unnest(t, t.key, true)
 	fmt.Fprintf(b, " JOIN ONLY %s AS t ON ", pg.QuoteName(t.schema, t.name))
 	b.keyMatch(t, 0)
-	b.WriteString(" FOR UPDATE OF t")
+	b.WriteString(forUpdate)
 	return b.String()
 }
+
+// forUpdate ends lockSQL.
+const forUpdate = " FOR UPDATE OF t"
 
 // wholeRowSQL matches one row of a keyless table by all columns sent (REPLICA IDENTITY FULL). As text, because json,
 // xml, point and others have no equality. tail is what to do with it: "DELETE FROM ..." or "UPDATE ... SET ...".
