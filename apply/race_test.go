@@ -154,26 +154,6 @@ func TestDeleteWaitsForDeleteAndInsert(t *testing.T) {
 	}
 }
 
-// TestRetriesWhileClientHoldsLock is rule 19: a client's lock makes apply retry, shows in the status, and ends well.
-func TestRetriesWhileClientHoldsLock(t *testing.T) {
-	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true, config: func(c *Config) { c.LockTimeout = 20 * time.Millisecond }})
-	a.exec("INSERT INTO t VALUES (1,'seed'),(2,'seed')")
-	settle(a, b)
-	c := b.connect()
-	run(t, c, "BEGIN; SELECT FROM t WHERE id = 1 FOR UPDATE")
-	a.exec("UPDATE t SET v = 'a' WHERE id = 2")
-	a.exec("UPDATE t SET v = 'a' WHERE id = 1")
-	eventually(t, "the status says what holds it up", func() bool {
-		return strings.Contains(b.worker.Status().LastError, "locks of this site's clients")
-	})
-	run(t, c, "COMMIT")
-	settle(a, b)
-	b.expect("in the end", "t 1 a\nt 2 a\n")
-	if s := b.worker.Status(); s.Retries < 3 || s.LastError != "" {
-		t.Errorf("status %+v", s)
-	}
-}
-
 // TestClientIsNeverTheVictim: apply and a client lock two rows in opposite order; it is apply that gives way.
 func TestClientIsNeverTheVictim(t *testing.T) {
 	a, b := newRig(t, scenarioSchema, rigOptions{asRole: true})
@@ -278,14 +258,4 @@ func TestStopsAtWhatCannotBeApplied(t *testing.T) {
 	settle(a, b)
 	b.expect("in the end", "t 1 before\nt 2 behind\n")
 	same(t, a, b, dump("onlyhere"))
-
-	// A unique value that a local row holds, until it lets go.
-	b.feed.hold(a.id)
-	b.exec("INSERT INTO t VALUES (10,'local',0,5)")
-	a.exec("INSERT INTO t VALUES (11,'remote',0,5)")
-	eventually(t, "the collision shows", func() bool { return strings.Contains(b.worker.Status().LastError, "23505") })
-	b.exec("DELETE FROM t WHERE id = 10")
-	a.captured()
-	b.applied()
-	b.expect("after the collision", "t 1 before\nt 11 remote\nt 2 behind\n")
 }

@@ -53,6 +53,9 @@ type Config struct {
 	// Policy is what is declared for a table, in force from a run's start to its end; nil: nothing for any. The histories
 	// must know the same (Keys).
 	Policy func(schema, table string) policy.Table
+	// Applied is told after each commit which tables it wrote, each once, as wal.Relation.String has them. It must not
+	// block. Nil: nobody asks.
+	Applied func(tables []string)
 	// Clock is the local PostgreSQL server's clock (rule 1).
 	Clock func() wal.Time
 
@@ -775,6 +778,9 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	}
 	for _, table := range x.parking {
 		w.cfg.Mesh.Parking.note(table)
+	}
+	if w.cfg.Applied != nil {
+		w.cfg.Applied(b.tables())
 	}
 	if b.again == nil {
 		w.aside.add(b)

@@ -52,8 +52,10 @@ type Column struct {
 	Name       string `json:"name"`
 	Type       string `json:"type"`
 	Referenced string `json:"referenced"`
-	Equal      string `json:"equal"`   // operator, parent's column on the left, as OPERATOR(schema.name)
-	Collate    string `json:"collate"` // of the parent's column, when the child's differs; else empty
+	// ReferencedType is the type of the parent's column.
+	ReferencedType string `json:"referenced_type"`
+	Equal          string `json:"equal"`   // operator, parent's column on the left, as OPERATOR(schema.name)
+	Collate        string `json:"collate"` // of the parent's column, when the child's differs; else empty
 }
 
 // KeyColumn is a column that names a row of the child.
@@ -97,6 +99,7 @@ SELECT pg_catalog.jsonb_build_object(
 		JOIN pg_catalog.pg_class m ON m.oid = u.oid JOIN pg_catalog.pg_namespace n ON n.oid = m.relnamespace),
 	'columns', (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
 			'name', ca.attname, 'type', pg_catalog.format_type(ca.atttypid, ca.atttypmod), 'referenced', pa.attname,
+			'referenced_type', pg_catalog.format_type(pa.atttypid, pa.atttypmod),
 			'equal', 'OPERATOR(' || pg_catalog.quote_ident(opn.nspname) || '.' || o.oprname || ')',
 			'collate', CASE WHEN pa.attcollation <> 0 AND pa.attcollation <> ca.attcollation
 				THEN (SELECT pg_catalog.quote_ident(x.nspname) || '.' || pg_catalog.quote_ident(co.collname)

@@ -64,10 +64,11 @@ func (c *Constraint) selected() string {
 }
 
 // orphaned is the condition that a row of c is an orphan. With MATCH SIMPLE a row with any null refers to nothing; with
-// MATCH FULL one with some nulls is as wrong as one without a parent, and no parent equals it.
+// MATCH FULL one with some nulls is as wrong as one without a parent, and no parent equals it. A parent that is parked
+// (replication.md rule 11) exists and comes back: its children are no orphans.
 func (c *Constraint) orphaned() string {
 	refers := make([]string, len(c.Columns))
-	equal := make([]string, len(c.Columns))
+	equal, parked := make([]string, len(c.Columns)), make([]string, len(c.Columns))
 	for i, col := range c.Columns {
 		child := "c." + pg.QuoteIdent(col.Name)
 		refers[i] = child + " IS NOT NULL"
@@ -75,12 +76,24 @@ func (c *Constraint) orphaned() string {
 			child += " COLLATE " + col.Collate
 		}
 		equal[i] = "p." + pg.QuoteIdent(col.Referenced) + " " + col.Equal + " " + child
+		// Rows of other tables must not be read as this one's, whatever is evaluated first.
+		parked[i] = "CASE WHEN " + c.parkedHere() + " THEN (k.row ->> " + pg.QuoteLiteral(col.Referenced) + ")::" + col.ReferencedType + " END " + col.Equal + " " + child
 	}
 	word := " AND "
 	if c.Full && !c.Keyless {
 		word = " OR "
 	}
-	return "(" + strings.Join(refers, word) + ") AND NOT EXISTS (SELECT FROM " + c.parentFrom() + " WHERE " + strings.Join(equal, " AND ") + ")"
+	return "(" + strings.Join(refers, word) + ") AND NOT EXISTS (SELECT FROM " + c.parentFrom() + " WHERE " + strings.Join(equal, " AND ") + ")" +
+		" AND NOT EXISTS (SELECT FROM duri.parked AS k WHERE " + strings.Join(parked, " AND ") + ")"
+}
+
+// parkedHere is the condition that a row of duri.parked is one of the parent or of its partitions.
+func (c *Constraint) parkedHere() string {
+	names := make([]string, len(c.ParentStores))
+	for i, n := range c.ParentStores {
+		names[i] = "(" + pg.QuoteLiteral(n.Schema) + ", " + pg.QuoteLiteral(n.Table) + ")"
+	}
+	return "(k.table_schema, k.table_name) IN (" + strings.Join(names, ", ") + ")"
 }
 
 // distinct is for children without a key, whose rows with equal references are one orphan.

@@ -505,6 +505,40 @@ func TestPartitionedAndKeylessTablesAreCompensated(t *testing.T) {
 	}
 }
 
+// TestChildrenOfAParkedParentAreNoOrphans has parents of other types parked beside, which must not be read as these ones.
+func TestChildrenOfAParkedParentAreNoOrphans(t *testing.T) {
+	c, conn := prepared(t, `CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE c (id int PRIMARY KEY, pid bigint CONSTRAINT c_fk REFERENCES p);
+		CREATE TABLE pr (id int, d date, PRIMARY KEY (id, d)) PARTITION BY RANGE (d);
+		CREATE TABLE pr_1 PARTITION OF pr FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+		CREATE TABLE cr (id int PRIMARY KEY, pid int, d date, CONSTRAINT cr_fk FOREIGN KEY (pid, d) REFERENCES pr)`)
+	const park = `INSERT INTO duri.parked (table_schema, table_name, key_norm, key, site, time, end_lsn, row, "constraint", rival)
+		VALUES ('public', '%s', '\x%x', '%[3]s', 1, now(), '0/0', '%[3]s', 'u', '')`
+	for i, row := range [][2]string{{"pr_1", `{"id": "1", "d": "2026-05-01"}`}, {"p", `{"id": "2"}`}, {"words", `{"id": "no number"}`}} {
+		pgtest.Exec(t, c, "shop", fmt.Sprintf(park, row[0], []byte{byte(i)}, row[1]))
+	}
+	applied(t, c, `INSERT INTO c VALUES (1, 1), (2, 2), (3, NULL); INSERT INTO cr VALUES (1, 1, '2026-05-01'), (2, 1, '2026-05-02')`)
+	for name, want := range map[string][]string{"c_fk": {"1->1"}, "cr_fk": {"2->1,2026-05-02"}} {
+		k := read(t, conn)[name]
+		found, err := Orphans(t.Context(), conn, k, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(want, shown(found)); d != "" {
+			t.Errorf("%s: %s", name, d)
+		}
+		out, err := handle(t.Context(), conn, k, Orphan{Key: []string{map[string]string{"c_fk": "2", "cr_fk": "1"}[name]}, Ref: make([]*string, len(k.Columns))}, policy.RemoveChild)
+		must(t, Gone, out, err)
+	}
+	pgtest.Exec(t, c, "shop", "DELETE FROM duri.parked WHERE table_name = 'p'")
+	found, err := Orphans(t.Context(), conn, read(t, conn)["c_fk"], 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string{"1->1", "2->2"}, shown(found)); d != "" {
+		t.Errorf("the parent is gone: %s", d)
+	}
+}
+
 // TestCheckerFollowsPoliciesInPostgreSQL runs it all, over a restart of the server.
 func TestCheckerFollowsPoliciesInPostgreSQL(t *testing.T) {
 	c, _ := prepared(t, `CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE a (id int PRIMARY KEY, pid int CONSTRAINT a_fk REFERENCES p);

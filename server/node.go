@@ -22,9 +22,11 @@ import (
 	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/fkey"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
 )
@@ -50,10 +52,15 @@ type node struct {
 	keys *apply.Keys
 	db   *verify.DB
 
+	checker  *fkey.Checker
+	policyMu sync.Mutex                 // held while policies and the workers' permits change
+	policies atomic.Pointer[policy.Set] // in force; nil until the database is open
+
 	mu      sync.Mutex // guards the fields up to the next gap
 	state   string
 	fault   fault
 	stepped time.Time // last backward clock step seen
+	parked  []ParkedTable
 
 	emitted time.Time       // last heartbeat message; used by the heartbeat loop alone
 	ages    []age           // used by the maintenance loop alone
@@ -203,6 +210,8 @@ func (n *node) Run(ctx context.Context) error {
 	g.Go(func() error { return n.heartbeatLoop(ctx, c) })
 	g.Go(func() error { return n.maintainLoop(ctx, c) })
 	g.Go(func() error { return n.unparkLoop(ctx, c) })
+	g.Go(func() error { return n.surveyLoop(ctx) })
+	g.Go(func() error { return n.checker.Run(ctx) })
 	for _, p := range n.peers {
 		g.Go(func() error { return p.run(ctx) })
 	}
@@ -220,7 +229,7 @@ func (n *node) Run(ctx context.Context) error {
 // unparkLoop brings parked rows back when what hid them makes way (rule 11).
 func (n *node) unparkLoop(ctx context.Context, c *captured) error {
 	u := apply.NewUnparker(apply.Config{
-		Site: n.self.ID, SiteOf: n.siteOf, DSN: n.cfg.Postgres.DSN, Database: n.database.Name, Mesh: c.mesh,
+		Site: n.self.ID, SiteOf: n.siteOf, DSN: n.cfg.Postgres.DSN, Database: n.database.Name, Mesh: c.mesh, Policy: n.policyOf,
 		Barrier: func(ctx context.Context, lsn wal.LSN) error { return n.barrier(ctx, c, lsn) },
 		Clock:   n.clock.Now, LockTimeout: n.cfg.Apply.LockTimeout.Std(), Logger: n.log,
 	}, n.repairOriginOf)

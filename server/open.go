@@ -69,6 +69,7 @@ func (n *node) prepare(ctx context.Context, c *pgconn.PgConn) (enrolled bool, er
 	findings, err := preflight.Run(ctx, c, preflight.Spec{
 		Database: n.database.Name, Schemas: n.database.Schemas, Role: who[0][0], Bootstrap: n.cfg.Bootstrap,
 		Joined: enrolled || copied, Sites: len(n.cfg.Sites), Databases: len(n.cfg.Databases),
+		Policies: n.database.Policies(),
 	})
 	if err != nil {
 		return false, err
@@ -402,6 +403,9 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 			}
 		}
 	}()
+	if err := n.openPolicies(ctx); err != nil {
+		return err
+	}
 	for i, p := range n.peers {
 		copies[i], err = link.OpenCopy(link.CopyConfig{Dir: n.dir(p.site.Name), Journal: n.journalOptions(), Logger: p.log})
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -31,7 +32,13 @@ type peer struct {
 	live   atomic.Pointer[incoming] // set once the database is open
 	gate   gate                     // of following
 
+	permit  permit      // of applying
+	running sync.Mutex  // held while the worker runs
+	theirs  *policy.Set // what the peer said is declared there; nil: it was never asked. Guarded by the node's policyMu
+
 	mu         sync.Mutex // guards the rest
+	held       fault      // why the permit is withdrawn, if it is
+	unasked    bool       // theirs is nil
 	ack        link.Ack   // what the peer says of our journal
 	linkFault  fault
 	applyFault fault     // why the worker does not run at all
@@ -87,6 +94,7 @@ func (p *peer) run(ctx context.Context) error {
 	g.Go(func() error { return p.followLoop(gctx, in.copy) })
 	g.Go(func() error { return p.applyLoop(gctx, in) })
 	g.Go(func() error { return p.ackLoop(gctx, in) })
+	g.Go(func() error { return p.askLoop(gctx) })
 	return errors.Join(g.Wait(), in.copy.Close())
 }
 
@@ -139,6 +147,8 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 		Fetch: func(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error) {
 			return p.client.FetchRow(ctx, n.database.Name, rel, key, row)
 		},
+		Policy:            n.policyOf,
+		Applied:           n.touched,
 		Clock:             n.clock.Now,
 		BatchTransactions: n.cfg.Apply.BatchTransactions,
 		BatchBytes:        int(n.cfg.Apply.BatchBytes.Bytes()),
@@ -192,8 +202,8 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 		}
 		p.note(&p.applyFault, what, err)
 	}
-	for {
-		err := retry(ctx, failed, "apply "+p.site.Name, longestPause, func() error {
+	attempt := func(ctx context.Context) error {
+		return retry(ctx, failed, "apply "+p.site.Name, longestPause, func() error {
 			started = false
 			if err := p.checkIncarnation(ctx, in.copy); err != nil {
 				return err
@@ -208,10 +218,31 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 			}
 			return err
 		})
-		if err != nil {
+	}
+	for {
+		if err := p.whilePermitted(ctx, attempt); err != nil {
 			return err
 		}
 	}
+}
+
+// whilePermitted runs f, which runs until it is ended, while changes may be applied. It returns nil when they may not any
+// more.
+func (p *peer) whilePermitted(ctx context.Context, f func(context.Context) error) error {
+	permitted, leave, err := p.permit.wait(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	p.running.Lock()
+	defer p.running.Unlock()
+	if permitted.Err() == nil { // not withdrawn meanwhile
+		err = f(permitted)
+	}
+	if permitted.Err() != nil {
+		return ctx.Err()
+	}
+	return err
 }
 
 // checkIncarnation makes sure that the progress kept in PostgreSQL belongs to the incarnation of the journal copy:

@@ -81,6 +81,7 @@ func (a *Agent) newNode(d config.Database) *node {
 	}
 	n.newSessions()
 	n.db = newDB(n)
+	n.checker = newChecker(n)
 	for _, s := range a.cfg.Peers() {
 		log := a.log.With("database", d.Name, "peer", s.Name)
 		n.peers = append(n.peers, &peer{

@@ -7,7 +7,9 @@ import (
 	"time"
 
 	"github.com/duri-io/duri/apply"
+	"github.com/duri-io/duri/fkey"
 	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
 )
@@ -41,6 +43,13 @@ type DatabaseStatus struct {
 	Local      apply.Stats   `json:"local"`
 	OverBudget bool          `json:"over_budget"`
 	Links      []LinkStatus  `json:"links"`
+	// Policies are in force here; nil while the database is not open. The peers compare them with theirs.
+	Policies *policy.Set `json:"policies,omitempty"`
+	// ForeignKeys is about rows that lost their parent.
+	ForeignKeys fkey.Status `json:"foreign_keys"`
+	// Parked counts the rows that are set aside because of a unique value.
+	Parked       int           `json:"parked"`
+	ParkedTables []ParkedTable `json:"parked_tables,omitempty"`
 	// Verify is about the comparison in the background with each peer, at the site that drives it.
 	Verify []verify.WatchStatus `json:"verify,omitempty"`
 }
@@ -92,7 +101,12 @@ func (n *node) status() DatabaseStatus {
 		f := n.fault
 		d.Problem, d.Health = &f, HealthDown
 	}
+	d.ParkedTables = n.parked
 	n.mu.Unlock()
+	for _, t := range d.ParkedTables {
+		d.Parked += t.Rows
+	}
+	d.Policies, d.ForeignKeys = n.policies.Load(), n.checker.Status()
 	if d.State != stateReady && d.Health == HealthOK {
 		d.Health = HealthDegraded
 	}
@@ -114,7 +128,10 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 	l := LinkStatus{From: p.site.Name, Health: HealthOK}
 	p.mu.Lock()
 	l.PeerHas = p.ack.Durable
-	last, idle, since := p.linkFault, p.applyFault, p.applySince
+	last, idle, since, unasked := p.linkFault, p.applyFault, p.applySince, p.unasked
+	if p.held.Text != "" {
+		idle = p.held
+	}
 	p.mu.Unlock()
 	in := p.live.Load()
 	if in == nil {
@@ -137,6 +154,13 @@ func (p *peer) status(maxSkew time.Duration) LinkStatus {
 	}
 	l.lag(time.Now())
 	l.judge(maxSkew, idle)
+	if unasked && l.Problem == nil {
+		l.Health = HealthDegraded
+		l.Problem = &fault{
+			Text: "it is not known yet what policies " + l.From + " declares for its tables, and its changes wait for that",
+			Hint: "it goes on by itself as soon as the agent of " + l.From + " has its database open",
+		}
+	}
 	return l
 }
 
@@ -180,5 +204,7 @@ func (l *LinkStatus) judge(maxSkew time.Duration, idle fault) {
 			Text: fmt.Sprintf("the clock of %s differs by %.3f s (max_clock_skew %s); its changes are held until this site's clock has passed them", l.From, l.SkewS, maxSkew),
 			Hint: "discipline both clocks by NTP",
 		}
+	case l.Apply.Held > 0:
+		l.Health, l.Problem = HealthDegraded, heldProblem(l.Apply)
 	}
 }

@@ -136,6 +136,7 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 			for _, v := range d.Verify {
 				problems = append(problems, differences(site.Site, v)...)
 			}
+			problems = append(problems, setAside(site.Site, d)...)
 			for _, l := range d.Links {
 				t.Row(d.Name, l.From, site.Site, linkState(d, l, style), fmt.Sprintf("%.1f s", l.LagS), term.Size(l.LagBytes),
 					term.Count(l.Apply.Transactions), term.Count(l.Apply.Conflicts), term.Size(l.Received.Bytes))
@@ -183,6 +184,34 @@ func differences(site string, v verify.WatchStatus) []string {
 	return out
 }
 
+// setAside are the lines about rows that are well kept and still want somebody to look: those that lost their parent, and
+// those that a unique value hides.
+func setAside(site string, d server.DatabaseStatus) []string {
+	var out []string
+	subject := d.Name + " at " + site
+	for _, c := range d.ForeignKeys.Constraints {
+		if c.Orphans > 0 {
+			out = append(out, problem(subject, fmt.Sprintf("%s of %s without a parent in %s (constraint %s, policy %s)", count(c.Orphans, "row"), c.Child, c.Parent, c.Name, c.Policy),
+				"they are in duri.orphan; delete them or insert their parents, or declare what becomes of such rows with duri.set_policy"))
+		}
+	}
+	if d.ForeignKeys.LastError != "" {
+		out = append(out, problem(subject, "cannot look for rows without a parent: "+d.ForeignKeys.LastError, "it is tried again by itself"))
+	}
+	for _, t := range d.ParkedTables {
+		out = append(out, problem(subject, fmt.Sprintf("%s of %s hidden at every site, as newer rows have unique values of theirs", count(t.Rows, "row"), t.Table),
+			"they are in duri.parked, and come back when the newer rows are deleted or get other values"))
+	}
+	return out
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
 func problem(subject, text, hint string) string {
 	s := subject + ": " + term.Clean(text)
 	if hint != "" {
@@ -199,6 +228,8 @@ func linkState(d server.DatabaseStatus, l server.LinkStatus, style term.Style) s
 		return style.Bad("held")
 	case !l.Connected:
 		return style.Bad("disconnected")
+	case l.Health == server.HealthDown:
+		return style.Bad("held")
 	case l.Health != server.HealthOK:
 		return style.Warn(l.Health)
 	}

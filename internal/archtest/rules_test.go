@@ -34,7 +34,12 @@ var rules = []rule{
 		breach: [2]string{"topology", "link"},
 	},
 	{
-		from: []string{"wal", "conflict", "topology"}, forbid: []string{"net/...", "os/...", "database/...", "log/..."},
+		from: []string{"policy"}, forbid: []string{"*"}, allow: []string{"std"},
+		reason: "policy is vocabulary that the configuration, the catalog and apply share",
+		breach: [2]string{"policy", "catalog"},
+	},
+	{
+		from: []string{"wal", "conflict", "topology", "policy"}, forbid: []string{"net/...", "os/...", "database/...", "log/..."},
 		reason: "the vocabulary and the decisions do no I/O",
 		breach: [2]string{"conflict", "os"},
 	},

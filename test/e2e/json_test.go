@@ -10,6 +10,7 @@ import (
 
 	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/fkey"
 	"github.com/duri-io/duri/server"
 	"github.com/duri-io/duri/verify"
 )
@@ -49,7 +50,8 @@ func TestEveryFieldIsDocumented(t *testing.T) {
 	names := map[string]bool{}
 	for _, typ := range []reflect.Type{
 		reflect.TypeFor[server.ClusterStatus](), reflect.TypeFor[verify.Report](), reflect.TypeFor[catalog.Conflict](),
-		reflect.TypeFor[server.RepairReport](),
+		reflect.TypeFor[server.RepairReport](), reflect.TypeFor[server.ConflictDetail](), reflect.TypeFor[catalog.ConflictStats](),
+		reflect.TypeFor[catalog.Restoration](), reflect.TypeFor[catalog.Table](), reflect.TypeFor[fkey.Status](), reflect.TypeFor[server.ParkedTable](),
 		reflect.TypeFor[config.Problem](), reflect.TypeFor[config.Value](),
 	} {
 		fields(typ, names)

@@ -31,22 +31,26 @@ func row(b *strings.Builder, cells []string) {
 	fmt.Fprintf(b, "| %s |\n", strings.Join(cells, " | "))
 }
 
+// Link says what happened to the link.
+func (r Result) Link() string {
+	switch {
+	case r.Cut > 0 && r.Last:
+		return fmt.Sprintf("cut for the last %s", r.Cut)
+	case r.Cut > 0:
+		return fmt.Sprintf("cut for %s in the middle", r.Cut)
+	}
+	return "undisturbed"
+}
+
 // cells are the row of a result.
 func (r Result) cells() []string {
 	perSecond := func(n int) float64 { return float64(n) / r.Length.Seconds() }
-	link := "undisturbed"
-	switch {
-	case r.Cut > 0 && r.Last:
-		link = fmt.Sprintf("cut for the last %s", r.Cut)
-	case r.Cut > 0:
-		link = fmt.Sprintf("cut for %s in the middle", r.Cut)
-	}
 	replicated := fmt.Sprintf("%.0f", r.Replicated())
 	if r.Stalled != "" {
 		replicated = "stalled"
 	}
 	cells := []string{
-		r.System, link, fmt.Sprintf("%.0f + %.0f", perSecond(r.Counts[0].Transactions), perSecond(r.Counts[1].Transactions)), replicated, r.differ(),
+		r.System, r.Link(), fmt.Sprintf("%.0f + %.0f", perSecond(r.Counts[0].Transactions), perSecond(r.Counts[1].Transactions)), replicated, r.differ(),
 	}
 	if r.Load == TPCB {
 		cells = append(cells, wrongs(r.Wrong[0]), wrongs(r.Wrong[1]))
@@ -93,7 +97,7 @@ func seconds(d time.Duration) string {
 func wrongs(all []Wrong) string {
 	var parts []string
 	for _, w := range all {
-		parts = append(parts, fmt.Sprintf("%d of %d %s", w.Wrong, w.Of, w.Table))
+		parts = append(parts, fmt.Sprintf("%d/%d %s", w.Wrong, w.Of, w.Table))
 	}
 	return cmp.Or(strings.Join(parts, ", "), "not looked at")
 }

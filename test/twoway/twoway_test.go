@@ -178,7 +178,7 @@ func TestTheTableShowsWhatHappened(t *testing.T) {
 	if diff := cmp.Diff(upserts, Table(Upserts, results)); diff != "" {
 		t.Error(diff)
 	}
-	if got := Table(TPCB, results); !strings.Contains(got, "| 1 branches, 2 tellers | 1 of 1 branches | 0 of 1 branches, 2 of 10 tellers |") {
+	if got := Table(TPCB, results); !strings.Contains(got, "| 1 branches, 2 tellers | 1/1 branches | 0/1 branches, 2/10 tellers |") {
 		t.Error(got)
 	}
 }

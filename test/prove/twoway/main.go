@@ -123,7 +123,7 @@ func one(ctx context.Context, o twoway.Options, load, system string) (twoway.Res
 	if o.Evidence != "" {
 		o.Evidence = filepath.Join(o.Evidence, fmt.Sprintf("%s-%s-%v", load, o.Cut, o.Last))
 	}
-	fmt.Printf("%s, %s, cut %s\n", system, load, o.Cut)
+	fmt.Printf("%s, %s, %s\n", system, load, twoway.Result{Cut: o.Cut, Last: o.Last}.Link())
 	r, err := twoway.Run(ctx, o, system, load)
 	if err != nil {
 		fmt.Printf("  %v\n", err)
@@ -156,10 +156,10 @@ func (p *proof) print(results []twoway.Result, absent map[string]bool) {
 	}
 	for _, r := range results {
 		if r.Stalled != "" {
-			fmt.Printf("\n%s, %s: stalled: %s\n", r.System, r.Load, r.Stalled)
+			fmt.Printf("\n%s, %s, %s: stalled: %s\n", r.System, r.Load, r.Link(), r.Stalled)
 		}
 		if r.Verify != "" {
-			fmt.Printf("\n%s, %s: duri verify says %s\n", r.System, r.Load, r.Verify)
+			fmt.Printf("\n%s, %s, %s: duri verify says %s\n", r.System, r.Load, r.Link(), r.Verify)
 		}
 	}
 }
