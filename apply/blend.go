@@ -206,16 +206,24 @@ const (
 
 // attributeBlended corrects the versions of rows that were last written for an older change.
 func (x *execution) attributeBlended(ctx context.Context, tw *tableWave, rows map[int]held, key func(int) string) error {
-	if tw.blend == nil || len(rows) == 0 {
+	if tw.blend == nil {
 		return nil
 	}
-	keys, at := []byte{'{'}, map[string]int{}
+	return x.versions(ctx, tw, rows, key)
+}
+
+// versions corrects versions by what duri.version has under the rows' keys.
+func (x *execution) versions(ctx context.Context, tw *tableWave, rows map[int]held, key func(int) string) error {
+	if len(rows) == 0 {
+		return nil
+	}
+	keys, at := []byte{'{'}, map[string][]int{}
 	for i := range rows {
 		if len(keys) > 1 {
 			keys = append(keys, ',')
 		}
 		keys = appendElement(keys, wal.Value{Kind: wal.Text, Data: bytea(key(i))})
-		at[key(i)] = i
+		at[key(i)] = append(at[key(i)], i)
 	}
 	res, err := x.s.run(ctx, []call{{versionsSQL, [][]byte{[]byte(tw.schema), []byte(tw.name), append(keys, '}')}}})
 	if err != nil {
@@ -230,11 +238,13 @@ func (x *execution) attributeBlended(ctx context.Context, tw *tableWave, rows ma
 		if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
 			return fmt.Errorf("read duri.version: %w", err)
 		}
-		i, ok := at[k]
-		if h := rows[i]; ok && h.xmin == uint32(xid) {
-			h.Version = wal.Version{Time: wal.Time(micros), Site: wal.SiteID(site)}
-			h.end, h.seen, h.third, h.Seen = end, nil, false, end == 0
-			rows[i] = h
+		for _, i := range at[k] {
+			// A table without a key has versions by transaction, a subtransaction of xid.
+			if h := rows[i]; h.xmin == uint32(xid) || len(tw.key) == 0 {
+				h.Version = wal.Version{Time: wal.Time(micros), Site: wal.SiteID(site)}
+				h.end, h.seen, h.third, h.Seen = end, nil, false, end == 0
+				rows[i] = h
+			}
 		}
 	}
 	return nil

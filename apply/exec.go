@@ -106,6 +106,7 @@ type execution struct {
 	bags    []*tableWave // tables without a key that rows were added to
 	parking []string     // tables in which rows were parked or made way
 	fresh   bool         // the barrier was passed since rows were last locked
+	wrote   bool         // a row of a published table
 }
 
 // created is a row that this batch made where none was: its key must be checked against tombstones once more, when
@@ -126,7 +127,10 @@ const (
 	// What is deferred to the commit is checked before it.
 	constraintsSQL = "SET CONSTRAINTS ALL IMMEDIATE"
 	commitSQL      = "COMMIT"
-	rollbackSQL    = "ROLLBACK"
+	// A transaction without a change of a published table is not decoded at all, and this site would not be known to have
+	// seen what it applied.
+	seenSQL     = "SELECT pg_catalog.pg_logical_emit_message(true, 'duri.seen', '')"
+	rollbackSQL = "ROLLBACK"
 )
 
 // apply runs the batch. On success it returns the local WAL position behind the commit. On any error the transaction
@@ -207,6 +211,9 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 	}
 	if x.b.again != nil {
 		tail = append(tail, call{releaseSQL, releaseParams(x.w.cfg.Origin, x.b.again)})
+	}
+	if !x.wrote {
+		tail = append(tail, call{seenSQL, nil})
 	}
 	tail = append(tail,
 		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, x.w.cfg.Site, len(x.records))},
@@ -302,6 +309,7 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 func (x *execution) settle(ctx context.Context, wv *wave, ops []op, res []*pgconn.Result) error {
 	pending := map[*tableWave][]*entry{}
 	for i, o := range ops {
+		x.wrote = x.wrote || res[i].CommandTag.RowsAffected() > 0
 		switch {
 		case len(o.items) == 0: // appends
 		case o.kind == netDelete:

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -35,12 +36,15 @@ type feed struct {
 	mu     sync.Mutex
 	recs   []journal.Record
 	limits map[wal.SiteID]int // none: no limit
+	read   map[wal.SiteID]int // how many records a receiver has read
 	moved  chan struct{}
 	end    wal.LSN
 	txnEnd wal.LSN
 }
 
-func newFeed() *feed { return &feed{limits: map[wal.SiteID]int{}, moved: make(chan struct{})} }
+func newFeed() *feed {
+	return &feed{limits: map[wal.SiteID]int{}, read: map[wal.SiteID]int{}, moved: make(chan struct{})}
+}
 
 func (f *feed) signal() {
 	close(f.moved)
@@ -96,6 +100,13 @@ func (f *feed) stepTxn(to wal.SiteID) bool {
 		}
 	}
 	return false
+}
+
+// unread is how many records a receiver may see and has not read yet.
+func (f *feed) unread(to wal.SiteID) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return min(f.limit(to), len(f.recs)) - f.read[to]
 }
 
 // limit is how many records a receiver may see. f.mu is held.
@@ -158,6 +169,7 @@ func (r *feedReader) Next(ctx context.Context) (journal.Record, error) {
 		if r.next < min(len(r.f.recs), r.f.limit(r.to)) {
 			rec := r.f.recs[r.next]
 			r.next++
+			r.f.read[r.to] = max(r.f.read[r.to], r.next)
 			r.f.mu.Unlock()
 			return rec, nil
 		}
@@ -195,6 +207,8 @@ type site struct {
 	// stamp may change a transaction's version, as after a clock step.
 	stamp func(*wal.Txn)
 	seen  []wal.Seen
+	// plug lets a transaction without changes go into the feed, which otherwise is a position.
+	plug atomic.Bool
 	// foreign is the greatest commit time that was applied here.
 	foreign wal.Time
 
@@ -225,7 +239,7 @@ func (s *site) Commit(c *decode.Commit) error {
 		s.local.Advance(t.EndLSN)
 		return nil
 	}
-	if len(t.Changes) == 0 {
+	if len(t.Changes) == 0 && !s.plug.Load() {
 		s.local.Advance(t.EndLSN)
 		s.feed.add(journal.Record{To: t.EndLSN, Position: &journal.Position{To: t.EndLSN, Seen: s.seenList()}})
 		return nil
@@ -405,6 +419,7 @@ func (s *site) startDecode() {
 		st, err := decode.Open(ctx, conn, decode.Config{
 			DSN: s.dsn, Database: s.db, Slot: s.slot(), Publication: "duri", Interval: 10 * time.Millisecond,
 			Report: func() decode.Positions { return decode.Positions{} },
+			Own:    func(origin string) bool { return IsClockOrigin(s.db, origin) },
 		}, 0)
 		if err != nil {
 			return err
@@ -429,7 +444,6 @@ func (s *site) startApply() {
 type rigOptions struct {
 	asRole   bool // the agent's role instead of a superuser
 	clusters int  // 2: a PostgreSQL per site
-	sites    int  // default 2
 	pgtest   []pgtest.Option
 	config   func(*Config)
 	policies policy.Set

@@ -157,6 +157,16 @@ func keyOf(b []byte, cols []keyColumn, t wal.Tuple) (_ []byte, ok bool) {
 	return b, true
 }
 
+// wholeRow stands for a key in a table without one.
+func wholeRow(t wal.Tuple) string {
+	var b []byte
+	for _, v := range t {
+		b = append(b, byte(v.Kind))
+		b = appendKey(b, normExact, v.Data)
+	}
+	return string(b)
+}
+
 // normal brings the values of a key, in the table's key order, into normal form.
 func (g *target) normal(values wal.Tuple) string {
 	var b []byte

@@ -49,7 +49,7 @@ type entry struct {
 	slow bool
 	// blended: likewise, because concurrent changes merge
 	blended bool
-	buried  bool // a tombstone beats all of it, see leaveBuried
+	buried  bool      // a tombstone beats all of it, see leaveBuried
 	row     wal.Tuple // net image for insert and update
 	last    int32     // index+1 into wave.refs of the key's last change
 }
@@ -362,14 +362,21 @@ func (p *planner) find(tw *tableWave, keyTuple wal.Tuple) (*entry, error) {
 	return tw.index[string(p.buf)], nil
 }
 
-// keysOf gives the keys that a change touches in a local table, in normal form; none for a table without a key.
+// keysOf gives the keys that a change touches in a local table, in normal form; for a table without a key, where only a
+// TRUNCATE asks, the whole row that it writes.
 func (w *Worker) keysOf(c *wal.Change) (table string, keys []string, err error) {
 	g, err := w.resolve(c.Relation)
 	if err != nil {
 		return "", nil, err
 	}
+	if len(g.key) == 0 {
+		if c.New != nil {
+			keys = append(keys, wholeRow(c.New))
+		}
+		return g.String(), keys, nil
+	}
 	for _, t := range []wal.Tuple{c.Old, c.New} {
-		if t == nil || len(g.key) == 0 {
+		if t == nil {
 			continue
 		}
 		if k, ok := keyOf(nil, g.key, t); ok {

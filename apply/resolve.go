@@ -239,6 +239,7 @@ func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, er
 	if err != nil {
 		return nil, err
 	}
+	x.wrote = true
 	var again []*entry
 	for i, o := range ops {
 		n := res[i].CommandTag.RowsAffected()
@@ -428,11 +429,6 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 			rows[i] = h
 			continue
 		}
-		if len(tw.key) == 0 { // only a TRUNCATE asks; its rows are told apart by nothing but the stamp
-			h.end = span.to
-			rows[i] = h
-			continue
-		}
 		if span.copied {
 			if x.b.minTime <= h.Version.Time {
 				return &TableError{
@@ -576,8 +572,8 @@ func (x *execution) complete(ctx context.Context, wv *wave) error {
 		}
 		for i, m := range all {
 			h, ok := rows[i]
-			ok = ok && !x.w.ahead(wv.refs[m.ref-1].txn, tw, old[i].key)
-			if err := x.completeOne(ctx, wv, m, h, ok); err != nil {
+			exact := ok && !x.w.ahead(wv.refs[m.ref-1].txn, tw, old[i].key)
+			if err := x.completeOne(ctx, wv, m, h, ok, exact); err != nil {
 				return err
 			}
 		}
@@ -591,15 +587,22 @@ func (x *execution) complete(ctx context.Context, wv *wave) error {
 	return nil
 }
 
-func (x *execution) completeOne(ctx context.Context, wv *wave, m *moved, h held, found bool) error {
+// completeOne completes a moved row; h is what stands under its old key, if found, and exact says that it holds the
+// values that the origin had there.
+func (x *execution) completeOne(ctx context.Context, wv *wave, m *moved, h held, found, exact bool) error {
 	r := &wv.refs[m.ref-1]
 	row := h.image
-	if !found || r.blind || !undisputed(r, h) {
-		var err error
-		if row, found, err = x.fetch(ctx, m.tw)(r); err != nil || !found {
-			return err // not found: gone at the origin, and what removed it is on its way
+	usable := found && !r.blind && undisputed(r, h)
+	if !usable || !exact {
+		fetched, there, err := x.fetch(ctx, m.tw)(r)
+		switch {
+		case err != nil:
+			return err
+		case there:
+			row, m.fetched = fetched, true
+		case !usable:
+			return nil // gone at the origin, and what removed it is on its way
 		}
-		m.fetched = true
 	}
 	r.row, r.blind = fill(r.row, row), false
 	wv.refold(m.e)

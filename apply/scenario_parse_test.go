@@ -1,6 +1,7 @@
 package apply
 
 import (
+	"flag"
 	"fmt"
 	"maps"
 	"os"
@@ -31,7 +32,7 @@ type scenario struct {
 	unit    time.Duration // of the times
 	images  string        // columns that records show
 	schema  []statement   // site empty: at all
-	policy  []statement   // table and policy
+	policy  []statement   // site is the table, sql the policy as JSON
 	steps   []step
 	checks  []check
 	parked  []string
@@ -72,6 +73,8 @@ type check struct {
 	table string // empty: sql is a whole query
 	sql   string // otherwise the columns
 	rows  []string
+	// eventually: it may take a moment more, as what was parked reappears after the change that lets it.
+	eventually bool
 }
 
 // section is a line in the first column with the indented ones below.
@@ -158,16 +161,16 @@ var (
 	clockRE   = regexp.MustCompile(`^clock ([ABC])@(\d+)$`)
 	heldRE    = regexp.MustCompile(`^held ([ABC]) to ([ABC]) until (\d+)$`)
 	atRE      = regexp.MustCompile(`^at ([ABC]) (.+)$`)
-	outcomeRE = regexp.MustCompile(`^outcome (?:at ([ABC]) )?(.+)$`)
+	outcomeRE = regexp.MustCompile(`^outcome (eventually )?(?:at ([ABC]) )?(.+)$`)
 	tableRE   = regexp.MustCompile(`^(\w+): (.+)$`)
 	policyRE  = regexp.MustCompile(`^policy (\w+) (\{.+\})$`)
 	schemaRE  = regexp.MustCompile(`^schema(?: ([ABC]))?$`)
-	ownerRE   = regexp.MustCompile(`^([ABC])(?: \(([ABC], [ABC]|in turn)\))?$`)
+	ownerRE   = regexp.MustCompile(`^[ABC](?: \((?:[ABC], [ABC]|in turn)\))?(?: (?:merged|serial))?$`)
 )
 
 // features are what some scenarios need, and whether it is built. A scenario that needs what is not built is read, but
 // not run; when it is built, the scenario must say so no longer, or the test fails.
-var features = map[string]bool{"parking": false, "fkey": false, "column": false, "delta": false}
+var features = map[string]bool{"parking": true, "fkey": false, "column": true, "delta": true}
 
 func (sc *scenario) entry(e section) error {
 	word, rest, _ := strings.Cut(e.head, " ")
@@ -187,7 +190,9 @@ func (sc *scenario) entry(e section) error {
 		return sc.addStep(e, step{verb: verbCheck, site: m[1], check: newCheck(e, m[1], m[2])})
 	}
 	if m := outcomeRE.FindStringSubmatch(e.head); m != nil {
-		sc.checks = append(sc.checks, newCheck(e, m[1], m[2]))
+		c := newCheck(e, m[2], m[3])
+		c.eventually = m[1] != ""
+		sc.checks = append(sc.checks, c)
 		return nil
 	}
 	if m := schemaRE.FindStringSubmatch(e.head); m != nil {
@@ -275,9 +280,11 @@ func (sc *scenario) addRecords(lines []string) error {
 		owner = strings.TrimSpace(owner)
 		switch {
 		case !ok || !ownerRE.MatchString(owner):
-			return fmt.Errorf(`records: %q does not begin with a site: "A |", "C (A, B) |" or "C (in turn) |"`, line)
+			return fmt.Errorf(`records: %q does not begin with a site: "A |", "A serial |", "C (A, B) |" or "C (in turn) merged |"`, line)
 		case strings.TrimSpace(row) == "none":
 			sc.records[owner] = []string{}
+		case strings.TrimSpace(row) == "any":
+			sc.records[owner] = nil
 		case strings.Count(row, "|") != 4:
 			return fmt.Errorf("records: %q has not the cells site, kind, code, table and key, incoming, met", line)
 		default:
@@ -322,23 +329,34 @@ func (sc *scenario) writers() []string {
 }
 
 // recordsOf gives what a site must have recorded when the other sites' streams came in an order ("A, B", or "in turn";
-// empty with two sites). What the file does not say of a silent third site follows from the others: it has, of A's whole
-// stream and then B's, the view of A, which had its own changes before B's. alternatives are more than one when the file
-// leaves open whose view that is.
-func (sc *scenario) recordsOf(site, order string) (alternatives [][]string) {
-	if r, ok := sc.records[site+" ("+order+")"]; ok {
-		return [][]string{r}
+// one name or none with two sites) and were applied in a mode (merged or serial). What the file does not say of a silent
+// third site follows from the others: it has, of A's whole stream and then B's, the view of A, which had its own changes
+// before B's. alternatives are more than one when the file leaves open whose view that is; with
+// anything, it leaves that open too.
+func (sc *scenario) recordsOf(site, order, mode string) (alternatives [][]string, anything bool) {
+	views := []string{site}
+	if _, ok := sc.declared(site, order, mode); !ok && site == "C" && !slices.Contains(sc.writers(), site) {
+		views = slices.DeleteFunc([]string{"A", "B"}, func(s string) bool { return strings.HasSuffix(order, s) })
+		order = ""
 	}
-	if r, ok := sc.records[site]; ok || site != "C" || slices.Contains(sc.writers(), site) {
-		return [][]string{slices.Concat([]string{}, r)}
+	for _, view := range views {
+		r, ok := sc.declared(view, order, mode)
+		if ok && r == nil {
+			return nil, true
+		}
+		alternatives = append(alternatives, slices.Concat([]string{}, r))
 	}
-	var all [][]string
-	for _, s := range []string{"A", "B"} {
-		if !strings.HasSuffix(order, s) {
-			all = append(all, slices.Concat([]string{}, sc.records[s]))
+	return alternatives, false
+}
+
+// declared finds the records that fit best: for the order and the mode, for the order, for the mode, for all.
+func (sc *scenario) declared(site, order, mode string) ([]string, bool) {
+	for _, owner := range []string{site + " (" + order + ") " + mode, site + " (" + order + ")", site + " " + mode, site} {
+		if r, ok := sc.records[owner]; ok {
+			return r, true
 		}
 	}
-	return all
+	return nil, false
 }
 
 func TestScenarioFilesAreRead(t *testing.T) {
@@ -368,7 +386,7 @@ at B x: id, v
   2 |  two
   1|one
 outcome x: id, left(v, 3), version
-outcome at C SELECT count(*) FROM x
+outcome eventually at C SELECT count(*) FROM x
   0
 parked
   x 1 | a | A@10
@@ -395,7 +413,7 @@ records
 		},
 		checks: []check{
 			{line: 26, table: "x", sql: "id, left(v, 3), version", rows: []string{}},
-			{line: 27, site: "C", sql: "SELECT count(*) FROM x", rows: []string{"0"}},
+			{line: 27, site: "C", sql: "SELECT count(*) FROM x", rows: []string{"0"}, eventually: true},
 		},
 		parked:  []string{"x 1 | a | A@10"},
 		records: map[string][]string{"A": {"update_deleted | lost | x 1 | B@1: b | A@2: -"}, "C (A, B)": {}},
@@ -454,4 +472,42 @@ func TestScenarioFilesAreNamedByTheirNumbers(t *testing.T) {
 			}
 		}
 	}
+}
+
+var rewrite = flag.Bool("rewrite", false, "write the table of docs/concepts/scenarios.md anew")
+
+// TestScenarioPageListsEveryFile compares the table in the docs with the heads of the files.
+func TestScenarioPageListsEveryFile(t *testing.T) {
+	const page, begin, end = "../docs/concepts/scenarios.md", "| | scenario | outcome |\n|---|---|---|\n", "\n\n"
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok := strings.Cut(string(text), begin)
+	got, after, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no table that begins with %q", page, begin)
+	}
+	want := strings.TrimSuffix(scenarioTable(loadScenarios(t)), "\n")
+	if *rewrite {
+		if err := os.WriteFile(page, []byte(before+begin+want+end+after), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if d := cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n")); d != "" {
+		t.Errorf("%s (-want +got); go test ./apply -run Page -rewrite writes it:\n%s", page, d)
+	}
+}
+
+func scenarioTable(all []*scenario) string {
+	var b strings.Builder
+	for _, sc := range all {
+		outcome := sc.outcome
+		if sc.needs != "" {
+			outcome += " *Not played here: needs " + sc.needs + ".*"
+		}
+		fmt.Fprintf(&b, "| [%s](../../apply/testdata/scenarios/%s) | %s | %s |\n", sc.id, sc.file, sc.title, outcome)
+	}
+	return b.String()
 }

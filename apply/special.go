@@ -28,6 +28,7 @@ func (x *execution) keyless(ctx context.Context, wv *wave, tw *tableWave) error 
 		if err != nil {
 			return err
 		}
+		x.wrote = true
 		if r.op == wal.Insert || res[0].CommandTag.RowsAffected() == 1 {
 			continue
 		}
@@ -182,6 +183,7 @@ func textParam(v wal.Value) []byte {
 // truncate applies TRUNCATE as a tombstone for every row older than it (rule 15): rows that are newer stay. Rows of other
 // sites that the origin had not seen are losers, so their images are recorded.
 func (x *execution) truncate(ctx context.Context, wv *wave) error {
+	x.wrote = true
 	g, err := x.w.resolve(wv.truncate.Relation)
 	if err != nil {
 		return err
@@ -199,8 +201,59 @@ func (x *execution) truncate(ctx context.Context, wv *wave) error {
 	if err != nil {
 		return err
 	}
-	_, err = x.s.conn.Exec(ctx, truncateSQL(g.table, kept)).ReadAll()
-	return err
+	if _, err = x.s.conn.Exec(ctx, truncateSQL(g.table, places(kept))).ReadAll(); err != nil || g.deletable {
+		return err
+	}
+	return x.putBack(ctx, tw, kept)
+}
+
+// survivor is a row that a TRUNCATE leaves: where it stands, and its version.
+type survivor struct {
+	place string
+	held  held
+}
+
+func places(kept []survivor) (out []string) {
+	for _, s := range kept {
+		out = append(out, s.place)
+	}
+	return out
+}
+
+// putBack inserts the rows that a real TRUNCATE had to remove with the others. They carry the origin's stamp then, so
+// that their versions are kept beside: those of one version get a subtransaction, whose id tells them.
+func (x *execution) putBack(ctx context.Context, tw *tableWave, kept []survivor) error {
+	names := make([]string, len(tw.columns))
+	for i, c := range tw.columns {
+		names[i] = pg.QuoteIdent(c.name)
+	}
+	plain := strings.Join(names, ", ")
+	for len(kept) > 0 {
+		first := kept[0].held
+		var same, rest []survivor
+		for _, s := range kept {
+			if s.held.Version == first.Version {
+				same = append(same, s)
+			} else {
+				rest = append(rest, s)
+			}
+		}
+		kept = rest
+		res, err := x.s.conn.Exec(ctx, fmt.Sprintf("SAVEPOINT duri_kept; INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM pg_temp.duri_kept WHERE duri_place = ANY (%s) RETURNING xmin; RELEASE duri_kept",
+			pg.QuoteName(tw.schema, tw.name), plain, plain, tids(places(same)))).ReadAll()
+		if err != nil {
+			return err
+		}
+		if err := x.keepVersion(ctx, tw, string(res[1].Rows[0][0]), first); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// tids is a literal of places in a table.
+func tids(places []string) string {
+	return pg.QuoteLiteral(`{"`+strings.Join(places, `","`)+`"}`) + "::tid[]"
 }
 
 // suspectsSQL locks a table and lists, as survivors reads them, the rows that a TRUNCATE need not have seen: of another
@@ -218,13 +271,15 @@ func suspectsSQL(t *table, origin string, before wal.Time) string {
 	name := pg.QuoteName(t.schema, t.name)
 	return fmt.Sprintf(`LOCK TABLE ONLY %s IN %s MODE;
 SELECT t.ctid, t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000, (%s).roident, %s
-FROM ONLY %s AS t WHERE (%s).roident <> %s AND (%s).timestamp >= %s::timestamptz`,
-		name, mode, f, f, strings.Join(names, ", "), name, f, origin, f, pg.QuoteLiteral(before.String()))
+FROM ONLY %s AS t WHERE (%s).roident <> %s AND (%s).timestamp >= %s::timestamptz
+	OR t.xmin::text IN (SELECT convert_from(key_norm, 'UTF8') FROM duri.version WHERE %t AND table_schema = %s AND table_name = %s)`,
+		name, mode, f, f, strings.Join(names, ", "), name, f, origin, f, pg.QuoteLiteral(before.String()),
+		!t.deletable, pg.QuoteLiteral(t.schema), pg.QuoteLiteral(t.name))
 }
 
 // survivors decides which of the suspects are newer than the TRUNCATE, by their place in the table, and records those
 // that lose against it.
-func (x *execution) survivors(ctx context.Context, tw *tableWave, wv *wave, rows [][][]byte) ([]string, error) {
+func (x *execution) survivors(ctx context.Context, tw *tableWave, wv *wave, rows [][][]byte) ([]survivor, error) {
 	held := map[int]held{}
 	keys := make([]wal.Tuple, len(rows))
 	for i, row := range rows {
@@ -235,20 +290,26 @@ func (x *execution) survivors(ctx context.Context, tw *tableWave, wv *wave, rows
 		held[i], keys[i] = h, h.image
 	}
 	err := x.attributeThird(ctx, tw, held, func(i int) string {
+		if len(tw.key) == 0 {
+			return wholeRow(keys[i])
+		}
 		k, _ := keyOf(nil, tw.key, keys[i])
 		return string(k)
 	})
+	if err == nil && !tw.deletable {
+		err = x.versions(ctx, tw, held, func(i int) string { return string(rows[i][1]) })
+	}
 	if err != nil {
 		return nil, err
 	}
-	var kept []string
+	var kept []survivor
 	for i, row := range rows {
 		h := held[i]
 		r := &ref{txn: wv.txn, num: wv.num, change: &wal.Change{Op: wal.Truncate, Relation: tw.rel, Old: h.image}, op: wal.Truncate}
 		switch s := h.toward(r); {
 		case s.Seen: // an ordinary row that was truncated
 		case r.txn.Version().Less(h.Version):
-			kept = append(kept, string(row[0]))
+			kept = append(kept, survivor{string(row[0]), h})
 		default:
 			x.record(tw, nil, []outcome{{
 				ref:      r,
@@ -263,26 +324,19 @@ func (x *execution) survivors(ctx context.Context, tw *tableWave, wv *wave, rows
 // truncateSQL removes all rows but those at the given places.
 func truncateSQL(t *table, kept []string) string {
 	name := pg.QuoteName(t.schema, t.name)
-	places := pg.QuoteLiteral(`{"`+strings.Join(kept, `","`)+`"}`) + "::tid[]"
 	switch {
 	case len(kept) == 0 && t.deletable:
 		return "DELETE FROM ONLY " + name
 	case len(kept) == 0:
 		return "TRUNCATE TABLE ONLY " + name
 	case t.deletable:
-		return "DELETE FROM ONLY " + name + " AS t WHERE t.ctid <> ALL (" + places + ")"
+		return "DELETE FROM ONLY " + name + " AS t WHERE t.ctid <> ALL (" + tids(kept) + ")"
 	}
 	// PostgreSQL refuses a DELETE without a replica identity in a published table. So a real TRUNCATE it is, and the
-	// rows that are newer are put back.
-	names := make([]string, len(t.columns))
-	for i, c := range t.columns {
-		names[i] = pg.QuoteIdent(c.name)
-	}
-	plain := strings.Join(names, ", ")
+	// rows that are newer are put back (putBack).
 	return strings.Join([]string{
 		"DROP TABLE IF EXISTS pg_temp.duri_kept",
-		fmt.Sprintf("CREATE TEMPORARY TABLE duri_kept ON COMMIT DROP AS SELECT %s FROM ONLY %s AS t WHERE t.ctid = ANY (%s)", plain, name, places),
+		fmt.Sprintf("CREATE TEMPORARY TABLE duri_kept ON COMMIT DROP AS SELECT t.ctid AS duri_place, t.* FROM ONLY %s AS t WHERE t.ctid = ANY (%s)", name, tids(kept)),
 		"TRUNCATE TABLE ONLY " + name,
-		fmt.Sprintf("INSERT INTO %s (%s) OVERRIDING SYSTEM VALUE SELECT %s FROM pg_temp.duri_kept", name, plain, plain),
 	}, ";")
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -18,6 +19,8 @@ type Unparker struct {
 	w      *Worker
 	origin func(wal.SiteID) string
 	taken  bool // the session has an origin
+
+	disturbed bool // another session was in the way at this look
 }
 
 // NewUnparker returns an Unparker that is not running. Of the configuration it uses Site, SiteOf, DSN, Database, Mesh,
@@ -29,6 +32,9 @@ func NewUnparker(cfg Config, origin func(wal.SiteID) string) *Unparker {
 
 // lookEvery is how often the parked rows are looked through without a reason to.
 const lookEvery = 10 * time.Second
+
+// lookAgain is when they are looked through again after another session was in the way.
+const lookAgain = 100 * time.Millisecond
 
 // Run works until ctx ends (nil) or something stops it (the error). The caller runs it again after a pause.
 func (u *Unparker) Run(ctx context.Context) error {
@@ -52,14 +58,20 @@ func (u *Unparker) run(ctx context.Context) error {
 	if err := w.cfg.Mesh.Parking.Load(ctx, w.session.conn); err != nil {
 		return err
 	}
-	t := time.NewTicker(lookEvery)
+	t := time.NewTimer(lookEvery)
 	defer t.Stop()
 	for {
+		u.disturbed = false
 		for table, seen := range w.cfg.Mesh.Parking.list() {
 			if err := u.look(ctx, table, seen); err != nil {
 				return fmt.Errorf("look through the parked rows of %s: %w", table, err)
 			}
 		}
+		rest := lookEvery
+		if u.disturbed {
+			rest = lookAgain
+		}
+		t.Reset(rest)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -73,11 +85,7 @@ func (u *Unparker) run(ctx context.Context) error {
 func (p *Parking) list() map[string]int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	out := make(map[string]int, len(p.tables))
-	for t, n := range p.tables {
-		out[t] = n
-	}
-	return out
+	return maps.Clone(p.tables)
 }
 
 // clear forgets a table that has no parked rows, unless some were parked since seen.
@@ -166,6 +174,7 @@ func (u *Unparker) try(ctx context.Context, tw *tableWave, key string) (did bool
 		}
 	}
 	if err != nil && (disturbed(err) || collided(err)) {
+		u.disturbed = true
 		return false, nil
 	}
 	return did && err == nil, err

@@ -105,7 +105,7 @@ func captured(t testing.TB) [][]byte {
 func render(t testing.TB, messages [][]byte) string {
 	t.Helper()
 	var b strings.Builder
-	p := newParser()
+	p := newParser(nil)
 	for _, m := range messages {
 		c, err := p.message(m)
 		if err != nil {
@@ -191,7 +191,7 @@ func TestPostgreSQLSendsWhatIsCaptured(t *testing.T) {
 // TestValuesDoNotAliasTheBuffer: the caller may reuse a message's bytes.
 func TestValuesDoNotAliasTheBuffer(t *testing.T) {
 	want := render(t, captured(t))
-	p := newParser()
+	p := newParser(nil)
 	var commits []*Commit
 	for _, m := range captured(t) {
 		buf := bytes.Clone(m)
@@ -227,7 +227,7 @@ func TestRejectsDamagedMessages(t *testing.T) {
 	all := captured(t)
 	for i, m := range all {
 		for n := range m {
-			p := newParser()
+			p := newParser(nil)
 			for _, before := range all[:i] {
 				if _, err := p.message(before); err != nil {
 					t.Fatal(err)
@@ -246,7 +246,7 @@ func TestRejectsDamagedMessages(t *testing.T) {
 		{"origin outside a transaction", "O\x00\x00\x00\x00\x00\x00\x00\x00x\x00"},
 		{"commit without begin", "C\x00" + strings.Repeat("\x00", 24)},
 	} {
-		if _, err := newParser().message([]byte(tc.message)); err == nil {
+		if _, err := newParser(nil).message([]byte(tc.message)); err == nil {
 			t.Errorf("%s is accepted", tc.name)
 		}
 	}
@@ -255,7 +255,7 @@ func TestRejectsDamagedMessages(t *testing.T) {
 // TestRejectsRowsOfUnknownRelations: without its definition a row cannot be read.
 func TestRejectsRowsOfUnknownRelations(t *testing.T) {
 	for _, m := range []string{"I\x00\x00\x00\x09N\x00\x00", "T\x00\x00\x00\x01\x00\x00\x00\x00\x09"} {
-		p := newParser()
+		p := newParser(nil)
 		if _, err := p.message(append([]byte("B"), make([]byte, 20)...)); err != nil {
 			t.Fatal(err)
 		}
@@ -277,7 +277,7 @@ func FuzzMessages(f *testing.F) {
 	}
 	f.Add(all)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p := newParser()
+		p := newParser(nil)
 		for len(b) >= 2 {
 			n := min(int(binary.BigEndian.Uint16(b)), len(b)-2)
 			c, err := p.message(b[2 : 2+n])
@@ -525,7 +525,7 @@ func BenchmarkParse(b *testing.B) {
 	all := captured(b)
 	b.ReportAllocs()
 	for b.Loop() {
-		p := newParser()
+		p := newParser(nil)
 		for _, m := range all {
 			if _, err := p.message(m); err != nil {
 				b.Fatal(err)

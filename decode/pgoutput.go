@@ -38,10 +38,12 @@ type parser struct {
 	usual     int // changes of the last transaction: a guess at those of the next
 	arena     arena
 	tuples    tupleArena
+	own       func(origin string) bool // see Config.Own
+	foreign   bool                     // cur was applied from elsewhere
 }
 
-func newParser() *parser {
-	return &parser{relations: map[uint32]*wal.Relation{}, types: map[uint32]string{}}
+func newParser(own func(origin string) bool) *parser {
+	return &parser{relations: map[uint32]*wal.Relation{}, types: map[uint32]string{}, own: own}
 }
 
 // message consumes one pgoutput message. It returns a Commit when the message completes a transaction. data may be
@@ -86,7 +88,7 @@ func (p *parser) message(data []byte) (*Commit, error) {
 
 func (p *parser) begin(r *reader) {
 	final, ts, xid := r.u64(), r.u64(), r.u32()
-	p.cur = &Commit{Txn: &wal.Txn{XID: xid, CommitLSN: wal.LSN(final), CommitTime: wal.Time(ts)}}
+	p.cur, p.foreign = &Commit{Txn: &wal.Txn{XID: xid, CommitLSN: wal.LSN(final), CommitTime: wal.Time(ts)}}, false
 }
 
 func (p *parser) commit(r *reader) (*Commit, error) {
@@ -108,6 +110,7 @@ func (p *parser) origin(r *reader) error {
 		return fmt.Errorf("pgoutput origin outside a transaction")
 	}
 	p.cur.OriginLSN, p.cur.Origin = wal.LSN(lsn), name
+	p.foreign = p.own == nil || !p.own(name)
 	return nil
 }
 
@@ -134,7 +137,7 @@ func (p *parser) row(kind byte, r *reader) error {
 	if p.cur == nil {
 		return fmt.Errorf("pgoutput row change outside a transaction")
 	}
-	if p.cur.Origin != "" {
+	if p.foreign {
 		return nil // applied from elsewhere: never sent again (rule 20), so not even parsed
 	}
 	rel := p.relations[oid]
@@ -200,7 +203,7 @@ func (p *parser) truncate(r *reader) error {
 	if p.cur == nil {
 		return fmt.Errorf("pgoutput truncate outside a transaction")
 	}
-	if p.cur.Origin != "" {
+	if p.foreign {
 		return nil
 	}
 	for range n {
@@ -221,7 +224,7 @@ func (p *parser) logical(r *reader) {
 	transactional := r.u8()&1 != 0
 	m := Message{LSN: wal.LSN(r.u64()), Prefix: r.str()}
 	m.Content = string(r.bytes(int(r.u32())))
-	if transactional && p.cur != nil && p.cur.Origin == "" && isOurs(m.Prefix) {
+	if transactional && p.cur != nil && !p.foreign && isOurs(m.Prefix) {
 		p.cur.Messages = append(p.cur.Messages, m)
 	}
 }

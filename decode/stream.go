@@ -52,6 +52,9 @@ type Config struct {
 	Interval time.Duration // default 100 ms
 	// Name is the application_name of the walsender, which synchronous_standby_names refers to.
 	Name string
+	// Own reports whether transactions under a replication origin are this site's own all the same. Nil: none is. It is
+	// the hook by which tests set commit times.
+	Own func(origin string) bool
 }
 
 // Stream is a replication connection that is streaming. Use Open, then Run once.
@@ -157,7 +160,7 @@ func (s *Stream) receive(ctx context.Context, events chan<- event) error {
 	// The deadline ends a blocked read when ctx does; watching ctx in every ReceiveMessage would cost more than parsing.
 	stop := context.AfterFunc(ctx, func() { _ = s.conn.Conn().SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	p := newParser()
+	p := newParser(s.cfg.Own)
 	for {
 		msg, err := s.conn.ReceiveMessage(context.Background())
 		if err != nil {

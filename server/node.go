@@ -349,7 +349,7 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 	}
 	st, err := decode.Open(ctx, conn, decode.Config{
 		DSN: n.cfg.Postgres.DSN, Database: n.database.Name, Slot: slot, Publication: Publication,
-		Report: c.capture.Positions, Name: slot,
+		Report: c.capture.Positions, Name: slot, Own: n.ownOrigin,
 	}, c.journal.End())
 	if err != nil {
 		return err

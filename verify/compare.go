@@ -105,9 +105,18 @@ func (c *comparison) forRanges(parent context.Context, ranges []Range, f func(co
 // hash asks both sides for the sum of a range.
 func (c *comparison) hash(ctx context.Context, r Range) ([2]Sum, error) {
 	sums, err := each(ctx, c.sides, func(ctx context.Context, s Side) (Sum, error) { return s.Hash(ctx, c.t, r, c.rangeRows*2) })
-	seconds := max(sums[0].Seconds, sums[1].Seconds)
-	c.meter.work(max(sums[0].Rows, sums[1].Rows), time.Duration(seconds*float64(time.Second)))
+	c.meter.work(workOf(sums))
 	return sums, err
+}
+
+// workOf is what a question has cost the busier server. When the CPU time is known it counts in full: without rows, of
+// which it would only be an estimate.
+func workOf(sums [2]Sum) (rows int64, took time.Duration) {
+	seconds := max(sums[0].CPU, sums[1].CPU)
+	if sums[0].CPU == 0 || sums[1].CPU == 0 {
+		rows, seconds = max(sums[0].Rows, sums[1].Rows), max(sums[0].Seconds, sums[1].Seconds)
+	}
+	return rows, time.Duration(seconds * float64(time.Second))
 }
 
 // sameSums reports whether a range is equal at both sides.

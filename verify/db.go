@@ -127,7 +127,8 @@ func (db *DB) release(c *pgconn.PgConn) {
 
 // run executes one statement in autocommit. A connection that the server closed while it was idle is replaced once;
 // the statements only read, so that repeating one is harmless.
-func (db *DB) run(ctx context.Context, sql string, params [][]byte, binary bool) (*pgconn.Result, error) {
+// spent, which may be nil, is told what it has cost.
+func (db *DB) run(ctx context.Context, sql string, params [][]byte, binary bool, spent *effort) (*pgconn.Result, error) {
 	for {
 		c, fresh, err := db.acquire(ctx)
 		if err != nil {
@@ -137,7 +138,12 @@ func (db *DB) run(ctx context.Context, sql string, params [][]byte, binary bool)
 		if binary {
 			formats = []int16{1}
 		}
+		done := func() {}
+		if spent != nil {
+			done = spent.add(c)
+		}
 		res := c.ExecParams(ctx, sql, params, nil, nil, formats).Read()
+		done()
 		db.release(c)
 		if res.Err == nil {
 			return res, nil
@@ -150,7 +156,7 @@ func (db *DB) run(ctx context.Context, sql string, params [][]byte, binary bool)
 
 // query runs a statement about a table and makes the server's refusal a TableError.
 func (db *DB) query(ctx context.Context, v *view, q *query, binary bool) (*pgconn.Result, error) {
-	res, err := db.run(ctx, q.String(), q.params, binary)
+	res, err := db.run(ctx, q.String(), q.params, binary, &v.spent)
 	if err == nil {
 		return res, nil
 	}
@@ -192,7 +198,7 @@ func (db *DB) Tables(ctx context.Context) ([]Table, error) {
 
 // load reads the definitions and keeps them for the calls that follow.
 func (db *DB) load(ctx context.Context) ([]*definition, error) {
-	res, err := db.run(ctx, tablesSQL, [][]byte{[]byte(db.cfg.Publication)}, false)
+	res, err := db.run(ctx, tablesSQL, [][]byte{[]byte(db.cfg.Publication)}, false, nil)
 	if err != nil {
 		return nil, withHint(fmt.Errorf("list tables at %s: %w", db.cfg.Name, err), pg.Hint(err))
 	}
@@ -220,7 +226,7 @@ func (db *DB) load(ctx context.Context) ([]*definition, error) {
 
 // checkPublication keeps two databases that were never set up from being called equal.
 func (db *DB) checkPublication(ctx context.Context) error {
-	res, err := db.run(ctx, publicationSQL, [][]byte{[]byte(db.cfg.Publication)}, false)
+	res, err := db.run(ctx, publicationSQL, [][]byte{[]byte(db.cfg.Publication)}, false, nil)
 	if err != nil {
 		return fmt.Errorf("look for publication %s at %s: %w", db.cfg.Publication, db.cfg.Name, err)
 	}
@@ -345,22 +351,23 @@ func keyOf(values [][]byte) Key {
 // Hash computes a range's digest inside PostgreSQL; for Parts, from the rows' hashes in this process, which takes 16
 // bytes a row.
 func (db *DB) Hash(ctx context.Context, t Table, r Range, limit int) (Sum, error) {
-	began := time.Now()
-	sum, err := db.hash(ctx, t, r, limit)
-	sum.Seconds = time.Since(began).Seconds()
-	return sum, err
-}
-
-func (db *DB) hash(ctx context.Context, t Table, r Range, limit int) (Sum, error) {
 	v, err := db.prepare(ctx, t, r)
 	if err != nil {
 		return Sum{}, err
 	}
+	sum, err := db.hash(ctx, v, r, limit)
+	if sum.Seconds = v.spent.took.Seconds(); !v.spent.unknown {
+		sum.CPU = v.spent.cpu.Seconds()
+	}
+	return sum, err
+}
+
+func (db *DB) hash(ctx context.Context, v *view, r Range, limit int) (Sum, error) {
 	if r.Parts != nil {
 		return db.hashParts(ctx, v, r)
 	}
 	if !ordered(r) {
-		return Sum{}, &TableError{db.cfg.Name, t.String(), "digest of a list of rows", ""}
+		return Sum{}, &TableError{db.cfg.Name, v.Schema + "." + v.Name, "digest of a list of rows", ""}
 	}
 	q, err := v.hashRangeSQL(r, limit)
 	if err != nil {
@@ -372,7 +379,7 @@ func (db *DB) hash(ctx context.Context, t Table, r Range, limit int) (Sum, error
 	}
 	var sum Sum
 	if _, err := fmt.Sscan(string(res.Rows[0][0]), &sum.Rows); err != nil {
-		return Sum{}, fmt.Errorf("read count of %s: %w", t, err)
+		return Sum{}, fmt.Errorf("read count of %s.%s: %w", v.Schema, v.Name, err)
 	}
 	if sum.Truncated = sum.Rows > int64(limit); !sum.Truncated {
 		sum.Digest = string(res.Rows[0][1])

@@ -144,3 +144,20 @@ func TestPacerKeepsPeriodAndShare(t *testing.T) {
 		}
 	})
 }
+
+func TestWorkIsTheBusierServers(t *testing.T) {
+	for _, x := range []struct {
+		name string
+		sums [2]Sum
+		rows int64
+		took time.Duration
+	}{
+		{"both know their CPU time", [2]Sum{{Rows: 10, Seconds: 9, CPU: 1}, {Rows: 20, Seconds: 5, CPU: 2}}, 0, 2 * time.Second},
+		{"one does not", [2]Sum{{Rows: 10, Seconds: 9, CPU: 1}, {Rows: 20, Seconds: 5}}, 20, 9 * time.Second},
+		{"none does", [2]Sum{{Rows: 30, Seconds: 1}, {Rows: 20, Seconds: 5}}, 30, 5 * time.Second},
+	} {
+		if rows, took := workOf(x.sums); rows != x.rows || took != x.took {
+			t.Errorf("%s: %d rows, %s, want %d, %s", x.name, rows, took, x.rows, x.took)
+		}
+	}
+}

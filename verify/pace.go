@@ -40,7 +40,8 @@ func (p *pacer) compared(now time.Time, rows int64) {
 	}
 }
 
-// worked takes a question about rows, with which the busier of the two servers was occupied for took.
+// worked takes a question about rows, with which the busier of the two servers was occupied for took; without rows that
+// is CPU time.
 func (p *pacer) worked(now time.Time, rows int64, took time.Duration) {
 	if p.share > 0 {
 		p.work = later(p.work, now.Add(-paceSlack)).Add(time.Duration(float64(p.cpu(rows, took)) / p.share))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -311,5 +312,22 @@ func TestAgainstWritersThatNeverPause(t *testing.T) {
 	wantDiffs(t, rep, "t differs 2999 [v]")
 	if x := rep.Tables[0]; x.InFlight != 30 {
 		t.Errorf("in flight %d rows (%d unsettled), %d ranges", x.InFlight, x.Unsettled, x.RangesInFlight)
+	}
+}
+
+func TestDigestsTellWhatTheyCost(t *testing.T) {
+	s := newSites(t, "CREATE TABLE t (id int PRIMARY KEY, v text)")
+	s.exec(t, "a", "INSERT INTO t SELECT g, md5(g::text) FROM generate_series(1, 100000) g")
+	tables, err := s.a.Tables(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum, err := s.a.Hash(t.Context(), tables[0], Range{By: Digest{AlgorithmRecord, 1}}, 200_000)
+	if err != nil || sum.Rows != 100_000 || sum.Seconds <= 0 || sum.CPU > sum.Seconds {
+		t.Fatalf("%+v, %v", sum, err)
+	}
+	// The server is on this machine, so its process is in /proc wherever there is one.
+	if _, err := os.Stat("/proc/self/schedstat"); err == nil && sum.CPU < 0.001 {
+		t.Errorf("100,000 rows were hashed in %.6f s of CPU time", sum.CPU)
 	}
 }

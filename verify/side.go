@@ -142,8 +142,10 @@ type Sum struct {
 	Digest    string    `json:"digest,omitempty"`
 	Truncated bool      `json:"truncated,omitempty"`
 	Parts     []PartSum `json:"parts,omitempty"` // for a Range with Parts: those that hold rows, ascending
-	// Seconds is how long PostgreSQL took for it, as its site saw it: an upper bound of the CPU time.
+	// Seconds is how long PostgreSQL took for it, as its site saw it, and CPU how much of that its process worked; 0: not
+	// known.
 	Seconds float64 `json:"seconds,omitempty"`
+	CPU     float64 `json:"cpu,omitempty"`
 }
 
 // PartSum is the Sum of one part.

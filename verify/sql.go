@@ -163,6 +163,7 @@ func (q *query) param(v string) string {
 // view is what one call compares: a definition narrowed to the columns and key that were asked for.
 type view struct {
 	*definition
+	spent   effort   // of the call's statements
 	asked   []Column // as the caller names them
 	columns []string // quoted, with alias
 	key     []keyColumn

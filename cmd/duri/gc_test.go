@@ -16,7 +16,6 @@ func TestGCFollowsTheHeap(t *testing.T) {
 	large := make([]byte, 2*smallHeap)
 	awaitPercent(t, largePercent)
 	runtime.KeepAlive(large)
-	large = nil
 	awaitPercent(t, smallPercent)
 }
 
