@@ -30,12 +30,13 @@ type History struct {
 	maxRaw wal.Time      // greatest raw commit time decoded so far
 	last   wal.Time      // raw commit time decoded last: after a clock step, the clock is there and not at maxRaw
 
-	byXID  map[uint32]past // of the own site only
-	txns   []past          // by EndLSN
-	minima []minimum       // suffix minima of row times, by EndLSN
-	graves map[grave]past  // the transaction that deleted the row
-	dead   []deadKey       // graves in order of EndLSN
-	all    map[string]past // by table: the last TRUNCATE
+	byXID  map[uint32]past   // of the own site only
+	byTime map[wal.Time]past // likewise, by raw commit time: a row that a subtransaction wrote carries that one's xid
+	txns   []past            // by EndLSN
+	minima []minimum         // suffix minima of row times, by EndLSN
+	graves map[grave]past    // the transaction that deleted the row
+	dead   []deadKey         // graves in order of EndLSN
+	all    map[string]past   // by table: the last TRUNCATE
 
 	// What changes did to the columns of rows of tables in column mode.
 	touches map[grave][]touched
@@ -79,7 +80,7 @@ type namedKey struct {
 // newest, had been seen by every peer or will be added.
 func NewHistory(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *History {
 	return &History{
-		site: site, own: true, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]past{},
+		site: site, own: true, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]past{}, byTime: map[wal.Time]past{},
 		graves: map[grave]past{}, all: map[string]past{}, touches: map[grave][]touched{}, columnMode: keys.columnMode, keys: keys.of,
 	}
 }
@@ -115,7 +116,7 @@ func (l *History) Add(t *wal.Txn) error {
 	l.txns = append(l.txns, p)
 	stamp := t.VersionTime
 	if l.own {
-		l.byXID[t.XID] = p
+		l.byXID[t.XID], l.byTime[t.CommitTime] = p, p
 		stamp = t.CommitTime
 	}
 	l.maxRaw, l.last = max(l.maxRaw, t.CommitTime), t.CommitTime
@@ -244,6 +245,9 @@ func (l *History) Prune(seen wal.LSN, now wal.Time) {
 		if l.byXID[t.xid].end == t.end {
 			delete(l.byXID, t.xid)
 		}
+		if l.byTime[t.raw].end == t.end {
+			delete(l.byTime, t.raw)
+		}
 		n++
 	}
 	l.txns = l.txns[n:]
@@ -284,6 +288,17 @@ func (l *History) lookup(xid uint32) (past, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	t, ok := l.byXID[xid]
+	return t, ok
+}
+
+// writer is lookup for a row, which may carry the number of a subtransaction: then its commit time tells.
+func (l *History) writer(xid uint32, at wal.Time) (past, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	t, ok := l.byXID[xid]
+	if !ok {
+		t, ok = l.byTime[at]
+	}
 	return t, ok
 }
 

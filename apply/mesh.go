@@ -116,6 +116,16 @@ func (m *Mesh) tombstone(table, key string, origin wal.SiteID) (past, bool) {
 	return best, found
 }
 
+// buried reports whether a peer's transactions that are known, applied or not, removed a key.
+func (m *Mesh) buried(table, key string, origin wal.SiteID) bool {
+	h := m.peers[origin]
+	if h == nil {
+		return false
+	}
+	_, ok := h.tombstone(table, key)
+	return ok
+}
+
 // truncated finds the newest TRUNCATE of a table that origin did not make.
 func (m *Mesh) truncated(table string, origin wal.SiteID) (past, bool) {
 	best, found := m.Local.truncated(table)

@@ -99,7 +99,9 @@ func updateSet(set []int, tw *tableWave, it item) []int {
 		if it.stored != nil {
 			was = it.stored[k.at]
 		}
-		spelled = spelled && string(was.Data) == string(it.row[k.at].Data)
+		// Of a row that was not read the spelling is known only where a value has but one.
+		known := it.stored != nil || k.norm == normExact
+		spelled = spelled && known && string(was.Data) == string(it.row[k.at].Data)
 	}
 	for i, v := range it.row {
 		if v.Kind == wal.Unchanged || v.Kind == wal.Omitted || tw.table.columns[tw.cols[i]].always {

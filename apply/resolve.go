@@ -361,14 +361,14 @@ func (x *execution) attribute(ctx context.Context, h *held, roident, xmin uint32
 		}
 	}
 	h.Version.Site = x.w.cfg.Site
-	k, ok := x.w.cfg.Mesh.Local.lookup(xmin)
+	k, ok := x.w.cfg.Mesh.Local.writer(xmin, h.Version.Time)
 	if !ok && !x.fresh {
 		// Either seen long ago, or committed so lately that it is not decoded yet: reading on tells which.
 		if err := x.barrier(ctx); err != nil {
 			return err
 		}
 		x.fresh = true
-		k, ok = x.w.cfg.Mesh.Local.lookup(xmin)
+		k, ok = x.w.cfg.Mesh.Local.writer(xmin, h.Version.Time)
 	}
 	if !ok {
 		h.Seen = true
@@ -455,7 +455,9 @@ func (x *execution) grave(tw *tableWave, e *entry, wv *wave) held {
 	if s, ok := x.w.cfg.Mesh.tombstone(tw.String(), e.key, x.w.cfg.Origin); ok {
 		return deleted(s)
 	}
-	return held{behind: x.w.cfg.Mesh.behind(wv.first(e).txn)}
+	// What is absent may also not have been written because of a delete that the origin itself made later: that is known
+	// before it is applied.
+	return held{behind: x.w.cfg.Mesh.behind(wv.first(e).txn) || x.w.cfg.Mesh.buried(tw.String(), e.key, x.w.cfg.Origin)}
 }
 
 // barrier waits until the local stream has passed everything that was committed when it is called (rule 8). It holds

@@ -106,7 +106,7 @@ func stamp(commit, greatest, foreign wal.Time) (t wal.Time, stepped bool) {
 	if commit < greatest.Add(-clockStep) {
 		return max(greatest, foreign) + 1, true
 	}
-	return max(commit, foreign+1), false
+	return max(commit, greatest, foreign+1), false
 }
 
 func (c *capture) see(site wal.SiteID, lsn wal.LSN) {
