@@ -2,7 +2,6 @@ package apply
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -200,11 +199,7 @@ func (x *execution) begin(ctx context.Context, head []call) error {
 func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 	var tail []call
 	if len(x.records) > 0 {
-		doc, err := json.Marshal(x.records)
-		if err != nil {
-			return 0, err
-		}
-		tail = append(tail, call{recordSQL, [][]byte{doc}})
+		tail = append(tail, call{recordSQL, recordParams(x.records)})
 	}
 	if len(x.b.held) > 0 {
 		tail = append(tail, call{holdSQL, heldParams(x.w.cfg.Origin, x.b.held)})

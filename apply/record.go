@@ -3,36 +3,77 @@ package apply
 import (
 	"encoding/json"
 	"fmt"
+	"strconv"
 
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/wal"
 )
 
-// recordSQL stores outcomes. One statement for a batch: $1 is a JSON array of record.
+// recordSQL stores outcomes, one statement for a batch: an array for each column. duri.conflict is written at the pace of
+// conflicts, and this is the cheapest way to do it in one statement.
 const recordSQL = `INSERT INTO duri.conflict (kind, code, table_schema, table_name, key, origin, origin_lsn, origin_xid, change,
 	remote_time, remote_row, local_site, local_time, local_row)
-SELECT kind, code, table_schema, table_name, key, origin, origin_lsn, origin_xid, change,
-	remote_time, remote_row, local_site, local_time, local_row
-FROM pg_catalog.jsonb_to_recordset($1::jsonb) AS r(kind text, code text, table_schema text, table_name text, key jsonb,
-	origin int2, origin_lsn pg_lsn, origin_xid int8, change int4, remote_time timestamptz, remote_row jsonb,
-	local_site int2, local_time timestamptz, local_row jsonb)`
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::int2[], $7::pg_lsn[], $8::int8[], $9::int4[],
+	$10::timestamptz[], $11::jsonb[], $12::int2[], $13::timestamptz[], $14::jsonb[])`
+
+// recordParams are the parameters of recordSQL.
+func recordParams(records []record) [][]byte {
+	cols := make([][]byte, 14)
+	for i := range cols {
+		cols[i] = append(make([]byte, 0, 24*len(records)), '{')
+	}
+	for n, r := range records {
+		values := [...]wal.Value{
+			textOf(r.Kind), textOf(r.Code), textOf(r.Schema), textOf(r.Table), orNull(r.Key),
+			{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(r.Origin), 10)}, textOf(r.LSN.String()),
+			{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(r.XID), 10)}, {Kind: wal.Text, Data: strconv.AppendInt(nil, int64(r.Change), 10)},
+			textOf(r.RemoteTime), orNull(r.RemoteRow), {Kind: wal.Null}, {Kind: wal.Null}, orNull(r.LocalRow),
+		}
+		if r.LocalSite != nil {
+			values[11] = wal.Value{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(*r.LocalSite), 10)}
+		}
+		if r.LocalTime != nil {
+			values[12] = textOf(*r.LocalTime)
+		}
+		for i, v := range values {
+			if n > 0 {
+				cols[i] = append(cols[i], ',')
+			}
+			cols[i] = appendElement(cols[i], v)
+		}
+	}
+	for i := range cols {
+		cols[i] = append(cols[i], '}')
+	}
+	return cols
+}
+
+func textOf(s string) wal.Value { return wal.Value{Kind: wal.Text, Data: []byte(s)} }
+
+// orNull is a JSON document, or NULL for none.
+func orNull(doc []byte) wal.Value {
+	if doc == nil {
+		return wal.Value{Kind: wal.Null}
+	}
+	return wal.Value{Kind: wal.Text, Data: doc}
+}
 
 // record is one row of duri.conflict: a conflict when Kind is set, else an exception of the applier.
 type record struct {
-	Kind       string          `json:"kind"`
-	Code       string          `json:"code"`
-	Schema     string          `json:"table_schema"`
-	Table      string          `json:"table_name"`
-	Key        json.RawMessage `json:"key"`
-	Origin     wal.SiteID      `json:"origin"`
-	LSN        wal.LSN         `json:"origin_lsn"`
-	XID        uint32          `json:"origin_xid"`
-	Change     int             `json:"change"`
-	RemoteTime string          `json:"remote_time"`
-	RemoteRow  json.RawMessage `json:"remote_row"`
-	LocalSite  *wal.SiteID     `json:"local_site"`
-	LocalTime  *string         `json:"local_time"`
-	LocalRow   json.RawMessage `json:"local_row"`
+	Kind       string
+	Code       string
+	Schema     string
+	Table      string
+	Key        json.RawMessage
+	Origin     wal.SiteID
+	LSN        wal.LSN
+	XID        uint32
+	Change     int
+	RemoteTime string
+	RemoteRow  json.RawMessage
+	LocalSite  *wal.SiteID
+	LocalTime  *string
+	LocalRow   json.RawMessage
 
 	entry  *entry      // whose outcome this is, while the batch is worked on
 	change *wal.Change // likewise

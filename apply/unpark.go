@@ -2,7 +2,6 @@ package apply
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"strings"
@@ -248,11 +247,8 @@ func (u *Unparker) restore(ctx context.Context, x *execution, tw *tableWave, e *
 		return errRestless
 	}
 	r := &ref{txn: &wal.Txn{Origin: p.version.Site, CommitLSN: p.end, VersionTime: p.version.Time}, change: &wal.Change{Relation: tw.rel}, op: wal.Insert, row: image}
-	doc, err := json.Marshal([]record{newRecord(tw.target, outcome{ref: r, decision: conflict.Decision{Apply: true, Code: conflict.Unparked}})})
-	if err != nil {
-		return err
-	}
-	_, err = x.s.run(ctx, []call{{recordSQL, [][]byte{doc}}})
+	back := newRecord(tw.target, outcome{ref: r, decision: conflict.Decision{Apply: true, Code: conflict.Unparked}})
+	_, err = x.s.run(ctx, []call{{recordSQL, recordParams([]record{back})}})
 	return err
 }
 

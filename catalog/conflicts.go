@@ -136,7 +136,7 @@ func Conflicts(ctx context.Context, c *pgconn.PgConn, f ConflictFilter) ([]Confl
 	if limit <= 0 {
 		limit = conflictLimit
 	}
-	out, err := readConflicts(ctx, c, fmt.Sprintf("WHERE %s ORDER BY at DESC, id DESC LIMIT %d", where, limit), args...)
+	out, err := readConflicts(ctx, c, fmt.Sprintf("WHERE %s ORDER BY id DESC LIMIT %d", where, limit), args...)
 	if err == nil && len(out) == 0 && f.Before != 0 {
 		// The end of the list, or a page behind a record whose time is over: the two must not look alike.
 		_, err = ConflictByID(ctx, c, f.Before)
