@@ -47,6 +47,14 @@ func TestAClientsLockStallsItsRowOnly(t *testing.T) {
 	if seen := txns[len(txns)-1].SeenOf(a.id); seen >= a.feed.txnEnd || seen == 0 {
 		t.Errorf("b says to have seen %s, and %s is the end", seen, a.feed.txnEnd)
 	}
+	// What a has seen of b in the meantime is not what it had seen when it wrote what waits: tombstones must stay.
+	a.applied()
+	a.exec("UPDATE t SET v = 'has seen b' WHERE id = 6")
+	a.captured()
+	eventually(t, "a's change that has seen b is applied", func() bool { return b.rows("SELECT v FROM t WHERE id = 6") == "has seen b\n" })
+	if seen := b.worker.Status().Seen; seen >= b.feed.txnEnd {
+		t.Errorf("b may forget what lies before %s, and the change that waits had not seen %s", seen, b.feed.txnEnd)
+	}
 	run(t, holder, "COMMIT")
 	settle(a, b)
 	if got := same(t, a, b, "SELECT id, v, n FROM t WHERE id IN (1, 2, 3, 102) ORDER BY id"); got != "1|late|2\n3|a2|0\n102|moved|0\n" {

@@ -109,12 +109,14 @@ type Worker struct {
 
 	mu        sync.Mutex // guards the fields up to the next gap
 	status    Status
-	at        wal.LSN // committed up to here, but for what waits
-	flushedTo wal.LSN // and flushed up to here
-	floor     wal.LSN // before the oldest change that waits
-	waiting   bool    // for locks
-	done      int     // batches executed in this run
-	marks     []mark  // commits whose local flush is not confirmed yet
+	at        wal.LSN    // committed up to here, but for what waits
+	flushedTo wal.LSN    // and flushed up to here
+	floor     wal.LSN    // before the oldest change that waits
+	floorSeen []wal.Seen // what its transaction had seen
+	seen      []wal.Seen // what the last transaction or position had seen
+	waiting   bool       // for locks
+	done      int        // batches executed in this run
+	marks     []mark     // commits whose local flush is not confirmed yet
 	// position is the last one that was read; it counts when positionAfter batches are done.
 	position      *journal.Position
 	positionAfter int
@@ -526,9 +528,12 @@ func (w *Worker) reached(to wal.LSN, m *mark) {
 		w.marks = append(w.marks, *m)
 	}
 	w.floor, w.status.Held = floor, len(w.aside.keys)
-	if !waits {
+	if waits {
+		w.floorSeen = w.aside.txns[floor].Seen
+	} else {
 		w.floor = math.MaxUint64
 	}
+	w.showSeen()
 	w.waiting = waits
 	if !waits {
 		w.status.Blocker = ""
@@ -544,11 +549,21 @@ func (w *Worker) show() {
 
 // takeSeen notes what the origin had seen. w.mu is held.
 func (w *Worker) takeSeen(seen []wal.Seen) {
+	w.seen = seen
+	w.showSeen()
+}
+
+// showSeen puts into the status what the origin had seen when it wrote the oldest change that is still to be applied: what
+// that one had not seen must not be forgotten. w.mu is held.
+func (w *Worker) showSeen() {
+	seen := w.seen
+	if w.floor != math.MaxUint64 {
+		seen = w.floorSeen
+	}
 	var others []wal.Seen
+	w.status.Seen = wal.SeenOf(seen, w.cfg.Site)
 	for _, s := range seen {
-		if s.Site == w.cfg.Site {
-			w.status.Seen = max(w.status.Seen, s.LSN)
-		} else {
+		if s.Site != w.cfg.Site {
 			others = append(others, s)
 		}
 	}

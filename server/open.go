@@ -462,14 +462,15 @@ func (n *node) lowestSeen(ctx context.Context, site wal.SiteID, copies []*link.C
 	return lowest, nil
 }
 
-// lastSeen reads what the last applied transaction of a peer had seen of a site.
+// lastSeen reads what the last applied transaction of a peer had seen of a site; the last before any that waits for locks.
 func (n *node) lastSeen(ctx context.Context, peer, site wal.SiteID) (lsn wal.LSN, err error) {
 	column := "seen::text"
 	if site != n.self.ID {
 		column = fmt.Sprintf("coalesce(seen_others->>'%d', '0/0')", site)
 	}
 	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
-		rows, err := pg.Query(ctx, c, "SELECT "+column+" FROM duri.applied WHERE origin = $1::int2 ORDER BY to_lsn DESC LIMIT 1", fmt.Sprint(peer))
+		rows, err := pg.Query(ctx, c, "SELECT "+column+` FROM duri.applied WHERE origin = $1::int2
+			AND to_lsn <= coalesce((SELECT min(lsn) FROM duri.held WHERE origin = $1::int2), 'FFFFFFFF/FFFFFFFF') ORDER BY to_lsn DESC LIMIT 1`, fmt.Sprint(peer))
 		if err == nil && len(rows) > 0 {
 			lsn, err = wal.ParseLSN(rows[0][0])
 		}
