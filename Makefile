@@ -87,7 +87,7 @@ console: ## the web console
 bench: ## run a benchmark: make bench ASK=apply [ARGS=...]
 	@$(call run_one,bench,ASK,$(ASK),bench)
 
-prove: ## run a long proof: make prove CASE=pgbench [ARGS=...]
+prove: ## run a long proof: make prove CASE=converge [OPS=1000000] [SITES=3] [SEED=n] [ARGS=...]
 	@$(call run_one,prove,CASE,$(CASE),test/prove)
 
 generate: ## write the generated files again (go generate; protoc for .proto)
@@ -126,7 +126,7 @@ if [ -z '$(3)' ] || ! [ -d '$(4)/$(3)' ]; then
 	} >&2
 	exit 2
 fi
-go run './$(4)/$(3)' $(ARGS)
+go run './$(4)/$(3)' $(if $(OPS),-ops $(OPS)) $(if $(SITES),-sites $(SITES)) $(if $(SEED),-seed $(SEED)) $(ARGS)
 endef
 
 define find_protos

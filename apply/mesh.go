@@ -32,6 +32,7 @@ type Mesh struct {
 	mu      sync.Mutex // guards the rest
 	applied map[wal.SiteID]wal.LSN
 	merged  map[mergedID]map[string]past
+	skipped map[grave]bool // keys of changes that could not be completed, as their origin has the row no more
 }
 
 // mergedID names an apply transaction: the site whose transactions it merged, and the end of the last one.
@@ -45,7 +46,7 @@ type mergedID struct {
 func NewMesh(local *History, open func(site wal.SiteID, from wal.LSN) (Reader, error), peers ...*History) *Mesh {
 	m := &Mesh{
 		Local: local, Parking: newParking(), open: open, peers: map[wal.SiteID]*History{}, applied: map[wal.SiteID]wal.LSN{},
-		merged: map[mergedID]map[string]past{},
+		merged: map[mergedID]map[string]past{}, skipped: map[grave]bool{},
 	}
 	for _, h := range peers {
 		m.peers[h.site] = h
@@ -124,6 +125,27 @@ func (m *Mesh) buried(table, key string, origin wal.SiteID) bool {
 	}
 	_, ok := h.tombstone(table, key)
 	return ok
+}
+
+// maxSkipped bounds what skip keeps.
+const maxSkipped = 10_000
+
+// skip notes that a change of a key was left out because what removed the row at its origin is on its way: until that is
+// here, other changes may find no row, and that is no conflict.
+func (m *Mesh) skip(table, key string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.skipped) >= maxSkipped {
+		clear(m.skipped)
+	}
+	m.skipped[grave{table, key}] = true
+}
+
+// hasSkipped reports whether a change of a key was left out.
+func (m *Mesh) hasSkipped(table, key string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.skipped[grave{table, key}]
 }
 
 // truncated finds the newest TRUNCATE of a table that origin did not make.

@@ -457,7 +457,8 @@ func (x *execution) grave(tw *tableWave, e *entry, wv *wave) held {
 	}
 	// What is absent may also not have been written because of a delete that the origin itself made later: that is known
 	// before it is applied.
-	return held{behind: x.w.cfg.Mesh.behind(wv.first(e).txn) || x.w.cfg.Mesh.buried(tw.String(), e.key, x.w.cfg.Origin)}
+	m := x.w.cfg.Mesh
+	return held{behind: m.behind(wv.first(e).txn) || m.buried(tw.String(), e.key, x.w.cfg.Origin) || m.hasSkipped(tw.String(), e.key)}
 }
 
 // barrier waits until the local stream has passed everything that was committed when it is called (rule 8). It holds
@@ -631,8 +632,10 @@ func (x *execution) fetch(ctx context.Context, tw *tableWave) fetcher {
 		if err != nil {
 			return nil, false, fmt.Errorf("fetch a row of %s from its origin: %w", tw.table, err)
 		}
-		if key, whole := keyOf(nil, tw.key, r.row); ok && whole {
+		if key, whole := keyOf(nil, tw.key, r.row); whole && ok {
 			x.w.filled[tw.String()+"\x00"+string(key)] = x.w.cfg.Clock()
+		} else if whole {
+			x.w.cfg.Mesh.skip(tw.String(), string(key))
 		}
 		return row, ok, nil
 	}

@@ -24,7 +24,7 @@ type capture struct {
 
 	seen    []wal.Seen
 	maxTime wal.Time // greatest version time so far
-	foreign wal.Time // greatest commit time applied here, since this process began
+	foreign wal.Time // greatest commit time applied here
 
 	pending   wal.LSN // passed, but not yet in the journal as a position
 	positions time.Time

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -426,6 +427,9 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	}
 	c := &captured{journal: j, local: local, mesh: mesh}
 	c.capture = newCapture(n, j, mesh)
+	if c.capture.foreign, err = n.newestApplied(ctx); err != nil {
+		return err
+	}
 	c.capture.step = func(t *wal.Txn) { n.clockStepped(t) }
 	for i, p := range n.peers {
 		p.live.Store(&incoming{copies[i], p.newWorker(c, copies[i])})
@@ -477,6 +481,20 @@ func (n *node) lastSeen(ctx context.Context, peer, site wal.SiteID) (lsn wal.LSN
 		return err
 	})
 	return lsn, err
+}
+
+// newestApplied is the greatest commit time that rows applied here carry; zero when nothing was applied.
+func (n *node) newestApplied(ctx context.Context) (newest wal.Time, err error) {
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		rows, err := pg.Rows(ctx, c, "SELECT (extract(epoch from coalesce(max(max_time), '2000-01-01 00:00:00+00')) * 1000000)::int8 - 946684800000000 FROM duri.applied")
+		if err != nil {
+			return fmt.Errorf("find the newest applied transaction: %w", err)
+		}
+		micros, err := strconv.ParseInt(rows[0][0], 10, 64)
+		newest = wal.Time(micros)
+		return err
+	})
+	return newest, err
 }
 
 // openMesh makes the peers' histories, with three sites and more, and fills them from the copies of their journals as far

@@ -216,7 +216,7 @@ func (r *run) judge(ctx context.Context) error {
 		views = append(views, v)
 	}
 	var records [][]record
-	for i, s := range r.p.Sites {
+	for _, s := range r.p.Sites {
 		recs, err := readRecords(ctx, s)
 		if err != nil {
 			return fmt.Errorf("read the conflict records of site %s: %w", s.Name, err)
@@ -227,10 +227,15 @@ func (r *run) judge(ctx context.Context) error {
 				r.res.Conflicts++
 			}
 		}
-		r.checkRecords(h, i, recs)
 	}
-	for i, v := range views {
+	for i, v := range views { // first what matters most
 		r.compare(h, model, i, v, views[0], records)
+	}
+	for i, recs := range records {
+		if r.o.Aside {
+			break
+		}
+		r.checkRecords(h, i, recs)
 	}
 	return nil
 }

@@ -55,7 +55,7 @@ var mutants = []Mutant{
 		"apply/judge.go", "if d.Kind != conflict.None || d.Code != conflict.AsSent {", "if d.Apply && (d.Kind != conflict.None || d.Code != conflict.AsSent) {",
 	}}},
 	{"once", "a restarted agent applies the last transactions again (rule 18)", []edit{{
-		"apply/worker.go", "SELECT coalesce(max(to_lsn), '0/0') FROM duri.applied WHERE origin = $1::int2", "SELECT coalesce(max(from_lsn) - 1, '0/0') FROM duri.applied WHERE origin = $1::int2",
+		"apply/worker.go", "SELECT coalesce(max(to_lsn), '0/0') FROM duri.applied WHERE origin = $1::int2", "SELECT coalesce(max(CASE WHEN transactions > 0 THEN from_lsn ELSE to_lsn END), '0/0') FROM duri.applied WHERE origin = $1::int2",
 	}}},
 }
 
