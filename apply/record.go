@@ -25,9 +25,14 @@ func recordParams(records []record) [][]byte {
 	for n, r := range records {
 		values := [...]wal.Value{
 			textOf(r.Kind), textOf(r.Code), textOf(r.Schema), textOf(r.Table), orNull(r.Key),
-			{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(r.Origin), 10)}, textOf(r.LSN.String()),
-			{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(r.XID), 10)}, {Kind: wal.Text, Data: strconv.AppendInt(nil, int64(r.Change), 10)},
-			textOf(r.RemoteTime), orNull(r.RemoteRow), {Kind: wal.Null}, {Kind: wal.Null}, orNull(r.LocalRow),
+			{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(r.Origin), 10)},
+			textOf(r.LSN.String()),
+			{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(r.XID), 10)},
+			{Kind: wal.Text, Data: strconv.AppendInt(nil, int64(r.Change), 10)},
+			textOf(r.RemoteTime), orNull(r.RemoteRow),
+			{Kind: wal.Null},
+			{Kind: wal.Null},
+			orNull(r.LocalRow),
 		}
 		if r.LocalSite != nil {
 			values[11] = wal.Value{Kind: wal.Text, Data: strconv.AppendUint(nil, uint64(*r.LocalSite), 10)}
