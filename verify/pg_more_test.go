@@ -245,7 +245,7 @@ func TestASiteThatCannotBeReachedEndsTheRun(t *testing.T) {
 
 func TestLockedTableIsReportedAfterTheLockTimeout(t *testing.T) {
 	s := newSites(t, "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
-	db := NewDB(DBConfig{Name: "a", DSN: s.c.DSN("a", grants.DefaultRole), StatementTimeout: 300 * time.Millisecond})
+	db := NewDB(DBConfig{Name: "a", DSN: s.c.DSN("a", grants.DefaultRole), StatementTimeout: 3 * time.Second})
 	t.Cleanup(db.Close)
 	if _, err := db.Tables(t.Context()); err != nil {
 		t.Fatal(err)

@@ -189,6 +189,10 @@ func TestTwoDatabasesWithOddNamesAndSitesThatBeginAlike(t *testing.T) {
 	}
 }
 
+// largeMax is how long a transaction of 300,000 rows may take here. Each restart has it decoded once more, as long as the
+// slot's restart position lies before it, and other tests need the machine too.
+const largeMax = 3 * time.Minute
+
 // memoryMaxKB bounds what an agent may hold of a transaction of 300,000 rows, 30 MB of them.
 const memoryMaxKB = 600 << 10
 
@@ -196,7 +200,7 @@ func TestAgentsEndCleanlyAndStayBoundedUnderALargeTransaction(t *testing.T) {
 	t.Parallel()
 	p := newPair(t, pair.Options{Seed: schema("CREATE TABLE big (id int PRIMARY KEY, v text)")}, pgtest.WithSetting("max_wal_size", "1GB"))
 	do(t, p.Sites[0], "INSERT INTO big SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 300000) i")
-	settled(t, p, time.Minute)
+	settled(t, p, largeMax)
 	for _, s := range p.Sites {
 		kb := peakKB(t, s.AgentPID())
 		t.Logf("agent %s: %d MB resident at the most while a transaction of 300000 rows passed", s.Name, kb>>10)
@@ -213,7 +217,7 @@ func TestAgentsEndCleanlyAndStayBoundedUnderALargeTransaction(t *testing.T) {
 	}
 	streams(t, p)
 	do(t, p.Sites[1], "UPDATE big SET v = 'b' WHERE id < 100")
-	settled(t, p, 30*time.Second)
+	settled(t, p, largeMax)
 	equal(t, p)
 	for _, s := range p.Sites { // under load, and with the peer gone
 		ends(t, s)
