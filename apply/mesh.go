@@ -90,6 +90,13 @@ func (m *Mesh) setApplied(site wal.SiteID, to wal.LSN) {
 	m.applied[site] = max(m.applied[site], to)
 }
 
+// isApplied reports whether a transaction is one of this site's own, or a peer's that has been applied here.
+func (m *Mesh) isApplied(p past) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return p.made.Site == m.Local.site || p.end <= m.applied[p.made.Site]
+}
+
 // behind reports whether a transaction of a peer had seen something of a third site that is not applied here yet.
 func (m *Mesh) behind(t *wal.Txn) bool {
 	if len(m.peers) == 0 {

@@ -339,6 +339,7 @@ func (s *site) prune() {
 				lowest = min(lowest, wal.SeenOf(w.Status().SeenOthers, p.id))
 			}
 		}
+		lowest = min(lowest, s.workers[i].Status().Applied)
 		s.mesh.Prune(p.id, lowest, now)
 	}
 }

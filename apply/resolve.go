@@ -88,8 +88,8 @@ func (x *execution) leaveBuried(ctx context.Context, wv *wave, tw *tableWave) er
 			continue
 		}
 		s, ok := x.w.cfg.Mesh.tombstone(tw.String(), e.key, x.w.cfg.Origin)
-		if !ok || !wv.refs[e.last-1].txn.Version().Less(s.made) {
-			continue
+		if !ok || !wv.refs[e.last-1].txn.Version().Less(s.made) || !x.w.cfg.Mesh.isApplied(s) {
+			continue // of a peer's delete that is on its way, the row that it will remove may stand here yet
 		}
 		v, err := judge(wv.chain(e), deleted(s), x.merging(ctx, tw, e.key))
 		if err != nil {

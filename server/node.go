@@ -526,7 +526,8 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 		needed = min(needed, p.acked().Durable, p.seen())
 		seen = min(seen, p.seen())
 		seenOfPeer := n.seenByOthers(p)
-		c.mesh.Prune(p.site.ID, seenOfPeer, n.clock.Now())
+		// What is known and not applied yet has its use as well.
+		c.mesh.Prune(p.site.ID, min(seenOfPeer, p.applied()), n.clock.Now())
 		size, err := p.retain(now, keep, min(seenOfPeer, positionOf(applied, p.site.ID)))
 		if err != nil {
 			return err

@@ -505,6 +505,10 @@ func (n *node) openMesh(ctx context.Context, local *apply.History, copies []*lin
 		byID[p.site.ID] = copies[i]
 	}
 	open := func(site wal.SiteID, from wal.LSN) (apply.Reader, error) { return readCopy(byID[site], from) }
+	applied, err := n.progress(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var histories []*apply.History
 	for i, p := range n.peers {
 		if len(n.peers) == 1 {
@@ -514,6 +518,7 @@ func (n *node) openMesh(ctx context.Context, local *apply.History, copies []*lin
 		if err != nil {
 			return nil, err
 		}
+		seen = min(seen, positionOf(applied, p.site.ID))
 		h := apply.NewPeerHistory(p.site.ID, seen, n.keys)
 		histories = append(histories, h)
 		j, err := copies[i].Journal()

@@ -73,6 +73,14 @@ func (p *peer) seen() wal.LSN {
 	return 0
 }
 
+// applied is how far the peer's transactions have been applied here.
+func (p *peer) applied() wal.LSN {
+	if in := p.live.Load(); in != nil {
+		return in.worker.Status().Applied
+	}
+	return 0
+}
+
 func (p *peer) failed(what string, err error) { p.note(&p.linkFault, what, err) }
 
 // note keeps why something does not work, and logs it when it is news.

@@ -70,14 +70,6 @@ func (s side) Mark(ctx context.Context) ([]wal.Seen, error) {
 	return marks, nil
 }
 
-// applied is up to where the peer's changes are visible here.
-func (p *peer) applied() wal.LSN {
-	if in := p.live.Load(); in != nil {
-		return in.worker.Status().Applied
-	}
-	return 0
-}
-
 // reachEvery is how often Reach looks at the workers, in memory.
 const reachEvery = 20 * time.Millisecond
 
