@@ -76,6 +76,21 @@ func (a *aside) touches(b *batch) bool {
 	return false
 }
 
+// blocks reports whether a batch truncates a table of which changes wait: those come first.
+func (a *aside) blocks(b *batch) bool {
+	for _, wv := range b.waves {
+		if wv.truncate == nil {
+			continue
+		}
+		for at := range a.keys {
+			if table, _, _ := strings.Cut(at, "\x00"); table == wv.truncate.Relation.String() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // floor is the position before the oldest change that waits; false without any.
 func (a *aside) floor() (lowest wal.LSN, ok bool) {
 	for _, ids := range a.keys {
@@ -177,6 +192,9 @@ func (w *Worker) setAside(ctx context.Context, b *batch) (*batch, error) {
 	locked, err := w.lockedKeys(ctx, b)
 	if err != nil || len(locked) == 0 {
 		return nil, err
+	}
+	if len(b.txns) == 1 && slices.ContainsFunc(b.waves, func(wv *wave) bool { return wv.truncate != nil }) {
+		return nil, nil // its own TRUNCATE must not overtake what would wait
 	}
 	for _, k := range locked {
 		if _, ok := w.aside.keys[k]; !ok {
@@ -295,6 +313,23 @@ func (w *Worker) tryAside(ctx context.Context) error {
 	}
 	w.reached(0, nil)
 	return nil
+}
+
+// drainAside waits until nothing of the tables that a transaction truncates waits any more.
+func (w *Worker) drainAside(ctx context.Context, b *batch) error {
+	for {
+		if err := w.tryAside(ctx); err != nil {
+			return err
+		}
+		if !w.aside.blocks(b) {
+			return nil
+		}
+		w.stuck(fmt.Errorf("transaction %s truncates a table of which changes wait for locks of this site's clients", b.from()),
+			"end or commit the sessions that hold the locks; apply goes on by itself")
+		if err := pause(ctx, heldEvery); err != nil {
+			return err
+		}
+	}
 }
 
 // waitsForLocks lets the status look out for who holds them.

@@ -66,6 +66,29 @@ func TestAClientsLockStallsItsRowOnly(t *testing.T) {
 	}
 }
 
+// TestATruncateDoesNotOvertakeWhatWaits: an older change of the same origin waits for a lock, and the TRUNCATE with it.
+func TestATruncateDoesNotOvertakeWhatWaits(t *testing.T) {
+	a, b := newRig(t, "CREATE TABLE t (id int PRIMARY KEY, v text)", rigOptions{asRole: true})
+	a.exec("INSERT INTO t VALUES (1, 'seed'), (2, 'seed')")
+	settle(a, b)
+	holder := b.connect()
+	run(t, holder, "BEGIN; SELECT FROM t WHERE id = 1 FOR UPDATE")
+	a.feed.hold(b.id)
+	a.exec("UPDATE t SET v = 'a' WHERE id = 1")
+	a.exec("UPDATE t SET v = 'a' WHERE id = 2")
+	a.exec("TRUNCATE t")
+	a.exec("INSERT INTO t VALUES (3, 'a')")
+	a.captured()
+	a.feed.release(b.id)
+	eventually(t, "what is before the TRUNCATE flows", func() bool { return b.rows("SELECT v FROM t WHERE id = 2") == "a\n" })
+	eventually(t, "the status says why", func() bool { return strings.Contains(b.worker.Status().LastError, "truncates a table") })
+	run(t, holder, "COMMIT")
+	settle(a, b)
+	if got := same(t, a, b, "SELECT * FROM t"); got != "3|a\n" {
+		t.Errorf("at last\n%s", got)
+	}
+}
+
 // TestAClientsUncommittedInsertStallsItsKeyOnly: the client's row is not visible, and nothing can be locked.
 func TestAClientsUncommittedInsertStallsItsKeyOnly(t *testing.T) {
 	a, b := newRig(t, "CREATE TABLE t (id int PRIMARY KEY, v text)", rigOptions{asRole: true})

@@ -651,6 +651,14 @@ func (w *Worker) applyBatch(ctx context.Context, b *batch) error {
 		if !b.careful && w.cfg.Mesh.Parking.touches(b) {
 			return w.applyCarefully(ctx, b)
 		}
+		if w.aside.blocks(b) {
+			if len(b.txns) > 1 {
+				return w.applyHalves(ctx, b)
+			}
+			if err := w.drainAside(ctx, b); err != nil {
+				return err
+			}
+		}
 		if !b.filtered && w.aside.touches(b) {
 			var err error
 			if b, err = w.replan(b); err != nil {
