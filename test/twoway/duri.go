@@ -27,7 +27,12 @@ type duri struct {
 const readyMax = 2 * time.Minute
 
 func startDuri(ctx context.Context, o Options, w load) (_ System, err error) {
+	var config func(site, text string) string
+	if _, ok := w.(tpcb); ok && o.Delta {
+		config = func(_, text string) string { return deltas(text) }
+	}
 	p, err := pair.Start(ctx, pair.Options{
+		Config: config,
 		Binary: o.Binary, Database: database, Settings: settings(o), Relays: true, Clusters: o.Clusters,
 		Seed: func(ctx context.Context, a *pair.Site) error { return w.create(ctx, a.Cluster, a.Database) },
 	})

@@ -198,7 +198,26 @@ func (t tpcb) create(ctx context.Context, c *pgcluster.Cluster, database string)
 	if _, err := pair.Pgbench(ctx, c, database, "-i", "-q", "-s", strconv.Itoa(t.o.Scale)); err != nil {
 		return err
 	}
+	if t.o.Delta {
+		if err := c.Exec(ctx, database, fullIdentity); err != nil {
+			return err
+		}
+	}
 	return c.Exec(ctx, database, markTable)
+}
+
+// fullIdentity is what delta columns need.
+const fullIdentity = `ALTER TABLE pgbench_branches REPLICA IDENTITY FULL; ALTER TABLE pgbench_tellers REPLICA IDENTITY FULL;
+ALTER TABLE pgbench_accounts REPLICA IDENTITY FULL`
+
+// deltas declares the balances in duri.yaml.
+func deltas(text string) string {
+	const name, tables = "  - name: \"" + database + "\"", `
+    tables:
+      public.pgbench_branches: {delta: [bbalance]}
+      public.pgbench_tellers: {delta: [tbalance]}
+      public.pgbench_accounts: {delta: [abalance]}`
+	return strings.Replace(text, name, name+tables, 1)
 }
 
 func (tpcb) tables() []table {

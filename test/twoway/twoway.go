@@ -36,6 +36,8 @@ type Options struct {
 	// with Last at its end, so that what was written meanwhile is exchanged without further load.
 	Cut  time.Duration
 	Last bool
+	// Delta declares the balances of TPC-B as delta columns, for duri.
+	Delta bool
 	// Reset makes the cut end all connections and refuse new ones, as the death of a router's other side would. Without
 	// it nothing passes and nobody is told.
 	Reset bool

@@ -33,6 +33,7 @@ func main() {
 	flag.StringVar(&p.systems, "systems", strings.Join(twoway.Systems(), ","), "what to run, in this order")
 	flag.StringVar(&p.loads, "loads", strings.Join(twoway.Loads(), ","), "loads to run")
 	flag.DurationVar(&p.o.Length, "time", 20*time.Second, "length of each load")
+	flag.BoolVar(&p.o.Delta, "delta", false, "declare the balances of tpcb as delta columns, for duri")
 	flag.IntVar(&p.o.Clients, "clients", 4, "clients at each site")
 	flag.IntVar(&p.o.Keys, "keys", 2000, "keys of the upserts and deletes")
 	flag.IntVar(&p.o.Scale, "scale", 1, "pgbench scale")
