@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -21,11 +22,12 @@ import (
 // asideAfter is how often the lock of a row is waited for, for lock_timeout each, before its change is set aside.
 const asideAfter = 3
 
-// heldEvery is how often changes that were set aside are tried again; heldWait is how long each try waits for a lock,
-// because the stream waits with it.
+// heldEvery is the rest between two rounds of trying again what was set aside; heldWait is how long each try waits for a
+// lock, because the stream waits with it.
 const (
-	heldEvery = 250 * time.Millisecond
-	heldWait  = "10ms"
+	heldEvery  = 250 * time.Millisecond
+	heldWait   = "10ms"
+	heldBudget = 50 * time.Millisecond // for all tries of one round
 )
 
 // changeID names a change in its origin's journal.
@@ -37,25 +39,40 @@ type changeID struct {
 // heldChange is a change that was set aside, and one of the keys it touches.
 type heldChange struct {
 	changeID
-	table, key string
+	table policy.Name
+	key   string
 }
 
-func (h heldChange) at() string { return h.table + "\x00" + h.key }
+func (h heldChange) at() string { return waitKey(h.table.Schema+"."+h.table.Table, h.key) }
+
+// waitKey names a key of a table, as in aside.keys.
+func waitKey(table, key string) string { return table + "\x00" + key }
 
 // aside is what a worker has set aside. It belongs to the executing goroutine.
 type aside struct {
-	keys  map[string][]changeID // by table and key, in order; empty for a key that is about to be
-	txns  map[wal.LSN]*wal.Txn  // of these changes
-	tried time.Time
+	keys    map[string][]changeID // by table and key, in order; empty for a key that is about to be
+	keysOf  map[changeID][]string // the keys of a change
+	txns    map[wal.LSN]*wal.Txn  // of these changes
+	waiting map[wal.LSN]int       // how many changes of a transaction wait
+	tried   time.Time
 }
 
 func newAside() *aside {
-	return &aside{keys: map[string][]changeID{}, txns: map[wal.LSN]*wal.Txn{}}
+	return &aside{keys: map[string][]changeID{}, keysOf: map[changeID][]string{}, txns: map[wal.LSN]*wal.Txn{}, waiting: map[wal.LSN]int{}}
+}
+
+// put notes that a change waits, for one of its keys.
+func (a *aside) put(h heldChange) {
+	a.keys[h.at()] = append(a.keys[h.at()], h.changeID)
+	if len(a.keysOf[h.changeID]) == 0 {
+		a.waiting[h.lsn]++
+	}
+	a.keysOf[h.changeID] = append(a.keysOf[h.changeID], h.at())
 }
 
 // has reports whether changes of a key wait.
 func (a *aside) has(table, key string) bool {
-	_, ok := a.keys[table+"\x00"+key]
+	_, ok := a.keys[waitKey(table, key)]
 	return ok
 }
 
@@ -93,9 +110,9 @@ func (a *aside) blocks(b *batch) bool {
 
 // floor is the position before the oldest change that waits; false without any.
 func (a *aside) floor() (lowest wal.LSN, ok bool) {
-	for _, ids := range a.keys {
-		if len(ids) > 0 && (!ok || ids[0].lsn < lowest) {
-			lowest, ok = ids[0].lsn, true
+	for lsn := range a.waiting {
+		if !ok || lsn < lowest {
+			lowest, ok = lsn, true
 		}
 	}
 	return lowest, ok
@@ -104,10 +121,10 @@ func (a *aside) floor() (lowest wal.LSN, ok bool) {
 // add notes what a committed batch has set aside.
 func (a *aside) add(b *batch) {
 	for _, h := range b.held {
-		a.keys[h.at()] = append(a.keys[h.at()], h.changeID)
+		a.put(h)
 	}
 	for _, t := range b.txns {
-		if slices.ContainsFunc(b.held, func(h heldChange) bool { return h.lsn == t.CommitLSN }) {
+		if a.waiting[t.CommitLSN] > 0 {
 			a.txns[t.CommitLSN] = t
 		}
 	}
@@ -116,16 +133,13 @@ func (a *aside) add(b *batch) {
 // group is the keys that hang together with one, because a change touches several, and all their changes in order.
 func (a *aside) group(start string) (keys []string, ids []changeID) {
 	keys = []string{start}
-	seen := map[changeID]bool{}
+	known, seen := map[string]bool{start: true}, map[changeID]bool{}
 	for i := 0; i < len(keys); i++ {
 		for _, id := range a.keys[keys[i]] {
-			if seen[id] {
-				continue
-			}
 			seen[id] = true
-			for k, others := range a.keys {
-				if slices.Contains(others, id) && !slices.Contains(keys, k) {
-					keys = append(keys, k)
+			for _, k := range a.keysOf[id] {
+				if !known[k] {
+					known[k], keys = true, append(keys, k)
 				}
 			}
 		}
@@ -142,19 +156,18 @@ func (a *aside) group(start string) (keys []string, ids []changeID) {
 // loadAside reads what earlier runs have set aside.
 func (w *Worker) loadAside(ctx context.Context) error {
 	w.aside = newAside()
-	rows, err := pg.Query(ctx, w.session.conn, "SELECT lsn, change, table_schema || '.' || table_name, key_norm FROM duri.held WHERE origin = $1::int2 ORDER BY lsn, change", fmt.Sprint(w.cfg.Origin))
+	rows, err := pg.Query(ctx, w.session.conn, "SELECT lsn, change, table_schema, table_name, key_norm FROM duri.held WHERE origin = $1::int2 ORDER BY lsn, change", fmt.Sprint(w.cfg.Origin))
 	if err != nil {
 		return fmt.Errorf("read duri.held: %w", err)
 	}
 	for _, r := range rows {
 		lsn, err1 := wal.ParseLSN(r[0])
 		num, err2 := strconv.ParseInt(r[1], 10, 32)
-		key, err3 := unhex([]byte(r[3]))
+		key, err3 := unhex([]byte(r[4]))
 		if err := errors.Join(err1, err2, err3); err != nil {
 			return fmt.Errorf("read duri.held: %w", err)
 		}
-		h := heldChange{changeID{lsn, int32(num)}, r[2], key}
-		w.aside.keys[h.at()] = append(w.aside.keys[h.at()], h.changeID)
+		w.aside.put(heldChange{changeID{lsn, int32(num)}, policy.Name{Schema: r[2], Table: r[3]}, key})
 		w.aside.txns[lsn] = nil
 	}
 	return w.readAside(ctx)
@@ -207,7 +220,7 @@ func (w *Worker) setAside(ctx context.Context, b *batch) (*batch, error) {
 // replan plans a batch anew, without the keys that wait.
 func (w *Worker) replan(b *batch) (*batch, error) {
 	p := newPlanner(w.resolve, w.cfg.Mesh.behind, b.merged)
-	p.waits = w.aside.has
+	p.waits, p.held = w.aside.has, map[string]bool{}
 	for _, t := range b.txns {
 		if err := p.addTxn(t); err != nil {
 			return nil, &TransactionError{w.cfg.Origin, t.CommitLSN, t.XID, err}
@@ -218,11 +231,14 @@ func (w *Worker) replan(b *batch) (*batch, error) {
 	return p.batch, nil
 }
 
+// maxAbsent bounds how many keys without a row are set aside because one of them may be what a transaction waits for.
+const maxAbsent = 1000
+
 // lockedKeys finds the keys of a batch whose rows another session has locked; or, if it is no row that is locked, those
 // of a single transaction that have no row yet and may wait for a client that is about to make one.
 func (w *Worker) lockedKeys(ctx context.Context, b *batch) ([]string, error) {
 	locked, absent, err := w.probeAll(ctx, b)
-	if err == nil && len(locked) == 0 && len(b.txns) == 1 {
+	if err == nil && len(locked) == 0 && len(b.txns) == 1 && len(absent) <= maxAbsent {
 		return absent, nil
 	}
 	return locked, err
@@ -240,7 +256,7 @@ func (w *Worker) probeAll(ctx context.Context, b *batch) (locked, absent []strin
 				return nil, nil, err
 			}
 			for i, e := range tw.entries {
-				at := tw.String() + "\x00" + e.key
+				at := waitKey(tw.String(), e.key)
 				switch {
 				case there[i] && !free[i]:
 					locked = append(locked, at)
@@ -288,11 +304,13 @@ func (w *Worker) probe(ctx context.Context, tw *tableWave) (free, there map[int]
 
 // tryAside tries what was set aside again, each group of keys in a transaction of its own.
 func (w *Worker) tryAside(ctx context.Context) error {
-	w.aside.tried = time.Now()
-	done := map[string]bool{}
-	for _, start := range slices.Sorted(maps.Keys(w.aside.keys)) {
+	begun, done := time.Now(), map[string]bool{}
+	for start := range w.aside.keys { // in no order, so that each has its turn
 		if done[start] {
 			continue
+		}
+		if time.Since(begun) > heldBudget {
+			break
 		}
 		keys, ids := w.aside.group(start)
 		for _, k := range keys {
@@ -311,6 +329,7 @@ func (w *Worker) tryAside(ctx context.Context) error {
 			return err
 		}
 	}
+	w.aside.tried = time.Now()
 	w.reached(0, nil)
 	return nil
 }
@@ -345,9 +364,9 @@ func (a *aside) drop(keys []string, ids []changeID) {
 		delete(a.keys, k)
 	}
 	for _, id := range ids {
-		if !slices.ContainsFunc(slices.Collect(maps.Values(a.keys)), func(others []changeID) bool {
-			return slices.ContainsFunc(others, func(o changeID) bool { return o.lsn == id.lsn })
-		}) {
+		delete(a.keysOf, id)
+		if a.waiting[id.lsn]--; a.waiting[id.lsn] == 0 {
+			delete(a.waiting, id.lsn)
 			delete(a.txns, id.lsn)
 		}
 	}
@@ -372,9 +391,11 @@ func (w *Worker) tryGroup(ctx context.Context, ids []changeID) error {
 	if locked, _, err := w.probeAll(ctx, p.batch); err != nil || len(locked) > 0 { // not to fill the server's log
 		return errors.Join(err, errLocked)
 	}
+	// As for every batch: a key may have been parked meanwhile.
+	p.batch.careful = w.cfg.Mesh.Parking.touches(p.batch)
 	p.batch.again, p.batch.filtered, p.batch.changes = ids, true, len(ids)
 	err := w.applyOnce(ctx, p.batch)
-	if collided(err) {
+	if collided(err) && !p.batch.careful {
 		p.batch.careful = true
 		err = w.applyOnce(ctx, p.batch)
 	}
@@ -391,8 +412,7 @@ func heldParams(origin wal.SiteID, held []heldChange) [][]byte {
 		cols[i] = []byte{'{'}
 	}
 	for i, h := range held {
-		schema, table, _ := strings.Cut(h.table, ".")
-		for j, v := range []string{h.lsn.String(), fmt.Sprint(h.num), schema, table, fmt.Sprintf(`\x%x`, h.key)} {
+		for j, v := range []string{h.lsn.String(), fmt.Sprint(h.num), h.table.Schema, h.table.Table, string(bytea(h.key))} {
 			if i > 0 {
 				cols[j] = append(cols[j], ',')
 			}

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -102,10 +103,10 @@ type execution struct {
 	xid     string // this transaction's xid, 32 bits, as xmin shows it
 	records []record
 	created []created
-	bags    []*tableWave // tables without a key that rows were added to
-	parking []string     // tables in which rows were parked or made way
-	fresh   bool         // the barrier was passed since rows were last locked
-	wrote   bool         // a row of a published table
+	bags    []*tableWave  // tables without a key that rows were added to
+	parking []policy.Name // tables in which rows were parked or made way
+	fresh   bool          // the barrier was passed since rows were last locked
+	wrote   bool          // a row of a published table
 }
 
 // created is a row that this batch made where none was: its key must be checked against tombstones once more, when
@@ -180,6 +181,9 @@ func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
 	}
 	if err := x.recheckRemoved(); err != nil {
 		return 0, err
+	}
+	if !x.b.careful && x.w.cfg.Mesh.Parking.touches(x.b) {
+		return 0, errParked
 	}
 	return x.finish(ctx)
 }

@@ -251,12 +251,25 @@ func (s *site) Commit(c *decode.Commit) error {
 	if s.stamp != nil {
 		s.stamp(t)
 	}
+	if err := s.mesh.Parking.Purge(t, s.withSession); err != nil {
+		return err
+	}
 	if err := s.local.Add(t); err != nil {
 		return err
 	}
 	s.mesh.Parking.Touched(t)
 	s.feed.add(journal.Record{To: t.EndLSN, Txn: t})
 	return nil
+}
+
+// withSession lends a session of its own.
+func (s *site) withSession(ctx context.Context, f func(*pgconn.PgConn) error) error {
+	c, err := pg.Connect(ctx, s.dsn, s.db, nil)
+	if err != nil {
+		return err
+	}
+	defer pg.Close(c)
+	return f(c)
 }
 
 func (s *site) see(from wal.SiteID, lsn wal.LSN) {

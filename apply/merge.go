@@ -135,6 +135,7 @@ type planner struct {
 	resolve resolver
 	behind  func(*wal.Txn) bool          // see Mesh.behind
 	waits   func(table, key string) bool // changes of these keys are left out, nil: of none
+	held    map[string]bool              // keys of the changes that were left out so far
 	only    map[changeID]bool            // nil: all
 	wave    *wave
 	byName  map[string]*tableWave         // of the present wave, by local table
@@ -239,12 +240,12 @@ func (p *planner) hold(tw *tableWave, t *wal.Txn, c *wal.Change) bool {
 		}
 	}
 	for _, k := range keys {
-		waits = waits || p.waits(tw.String(), k) ||
-			slices.ContainsFunc(p.batch.held, func(h heldChange) bool { return h.table == tw.String() && h.key == k })
+		waits = waits || p.waits(tw.String(), k) || p.held[waitKey(tw.String(), k)]
 	}
 	if waits {
 		for _, k := range keys {
-			p.batch.held = append(p.batch.held, heldChange{changeID{t.CommitLSN, p.num}, tw.String(), k})
+			p.held[waitKey(tw.String(), k)] = true
+			p.batch.held = append(p.batch.held, heldChange{changeID{t.CommitLSN, p.num}, tw.id(), k})
 		}
 	}
 	return waits

@@ -35,10 +35,11 @@ type Mesh struct {
 	skipped map[grave]bool // keys of changes that could not be completed, as their origin has the row no more
 }
 
-// mergedID names an apply transaction: the site whose transactions it merged, and the end of the last one.
+// mergedID names an apply transaction: the site whose transactions it merged, where the first one was committed, and where
+// the last one ends. What was set aside can be applied in a transaction that ends as another one does.
 type mergedID struct {
-	site wal.SiteID
-	to   wal.LSN
+	site     wal.SiteID
+	from, to wal.LSN
 }
 
 // NewMesh joins the own history and, with three sites and more, those of the peers. open returns a reader of a peer's
@@ -190,7 +191,7 @@ type keyer func(c *wal.Change) (table string, keys []string, err error)
 // one's stamp (architecture.md decision 5). from is the first one's commit, to the last one's end. It reads the peer's
 // journal.
 func (m *Mesh) exact(ctx context.Context, site wal.SiteID, from, to wal.LSN, table, key string, keys keyer) (past, error) {
-	id := mergedID{site, to}
+	id := mergedID{site, from, to}
 	m.mu.Lock()
 	found, ok := m.merged[id]
 	m.mu.Unlock()

@@ -10,11 +10,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -37,22 +39,28 @@ type parkedRow struct {
 // Parking knows which tables have parked rows. Safe for concurrent use.
 type Parking struct {
 	mu     sync.Mutex
-	tables map[string]int // by table, how often rows were parked since it was last looked through
+	tables map[policy.Name]int // how often rows were parked since it was last looked through
 	wake   chan struct{}
 }
 
-func newParking() *Parking { return &Parking{tables: map[string]int{}, wake: make(chan struct{}, 1)} }
+func newParking() *Parking {
+	return &Parking{tables: map[policy.Name]int{}, wake: make(chan struct{}, 1)}
+}
+
+func (t *table) id() policy.Name { return policy.Name{Schema: t.schema, Table: t.name} }
+
+func nameOf(r *wal.Relation) policy.Name { return policy.Name{Schema: r.Namespace, Table: r.Name} }
 
 // has reports whether a table may have parked rows.
-func (p *Parking) has(table string) bool {
+func (p *Parking) has(table policy.Name) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	_, ok := p.tables[table]
 	return ok
 }
 
-// note says that a table has parked rows.
-func (p *Parking) note(table string) {
+// note says that a table has parked rows, or is about to.
+func (p *Parking) note(table policy.Name) {
 	p.mu.Lock()
 	p.tables[table]++
 	p.mu.Unlock()
@@ -75,7 +83,7 @@ func (p *Parking) Touched(t *wal.Txn) {
 		return
 	}
 	for i := range t.Changes {
-		if p.has(t.Changes[i].Relation.String()) {
+		if p.has(nameOf(t.Changes[i].Relation)) {
 			p.hurry()
 			return
 		}
@@ -91,7 +99,7 @@ func (p *Parking) touches(b *batch) bool {
 	}
 	for _, wv := range b.waves {
 		for _, tw := range wv.tables {
-			if _, ok := p.tables[tw.String()]; ok {
+			if _, ok := p.tables[tw.id()]; ok {
 				return true
 			}
 		}
@@ -99,11 +107,42 @@ func (p *Parking) touches(b *batch) bool {
 	return false
 }
 
+// errParked says that a row of a table was parked while transactions were applied to it that did not look for any; they
+// are applied anew.
+var errParked = errors.New("rows were parked meanwhile")
+
+// purgeMax bounds the wait for a worker that has a parked row locked, and waits for decoding itself for a moment.
+const purgeMax = 10 * time.Second
+
+const purgeSQL = "DELETE FROM duri.parked WHERE table_schema = $1 AND table_name = $2 AND (time, site) < ($3::timestamptz, $4::int2)"
+
+// Purge removes the parked rows that a transaction of this site truncates: its TRUNCATE is a tombstone for them as for
+// every older row (rule 15). It comes before the transaction counts as decoded, so that whoever waits for that (the
+// capture barrier) does not find them any more.
+func (p *Parking) Purge(t *wal.Txn, session func(context.Context, func(*pgconn.PgConn) error) error) error {
+	for i := range t.Changes {
+		c := &t.Changes[i]
+		if c.Op != wal.Truncate || !p.has(nameOf(c.Relation)) {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), purgeMax)
+		defer cancel()
+		err := session(ctx, func(conn *pgconn.PgConn) error {
+			_, err := pg.Query(ctx, conn, purgeSQL, c.Relation.Namespace, c.Relation.Name, t.VersionTime.String(), fmt.Sprint(t.Origin))
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("remove the parked rows of %s: %w", c.Relation, err)
+		}
+	}
+	return nil
+}
+
 const (
 	// Two sessions must not decide at once about a key that has no row to lock.
 	lockKeySQL = "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1::text, 1685418601))"
 	parkedSQL  = `SELECT site, (extract(epoch from time) * 1000000)::int8 - 946684800000000, row, rival, end_lsn FROM duri.parked
-		WHERE table_schema = $1 AND table_name = $2 AND key_norm = $3::bytea FOR UPDATE`
+		WHERE table_schema = $1 AND table_name = $2 AND key_norm = $3::bytea`
 	parkSQL = `INSERT INTO duri.parked (table_schema, table_name, key_norm, key, site, time, row, "constraint", rival, end_lsn)
 		VALUES ($1, $2, $3::bytea, $4::jsonb, $5::int2, $6::timestamptz, $7::jsonb, $8, $9::bytea, $10::pg_lsn)
 		ON CONFLICT (table_schema, table_name, key_norm) DO UPDATE
@@ -133,16 +172,15 @@ func (x *execution) crowded(ctx context.Context, tw *tableWave) (bool, error) {
 	if !x.b.careful || len(tw.key) == 0 {
 		return false, nil
 	}
-	_, uniques, err := x.w.uniquesOf(ctx, tw.target)
+	_, uniques, err := x.uniquesOf(ctx, tw.target)
 	return len(uniques) > 0, err
 }
 
-// uniquesOf reads a table's constraints besides the key, once per definition.
-func (w *Worker) uniquesOf(ctx context.Context, g *target) (string, []unique, error) {
-	w.auxMu.Lock()
-	defer w.auxMu.Unlock()
+// uniquesOf reads a table's constraints besides the key, once per definition. It asks in its own session: another one could
+// have to wait for a client that waits for this transaction, and PostgreSQL would not see the circle.
+func (x *execution) uniquesOf(ctx context.Context, g *target) (string, []unique, error) {
 	if g.uniques == nil {
-		u, err := loadUniques(ctx, w.aux, g.schema, g.name)
+		u, err := loadUniques(ctx, x.s.conn, g.schema, g.name)
 		if err != nil {
 			return "", nil, err
 		}
@@ -182,14 +220,15 @@ func (x *execution) tryPlace(ctx context.Context, wv *wave, tw *tableWave, e *en
 	if err := x.lockKey(ctx, tw, e.key); err != nil {
 		return false, err
 	}
-	parked, isParked, err := x.parked(ctx, tw, e.key)
+	rows, err := x.lock(ctx, tw, []*entry{e})
+	if err == nil && len(rows) == 0 {
+		err = x.lockMissing(ctx, tw, []*entry{e}, rows)
+	}
 	if err != nil {
 		return false, err
 	}
-	rows, err := x.lock(ctx, tw, []*entry{e})
-	if err == nil && len(rows) == 0 && !isParked {
-		err = x.lockMissing(ctx, tw, []*entry{e}, rows)
-	}
+	// After the barrier: a TRUNCATE of this site removes parked rows when it is decoded.
+	parked, isParked, err := x.parked(ctx, tw, e.key)
 	if err != nil {
 		return false, err
 	}
@@ -229,7 +268,7 @@ func (x *execution) tryPlace(ctx context.Context, wv *wave, tw *tableWave, e *en
 	var ops []op
 	del := op{kind: netDelete, tw: tw, items: []item{{e: e}}}
 	if !v.live {
-		x.parking = append(x.parking, tw.String())
+		x.makesWay(tw)
 		if visible {
 			ops = []op{del}
 		}
@@ -242,13 +281,16 @@ func (x *execution) tryPlace(ctx context.Context, wv *wave, tw *tableWave, e *en
 	}
 	r := wv.chain(e)
 	last := r[len(r)-1]
-	if i := slices.IndexFunc(colliders, func(c collider) bool { return !x.beats(last, c.held) }); i >= 0 {
+	mine := v.state
+	if mine.end == 0 && mine.Version == last.txn.Version() {
+		mine.end = last.txn.EndLSN
+	}
+	if i := slices.IndexFunc(colliders, func(c collider) bool { return !beats(mine, last, c.held) }); i >= 0 {
 		c := colliders[i]
 		x.recordCollision(tw, e, last, conflict.Parked, colliders[i:i+1])
 		if visible {
 			ops = []op{del}
 		}
-		mine := held{State: conflict.State{Version: last.txn.Version()}, image: v.row, end: last.txn.EndLSN}
 		if err := x.park(ctx, tw, e.key, mine, c.constraint, c.entry.key); err != nil {
 			return false, err
 		}
@@ -270,9 +312,12 @@ func (x *execution) tryPlace(ctx context.Context, wv *wave, tw *tableWave, e *en
 	return x.writeAll(ctx, wv, append(ops, op{kind: netInsert, tw: tw, items: []item{it}, set: allColumns(tw)}))
 }
 
-// lockKey keeps other sessions from deciding about a key, whether it has a row or not.
+// lockKey keeps other sessions from deciding about a key, whether it has a row or not, and TRUNCATE from coming in between.
 func (x *execution) lockKey(ctx context.Context, tw *tableWave, key string) error {
-	_, err := x.s.run(ctx, []call{{lockKeySQL, [][]byte{fmt.Appendf(nil, "%s %x", tw, key)}}})
+	_, err := x.s.run(ctx, []call{
+		{"LOCK TABLE ONLY " + pg.QuoteName(tw.schema, tw.name) + " IN ROW EXCLUSIVE MODE", nil},
+		{lockKeySQL, [][]byte{fmt.Appendf(nil, "%s %x", tw, key)}},
+	})
 	return err
 }
 
@@ -282,10 +327,16 @@ func (x *execution) writeAll(ctx context.Context, wv *wave, ops []op) (done bool
 	return len(again) == 0, err
 }
 
-// beats reports whether an incoming change is newer than a row.
-func (x *execution) beats(r *ref, h held) bool {
+// beats reports whether a state that the change r led to is newer than a row. What r's transaction had seen is older than
+// what it wrote, whatever its stamp says.
+func beats(mine held, r *ref, h held) bool {
 	s := h.toward(r)
-	return s.Seen || s.Version.Less(r.txn.Version())
+	return s.Version.Less(mine.Version) || s.Seen && mine.Version == r.txn.Version()
+}
+
+// makesWay notes that a row of a table was parked or may have made way for one.
+func (x *execution) makesWay(tw *tableWave) {
+	x.parking = append(x.parking, tw.id())
 }
 
 // recordCollision writes down that rows collide: the older ones are parked.
@@ -306,7 +357,7 @@ func (x *execution) recordCollision(tw *tableWave, e *entry, r *ref, code confli
 	}
 }
 
-// parked reads and locks the parked row of a key.
+// parked reads the parked row of a key; lockKey keeps others from it.
 func (x *execution) parked(ctx context.Context, tw *tableWave, key string) (p parkedRow, ok bool, err error) {
 	res, err := x.s.run(ctx, []call{{parkedSQL, [][]byte{[]byte(tw.schema), []byte(tw.name), bytea(key)}}})
 	if err != nil || len(res[0].Rows) == 0 {
@@ -340,7 +391,8 @@ func unhex(b []byte) (string, error) {
 
 // park keeps a row that is hidden by the one with the key rival.
 func (x *execution) park(ctx context.Context, tw *tableWave, key string, h held, constraint, rival string) error {
-	x.parking = append(x.parking, tw.String())
+	x.makesWay(tw)
+	x.w.cfg.Mesh.Parking.note(tw.id()) // before the commit too: see errParked
 	_, err := x.s.run(ctx, []call{{parkSQL, [][]byte{
 		[]byte(tw.schema), []byte(tw.name), bytea(key), keyJSON(tw.target, h.image), fmt.Append(nil, h.Version.Site), []byte(h.Version.Time.String()),
 		rowJSON(tw.rel, h.image), []byte(constraint), bytea(rival), []byte(h.end.String()),
@@ -349,14 +401,14 @@ func (x *execution) park(ctx context.Context, tw *tableWave, key string, h held,
 }
 
 func (x *execution) unpark(ctx context.Context, tw *tableWave, key string) error {
-	x.parking = append(x.parking, tw.String())
+	x.makesWay(tw)
 	_, err := x.s.run(ctx, []call{{unparkSQL, [][]byte{[]byte(tw.schema), []byte(tw.name), bytea(key)}}})
 	return err
 }
 
 // colliders finds and locks the visible rows that collide with an image.
 func (x *execution) colliders(ctx context.Context, tw *tableWave, image json.RawMessage) ([]collider, error) {
-	sql, _, err := x.w.uniquesOf(ctx, tw.target)
+	sql, _, err := x.uniquesOf(ctx, tw.target)
 	if err != nil {
 		return nil, err
 	}
@@ -421,12 +473,12 @@ func imageOf(rel *wal.Relation, image json.RawMessage) (wal.Tuple, error) {
 
 // Load finds the tables that have parked rows.
 func (p *Parking) Load(ctx context.Context, c *pgconn.PgConn) error {
-	rows, err := pg.Rows(ctx, c, "SELECT DISTINCT table_schema || '.' || table_name FROM duri.parked")
+	rows, err := pg.Rows(ctx, c, "SELECT DISTINCT table_schema, table_name FROM duri.parked")
 	if err != nil {
 		return fmt.Errorf("read duri.parked: %w", err)
 	}
 	for _, r := range rows {
-		p.note(r[0])
+		p.note(policy.Name{Schema: r[0], Table: r[1]})
 	}
 	return nil
 }

@@ -81,3 +81,22 @@ func TestUniqueValuesAreParkedAndComeBack(t *testing.T) {
 	a.exec("INSERT INTO t VALUES (3, 'c', 7, 8)")
 	agree(t, sites, "t", "1|a|5|\\N\n2|b|6|\\N\n3|c|7|8\n", "")
 }
+
+// TestTruncateRemovesParkedRowsToo: a parked row is older than the TRUNCATE, at whichever site that was made, and must not
+// come back when nothing hides it any more (rules 11 and 15).
+func TestTruncateRemovesParkedRowsToo(t *testing.T) {
+	for _, by := range []int{0, 1, 2} { // the parked row's site, the other one's, a third
+		t.Run(string(rune('a'+by)), func(t *testing.T) {
+			sites := newParkRig(t, 3)
+			holdAll(sites)
+			sites[0].exec("INSERT INTO t VALUES (1, 'a', 5, NULL)")
+			sites[1].exec("INSERT INTO t VALUES (2, 'b', 5, NULL)")
+			releaseAll(sites)
+			agree(t, sites, "t", "2|b|5|\\N\n", "1|1|a\n")
+			sites[by].exec("TRUNCATE t")
+			agree(t, sites, "t", "", "")
+			sites[by].exec("INSERT INTO t VALUES (3, 'c', 5, NULL)")
+			agree(t, sites, "t", "3|c|5|\\N\n", "")
+		})
+	}
+}

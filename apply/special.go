@@ -201,6 +201,10 @@ func (x *execution) truncate(ctx context.Context, wv *wave) error {
 	if err != nil {
 		return err
 	}
+	v := wv.txn.Version()
+	if _, err := pg.Query(ctx, x.s.conn, purgeSQL, g.schema, g.name, v.Time.String(), fmt.Sprint(v.Site)); err != nil {
+		return err
+	}
 	if _, err = x.s.conn.Exec(ctx, truncateSQL(g.table, places(kept))).ReadAll(); err != nil || g.deletable {
 		return err
 	}

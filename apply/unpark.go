@@ -2,13 +2,14 @@ package apply
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
-	"strings"
 	"time"
 
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/policy"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -81,14 +82,14 @@ func (u *Unparker) run(ctx context.Context) error {
 }
 
 // list gives the tables that may have parked rows, with their counters.
-func (p *Parking) list() map[string]int {
+func (p *Parking) list() map[policy.Name]int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return maps.Clone(p.tables)
 }
 
 // clear forgets a table that has no parked rows, unless some were parked since seen.
-func (p *Parking) clear(table string, seen int) {
+func (p *Parking) clear(table policy.Name, seen int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.tables[table] == seen {
@@ -97,10 +98,9 @@ func (p *Parking) clear(table string, seen int) {
 }
 
 // look tries every parked row of a table, the newest first, until none can come back any more.
-func (u *Unparker) look(ctx context.Context, table string, seen int) error {
-	schema, name, _ := strings.Cut(table, ".")
+func (u *Unparker) look(ctx context.Context, table policy.Name, seen int) error {
 	for {
-		rows, err := pg.Query(ctx, u.w.session.conn, "SELECT key_norm FROM duri.parked WHERE table_schema = $1 AND table_name = $2 ORDER BY time DESC, site DESC", schema, name)
+		rows, err := pg.Query(ctx, u.w.session.conn, "SELECT key_norm FROM duri.parked WHERE table_schema = $1 AND table_name = $2 ORDER BY time DESC, site DESC", table.Schema, table.Table)
 		if err != nil {
 			return err
 		}
@@ -108,7 +108,7 @@ func (u *Unparker) look(ctx context.Context, table string, seen int) error {
 			u.w.cfg.Mesh.Parking.clear(table, seen)
 			return nil
 		}
-		tw, err := u.target(schema, name)
+		tw, err := u.target(table.Schema, table.Table)
 		if err != nil {
 			return err
 		}
@@ -172,7 +172,8 @@ func (u *Unparker) try(ctx context.Context, tw *tableWave, key string) (did bool
 			return false, rerr
 		}
 	}
-	if err != nil && (disturbed(err) || collided(err)) {
+	var behind *behindError
+	if err != nil && (disturbed(err) || collided(err) || errors.As(err, &behind)) {
 		u.disturbed = true
 		return false, nil
 	}
@@ -218,6 +219,13 @@ func (u *Unparker) decide(ctx context.Context, tw *tableWave, key string) (did b
 		if c.entry.key == p.rival || p.version.Less(c.held.Version) {
 			return false, nil
 		}
+	}
+	// A TRUNCATE that came before has removed its parked rows when it is decoded.
+	if err := x.barrier(ctx); err != nil {
+		return false, err
+	}
+	if _, ok, err = x.parked(ctx, tw, key); err != nil || !ok {
+		return false, err
 	}
 	return true, u.restore(ctx, x, tw, e, p, image, colliders)
 }

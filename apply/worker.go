@@ -781,7 +781,7 @@ func disturbed(err error) bool {
 	case "40P01", "55P03", "40001": // deadlock, lock timeout, serialization
 		return true
 	}
-	return errors.Is(err, errRestless) || errors.Is(err, errLocked) || errors.Is(err, errInvisible) || errors.Is(err, errTruncated)
+	return errors.Is(err, errRestless) || errors.Is(err, errLocked) || errors.Is(err, errParked) || errors.Is(err, errInvisible) || errors.Is(err, errTruncated)
 }
 
 func (w *Worker) applyOnce(ctx context.Context, b *batch) error {

@@ -67,6 +67,9 @@ func (c *capture) Commit(m *decode.Commit) error {
 	if t.VersionTime, stepped = stamp(t.CommitTime, c.maxTime, c.foreign); stepped {
 		c.step(t)
 	}
+	if err := c.mesh.Parking.Purge(t, c.n.sql.do); err != nil {
+		return err
+	}
 	// The index first: should the journal fail, the transaction is delivered again and the index drops it.
 	if err := c.local.Add(t); err != nil {
 		return fmt.Errorf("index transaction %s: %w", t.CommitLSN, err)

@@ -425,6 +425,9 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := n.withSQL(ctx, func(c *pgconn.PgConn) error { return mesh.Parking.Load(ctx, c) }); err != nil {
+		return err
+	}
 	c := &captured{journal: j, local: local, mesh: mesh}
 	c.capture = newCapture(n, j, mesh)
 	if c.capture.foreign, err = n.newestApplied(ctx); err != nil {
