@@ -90,14 +90,6 @@ func holdAll(sites []*site) {
 	}
 }
 
-func releaseAll(sites []*site) {
-	for _, s := range sites {
-		for _, to := range s.peers {
-			s.feed.release(to.id)
-		}
-	}
-}
-
 // TestBlendedRowsConverge: random concurrent updates; delta columns end as the sum of all differences, every other column
 // as the greatest version that touched it (column mode) or as the greatest version's row has it (row mode).
 func TestBlendedRowsConverge(t *testing.T) {
@@ -134,24 +126,11 @@ func blendRound(t *testing.T, sites []*site, mode policy.Mode, seed uint64) {
 			}
 		})
 	}
-	for range 12 {
-		s := sites[rng.IntN(len(sites))]
-		to := s.peers[rng.IntN(len(s.peers))]
-		switch rng.IntN(5) {
-		case 0:
-			s.feed.hold(to.id)
-		case 1:
-			s.feed.release(to.id)
-		case 2:
-			s.feed.step(to.id, 1+rng.IntN(10))
-		case 3:
-			s.stopApply()
-			s.startApply()
-		case 4:
-			s.prune()
-		}
-		_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
-	}
+	meddle(ctx, rng, sites, 12, func(s *site) {
+		s.stopApply()
+		s.startApply()
+	}, (*site).prune)
+
 	cancel()
 	wg.Wait()
 	releaseAll(sites)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -597,6 +598,35 @@ func eventually(t testing.TB, what string, cond func() bool) {
 	for !cond() {
 		if pause(ctx, 2*time.Millisecond) != nil {
 			t.Fatalf("timed out: %s", what)
+		}
+	}
+}
+
+// meddle does random things, n in all, at random sites while their clients write: a direction is held, let go or moved on by
+// some records, or one of the others.
+func meddle(ctx context.Context, rng *rand.Rand, sites []*site, n int, others ...func(*site)) {
+	for range n {
+		s := sites[rng.IntN(len(sites))]
+		to := s.peers[rng.IntN(len(s.peers))]
+		switch k := rng.IntN(3 + len(others)); k {
+		case 0:
+			s.feed.hold(to.id)
+		case 1:
+			s.feed.release(to.id)
+		case 2:
+			s.feed.step(to.id, 1+rng.IntN(10))
+		default:
+			others[k-3](s)
+		}
+		_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
+	}
+}
+
+// releaseAll lets everything through to everyone.
+func releaseAll(sites []*site) {
+	for _, s := range sites {
+		for _, to := range s.peers {
+			s.feed.release(to.id)
 		}
 	}
 }

@@ -144,34 +144,19 @@ func uniqueRound(t *testing.T, sites []*site, seed uint64) {
 			}
 		})
 	}
-	for range 15 {
-		s := sites[rng.IntN(len(sites))]
-		to := s.peers[rng.IntN(len(s.peers))]
-		switch rng.IntN(4) {
-		case 0:
-			s.feed.hold(to.id)
-		case 1:
-			s.feed.release(to.id)
-		case 2:
-			s.feed.step(to.id, 1+rng.IntN(10))
-		case 3:
-			for _, w := range s.workers {
-				w.cfg.LockTimeout = time.Duration(20+rng.IntN(200)) * time.Millisecond
-			}
+	meddle(ctx, rng, sites, 15, func(s *site) {
+		for _, w := range s.workers {
+			w.cfg.LockTimeout = time.Duration(20+rng.IntN(200)) * time.Millisecond
 		}
-		_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
-	}
+	})
+
 	cancel()
 	wg.Wait()
 	for _, c := range clients {
 		pg.Close(c.conn)
 	}
 	var txns []*wal.Txn
-	for _, s := range sites {
-		for _, to := range s.peers {
-			s.feed.release(to.id)
-		}
-	}
+	releaseAll(sites)
 	settle(sites...)
 	for _, s := range sites {
 		txns = append(txns, s.feed.txns()...)

@@ -244,42 +244,25 @@ func round(t *testing.T, sites []*site, seed uint64) {
 		_ = pause(ctx, 900*time.Millisecond)
 		_, _ = pg.Rows(context.WithoutCancel(ctx), holder, "COMMIT")
 	})
-	for range 25 {
-		s := sites[rng.IntN(len(sites))]
-		to := s.peers[rng.IntN(len(s.peers))]
-		switch rng.IntN(6) {
-		case 0:
-			s.feed.hold(to.id)
-		case 1:
-			s.feed.release(to.id)
-		case 2:
-			s.feed.step(to.id, 1+rng.IntN(10))
-		case 3: // restart, with another batch size
-			s.stopApply()
-			for _, w := range s.workers {
-				w.cfg.BatchTransactions = []int{1, 2, 5, 2000}[rng.IntN(4)]
-			}
-			s.startApply()
-		case 4: // local decoding stands still for a while
-			s.gate.Lock()
-			_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
-			s.gate.Unlock()
-		case 5:
-			s.prune()
+	meddle(ctx, rng, sites, 25, func(s *site) { // restart, with another batch size
+		s.stopApply()
+		for _, w := range s.workers {
+			w.cfg.BatchTransactions = []int{1, 2, 5, 2000}[rng.IntN(4)]
 		}
+		s.startApply()
+	}, func(s *site) { // local decoding stands still for a while
+		s.gate.Lock()
 		_ = pause(ctx, time.Duration(rng.IntN(60))*time.Millisecond)
-	}
+		s.gate.Unlock()
+	}, (*site).prune)
+
 	cancel()
 	wg.Wait()
 	pg.Close(holder)
 	for _, c := range clients {
 		pg.Close(c.conn)
 	}
-	for _, s := range sites {
-		for _, to := range s.peers {
-			s.feed.release(to.id)
-		}
-	}
+	releaseAll(sites)
 	settle(sites...)
 	sorted := func(s *site) string {
 		lines := slices.Collect(strings.Lines(s.rows(dump("t", "f", "bag", "fullbag"))))

@@ -178,23 +178,35 @@ func (c *Control) Verify(ctx context.Context, database string, req VerifyRequest
 		return rep, err
 	}
 	defer func() { _ = res.Body.Close() }()
-	lines := bufio.NewReader(res.Body)
+	err = readLines(res.Body, "the comparison", func(l VerifyLine) (last bool, err error) {
+		switch {
+		case l.Report != nil:
+			rep = *l.Report
+			return true, nil
+		case l.Problem != nil:
+			return true, &remoteError{*l.Problem, exitCode(http.StatusOK)}
+		case l.Progress != nil && progress != nil:
+			progress(*l.Progress)
+		}
+		return false, nil
+	})
+	return rep, err
+}
+
+// readLines hands each JSON line of an answer to take, until it says that this was the last one.
+func readLines[L any](body io.Reader, what string, take func(L) (last bool, err error)) error {
+	lines := bufio.NewReader(body)
 	for {
 		b, err := lines.ReadBytes('\n')
 		if err != nil {
-			return rep, errors.Join(errors.New("the agent ended before the comparison was finished"), err)
+			return errors.Join(fmt.Errorf("the agent ended before %s was finished", what), err)
 		}
-		var l VerifyLine
+		var l L
 		if err := json.Unmarshal(b, &l); err != nil {
-			return rep, err
+			return err
 		}
-		switch {
-		case l.Report != nil:
-			return *l.Report, nil
-		case l.Problem != nil:
-			return rep, &remoteError{*l.Problem, exitCode(http.StatusOK)}
-		case l.Progress != nil && progress != nil:
-			progress(*l.Progress)
+		if last, err := take(l); last || err != nil {
+			return err
 		}
 	}
 }

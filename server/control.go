@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/duri-io/duri/verify"
@@ -147,8 +148,9 @@ type VerifyLine struct {
 	Problem  *Problem         `json:"problem,omitempty"`
 }
 
-// VerifyRequest asks for a comparison of this site with its peer.
+// VerifyRequest asks for a comparison of this site with another one; With names it where there are several.
 type VerifyRequest struct {
+	With     string   `json:"with,omitempty"`
 	Tables   []string `json:"tables"`
 	Parallel int      `json:"parallel"`
 }
@@ -163,13 +165,7 @@ func (a *Agent) postVerify(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, err)
 		return
 	}
-	w.Header().Set("Content-Type", "application/jsonl")
-	enc := json.NewEncoder(w)
-	flush := http.NewResponseController(w)
-	send := func(l VerifyLine) {
-		_ = enc.Encode(l)
-		_ = flush.Flush()
-	}
+	send := stream[VerifyLine](w)
 	rep, err := n.verify(r.Context(), req, func(p verify.Progress) { send(VerifyLine{Progress: &p}) })
 	if err != nil {
 		send(VerifyLine{Problem: &Problem{err.Error(), hintOf(err)}})
@@ -178,13 +174,42 @@ func (a *Agent) postVerify(w http.ResponseWriter, r *http.Request) {
 	send(VerifyLine{Report: &rep})
 }
 
-// verify compares this site's database with its peer's.
+// stream begins an answer of JSON lines, each sent at once. That the client is gone is seen by the request's context.
+func stream[L any](w http.ResponseWriter) (send func(L)) {
+	w.Header().Set("Content-Type", "application/jsonl")
+	enc := json.NewEncoder(w)
+	flush := http.NewResponseController(w)
+	return func(l L) {
+		_ = enc.Encode(l)
+		_ = flush.Flush()
+	}
+}
+
+// verify compares this site's database with another site's.
 func (n *node) verify(ctx context.Context, req VerifyRequest, progress func(verify.Progress)) (verify.Report, error) {
 	if n.ready.Load() == nil {
 		return verify.Report{}, errNotReady
 	}
-	p := n.peers[0]
+	p, err := n.comparedWith(req.With)
+	if err != nil {
+		return verify.Report{}, err
+	}
 	return verify.Run(ctx, side{n.db, n}, p.remote(), verify.Options{
 		Tables: req.Tables, Parallel: req.Parallel, Progress: progress, Settle: p.settle,
 	})
+}
+
+// comparedWith is the peer that a comparison means. No name means the only one: one of several is never chosen silently.
+func (n *node) comparedWith(name string) (*peer, error) {
+	var names []string
+	for _, p := range n.peers {
+		if p.site.Name == name || name == "" && len(n.peers) == 1 {
+			return p, nil
+		}
+		names = append(names, p.site.Name)
+	}
+	if name == "" {
+		return nil, &hinted{"there are several other sites", "name one with --with: " + strings.Join(names, ", ")}
+	}
+	return nil, &hinted{fmt.Sprintf("%q is no other site of the cluster", name), "name one with --with: " + strings.Join(names, ", ")}
 }

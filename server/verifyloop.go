@@ -1,10 +1,8 @@
 package server
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -223,13 +221,7 @@ func (a *Agent) postRepair(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, err)
 		return
 	}
-	w.Header().Set("Content-Type", "application/jsonl")
-	enc := json.NewEncoder(w)
-	flush := http.NewResponseController(w)
-	send := func(l RepairLine) {
-		_ = enc.Encode(l) // the client is gone, then
-		_ = flush.Flush()
-	}
+	send := stream[RepairLine](w)
 	rep, err := n.repair(r.Context(), req, func(p verify.Progress) { send(RepairLine{Progress: &p}) })
 	for _, w := range a.watches[n] {
 		w.Recheck()
@@ -409,25 +401,18 @@ func (c *Control) Repair(ctx context.Context, database string, req RepairRequest
 		return rep, err
 	}
 	defer func() { _ = res.Body.Close() }()
-	lines := bufio.NewReader(res.Body)
-	for {
-		b, err := lines.ReadBytes('\n')
-		if err != nil {
-			return rep, errors.Join(errors.New("the agent ended before the repair was finished"), err)
-		}
-		var l RepairLine
-		if err := json.Unmarshal(b, &l); err != nil {
-			return rep, err
-		}
+	err = readLines(res.Body, "the repair", func(l RepairLine) (last bool, err error) {
 		if l.Progress != nil {
 			progress(*l.Progress)
 		}
 		if l.Report == nil {
-			continue
+			return false, nil
 		}
+		rep = *l.Report
 		if l.Problem != nil {
-			return *l.Report, &remoteError{*l.Problem, exitCode(http.StatusOK)}
+			err = &remoteError{*l.Problem, exitCode(http.StatusOK)}
 		}
-		return *l.Report, nil
-	}
+		return true, err
+	})
+	return rep, err
 }

@@ -367,18 +367,19 @@ func testWatchOnRealServers(t *testing.T, major pgtest.Option) {
 	}
 }
 
+// until waits for a condition of real servers; check says what is missing.
 func until(t *testing.T, what string, check func() error) {
 	t.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for err := check(); err != nil; err = check() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
 			t.Fatalf("not within a minute: %s: %v", what, err)
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 }
 

@@ -37,13 +37,19 @@ func costly(s *fakeSide, perRow time.Duration) (*fakeSide, func() time.Duration)
 		out, err := hash(t, r, n)
 		took := time.Duration(out.Rows) * perRow
 		out.Seconds = took.Seconds()
-		time.Sleep(took)
+		time.Sleep(took) // of the bubble
 		mu.Lock()
 		defer mu.Unlock()
 		sum += took
 		return out, err
 	}
 	return s, func() time.Duration { mu.Lock(); defer mu.Unlock(); return sum }
+}
+
+// elapse lets time of the bubble pass, and all that is due in it be done.
+func elapse(d time.Duration) {
+	time.Sleep(d) // of the bubble
+	synctest.Wait()
 }
 
 func found(w *Watch) []string {
@@ -61,7 +67,7 @@ func TestWatchSpreadsAPassOverItsPeriodAndFindsWithinIt(t *testing.T) {
 		side, worked := costly(newMem("b", b), 250*time.Microsecond) // 3 s a pass: 1 % of a core
 		var news []string
 		w := watching(t, WatchConfig{A: newMem("a", a), B: side, Period: period, CPU: 0.02, rangeRows: 5000, News: func(f Found) { news = append(news, f.String()) }})
-		time.Sleep(2 * period)
+		elapse(2 * period)
 		s := w.Status()
 		if s.Passes != 2 || s.LastPassS < 0.7*period.Seconds() || s.LastPassS > 0.9*period.Seconds() || len(s.Found) != 0 || s.RowsTotal != 12_000 {
 			t.Errorf("%+v", s)
@@ -73,7 +79,7 @@ func TestWatchSpreadsAPassOverItsPeriodAndFindsWithinIt(t *testing.T) {
 		for i := range 3 {
 			key := fmt.Sprintf("%07d", i*5_800)
 			b.set(key, "corrupt")
-			time.Sleep(period)
+			elapse(period)
 			if got := found(w); !slices.Equal(got, []string{"m.t 1"}) {
 				t.Fatalf("row %s was not found within the period: %v", key, got)
 			}
@@ -82,7 +88,7 @@ func TestWatchSpreadsAPassOverItsPeriodAndFindsWithinIt(t *testing.T) {
 			}
 			b.set(key, "v")
 			w.Recheck()
-			time.Sleep(time.Second)
+			elapse(time.Second)
 			if got := found(w); len(got) != 0 {
 				t.Fatalf("row %s is still found after it was mended: %v", key, got)
 			}
@@ -101,7 +107,7 @@ func TestWatchFollowsATableThatGrows(t *testing.T) {
 		walk := side.bounds
 		side.bounds = func(t Table, r Range, n int) ([]Key, error) { walks++; return walk(t, r, n) }
 		w := watching(t, WatchConfig{A: side, B: newMem("b", b), Period: time.Minute, rangeRows: 5000})
-		time.Sleep(4 * time.Minute)
+		elapse(4 * time.Minute)
 		if s := w.Status(); walks != 2 || s.Passes < 4 || len(s.Found) != 0 {
 			t.Errorf("the index was walked %d times in %d passes, want once with its 2 ranges", walks, s.Passes)
 		}
@@ -111,7 +117,7 @@ func TestWatchFollowsATableThatGrows(t *testing.T) {
 			}
 		}
 		b.set("90000000", "corrupt")
-		time.Sleep(4 * time.Minute)
+		elapse(4 * time.Minute)
 		if got := found(w); !slices.Equal(got, []string{"m.t 1"}) || walks <= 2 {
 			t.Errorf("found %v, the index was walked %d times", got, walks)
 		}
@@ -123,7 +129,7 @@ func TestWatchGoesSlowerWhereTheShareIsNotEnough(t *testing.T) {
 		a, b := memPairOf(4_000)
 		side, worked := costly(newMem("b", b), 7500*time.Microsecond) // 30 s a pass: 10 % of a core
 		w := watching(t, WatchConfig{A: newMem("a", a), B: side, Period: 5 * time.Minute, CPU: 0.02})
-		time.Sleep(5 * time.Hour)
+		elapse(5 * time.Hour)
 		if share := worked().Seconds() / (5 * 3600); share > 0.022 || share < 0.018 {
 			t.Errorf("it took %.4f of a core for %d passes", share, w.Status().Passes)
 		}
@@ -143,7 +149,7 @@ func TestWatchTellsRowsInFlightFromDifferences(t *testing.T) {
 		a.set("0000100", "late")
 		a.set("0000007", "written")
 		a.set("0005000", "real")
-		time.Sleep(time.Minute)
+		elapse(time.Minute)
 		if f := w.Status().Found; len(f) != 1 || f[0].Rows != 1 || f[0].Key[0] != "0005000" || settles < 2 {
 			t.Errorf("%+v after %d settlings", f, settles)
 		}
@@ -171,17 +177,17 @@ func TestWatchPausesAndSurvivesErrors(t *testing.T) {
 		w := watching(t, WatchConfig{A: newMem("a", a), B: side, Period: time.Minute, Calm: func() string { mu.Lock(); defer mu.Unlock(); return why }})
 		set := func(reason string, b bool) { mu.Lock(); defer mu.Unlock(); why, broken = reason, b }
 		b.set("0000001", "corrupt")
-		time.Sleep(10 * time.Minute)
+		elapse(10 * time.Minute)
 		if s := w.Status(); s.State != WatchPaused || s.Reason != "not connected to b" || s.Passes != 0 || s.Problem != "" {
 			t.Errorf("%+v", s)
 		}
 		set("", true)
-		time.Sleep(time.Minute)
+		elapse(time.Minute)
 		if s := w.Status(); s.State != WatchRunning || s.Problem != "link broke" || s.Hint != "wait" {
 			t.Errorf("%+v", s)
 		}
 		set("", false)
-		time.Sleep(time.Minute)
+		elapse(time.Minute)
 		if s := w.Status(); s.Problem != "" || !slices.Equal(found(w), []string{"m.t 1"}) {
 			t.Errorf("%+v", s)
 		}
@@ -195,14 +201,14 @@ func TestWatchBoundsWhatItRemembers(t *testing.T) {
 			b.set(fmt.Sprintf("%07d", i), "")
 		}
 		w := watching(t, WatchConfig{A: newMem("a", a), B: newMem("b", b), Period: time.Minute})
-		time.Sleep(2 * time.Minute)
+		elapse(2 * time.Minute)
 		if f := w.Status().Found; len(f) != 1 || f[0].Rows != foundMax || !f[0].More {
 			t.Errorf("%+v", f)
 		}
 		for i := range 5000 {
 			b.set(fmt.Sprintf("%07d", i), "v")
 		}
-		time.Sleep(2 * time.Minute)
+		elapse(2 * time.Minute)
 		if f := w.Status().Found; len(f) != 0 {
 			t.Errorf("%+v", f)
 		}
@@ -223,7 +229,7 @@ func TestWatchComparesTablesWithoutOrder(t *testing.T) {
 				a.set("0000007", "")
 			}
 			w := watching(t, WatchConfig{A: newMem("a", a), B: newMem("b", b), Period: time.Minute})
-			time.Sleep(time.Minute)
+			elapse(time.Minute)
 			if got := found(w); !slices.Equal(got, []string{"m.t 1"}) {
 				t.Errorf("keyed %t: %v", keyed, got)
 			}

@@ -19,10 +19,12 @@ func newVerifyCmd(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify [schema.table ...]",
 		Short: "Compare the sites row by row",
-		Long: `Compares all replicated tables, or those named, between this site and its peer: hashes of key ranges, computed in
-PostgreSQL, then the rows of ranges that differ. Rows in flight are looked at again and told apart from real
-differences. Nothing is locked and no snapshot is held. Exit code 0: equal; 3: not equal.`,
+		Long: `Compares all replicated tables, or those named, between this site and another one: hashes of key ranges, computed
+in PostgreSQL, then the rows of ranges that differ. Rows in flight are looked at again and told apart from real
+differences. Nothing is locked and no snapshot is held. Where there are three sites or more, --with names the other one; run it
+once for each. Exit code 0: equal; 3: not equal.`,
 		Example: `  duri verify
+  duri verify --with daegu
   duri verify public.payment -o json`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := a.config()
@@ -49,6 +51,7 @@ differences. Nothing is locked and no snapshot is held. Exit code 0: equal; 3: n
 		},
 	}
 	cmd.Flags().StringVar(&database, "database", "", "`name` of the database, when several are replicated")
+	cmd.Flags().StringVar(&req.With, "with", "", "`site` to compare with, when there are several others")
 	cmd.Flags().IntVar(&req.Parallel, "parallel", 2, "`number` of ranges compared at the same time")
 	return cmd
 }
