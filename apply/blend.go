@@ -252,8 +252,12 @@ func (x *execution) versions(ctx context.Context, tw *tableWave, rows map[int]he
 
 // keepVersion notes the version of a row that this transaction writes for an older change.
 func (x *execution) keepVersion(ctx context.Context, tw *tableWave, key string, h held) error {
-	_, err := x.s.run(ctx, []call{{versionSQL, [][]byte{
-		[]byte(tw.schema), []byte(tw.name), bytea(key), fmt.Append(nil, h.Version.Site), []byte(h.Version.Time.String()), []byte(h.end.String()),
-	}}})
+	_, err := x.s.run(ctx, []call{versionCall(tw, key, h)})
 	return err
+}
+
+func versionCall(tw *tableWave, key string, h held) call {
+	return call{versionSQL, [][]byte{
+		[]byte(tw.schema), []byte(tw.name), bytea(key), fmt.Append(nil, h.Version.Site), []byte(h.Version.Time.String()), []byte(h.end.String()),
+	}}
 }

@@ -174,6 +174,7 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 	}
 	var del, ins []item
 	var upd []op
+	var versions []call
 	for i, e := range pending {
 		h, ok := rows[i]
 		if ok && h.end == ownRow && (again || !e.slow && !e.blended) {
@@ -194,9 +195,7 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 		}
 		x.record(tw, e, v.records)
 		if v.changed && v.live && tw.blend != nil && v.state.Version.Site != x.w.cfg.Origin {
-			if err := x.keepVersion(ctx, tw, e.key, v.state); err != nil {
-				return nil, err
-			}
+			versions = append(versions, versionCall(tw, e.key, v.state))
 		}
 		switch {
 		case !v.changed:
@@ -206,6 +205,11 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 			upd = addUpdate(upd, tw, item{e, v.row, h.image})
 		default:
 			ins = append(ins, item{e: e, row: v.row})
+		}
+	}
+	if len(versions) > 0 {
+		if _, err := x.s.run(ctx, versions); err != nil {
+			return nil, err
 		}
 	}
 	return x.write(ctx, wv, assemble(tw, del, upd, ins, true))
