@@ -90,19 +90,17 @@ type op struct {
 	set   []int // relation columns written, for netInsert and netUpdate
 }
 
-// forever makes the quiet condition true for every row: the row is locked and decided.
-const forever = "infinity"
-
 // execution applies one batch in one transaction.
 type execution struct {
 	s       *session
 	w       *Worker
 	b       *batch
 	origin  string // replication origin's oid, as text
-	before  string // rows older than this need no look (see quiet)
+	quiet   quiet  // which rows need no look
 	xid     string // this transaction's xid, 32 bits, as xmin shows it
 	records []record
 	created []created
+	kept    []keptOut
 	bags    []*tableWave  // tables without a key that rows were added to
 	parking []policy.Name // tables in which rows were parked or made way
 	fresh   bool          // the barrier was passed since rows were last locked
@@ -118,9 +116,11 @@ type created struct {
 }
 
 const (
-	beginSQL    = "BEGIN ISOLATION LEVEL READ COMMITTED"
-	originSQL   = "SELECT pg_catalog.pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz)"
-	xidSQL      = "SELECT pg_catalog.pg_current_xact_id()::xid"
+	beginSQL  = "BEGIN ISOLATION LEVEL READ COMMITTED"
+	originSQL = "SELECT pg_catalog.pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz)"
+	// The snapshot is taken before the position is read.
+	snapshotSQL = "SELECT pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()), pg_catalog.pg_current_wal_insert_lsn()"
+	xidSQL      = snapshotSQL + ", pg_catalog.pg_current_xact_id()::xid"
 	positionSQL = "SELECT pg_catalog.pg_current_wal_insert_lsn()"
 	// The commit's own end: the insert position may be that of another session's unfinished work, which nobody flushes.
 	committedSQL = "SELECT local_lsn FROM pg_catalog.pg_show_replication_origin_status() WHERE local_id = $1::oid"
@@ -185,7 +185,11 @@ func (x *execution) tryApply(ctx context.Context) (wal.LSN, error) {
 	if !x.b.careful && x.w.cfg.Mesh.Parking.touches(x.b) {
 		return 0, errParked
 	}
-	return x.finish(ctx)
+	lsn, err := x.finish(ctx)
+	if err == nil && len(x.kept) > 0 {
+		x.w.cfg.Mesh.keepOut(x.kept)
+	}
+	return lsn, err
 }
 
 func (x *execution) begin(ctx context.Context, head []call) error {
@@ -193,8 +197,13 @@ func (x *execution) begin(ctx context.Context, head []call) error {
 	if err != nil {
 		return err
 	}
-	x.xid = string(res[1].Rows[0][0])
-	return nil
+	return x.begun(res[1].Rows[0])
+}
+
+// begun reads the row of xidSQL.
+func (x *execution) begun(row [][]byte) error {
+	x.xid = string(row[2])
+	return x.w.cfg.Mesh.Local.takeSnapshot(row)
 }
 
 // finish writes records and progress and commits. The origin's position comes last, behind everything that can fail:
@@ -283,7 +292,7 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 		}
 		for _, o := range fastOps(tw) {
 			ops = append(ops, o)
-			calls = append(calls, o.call(x.origin, x.before))
+			calls = append(calls, o.call(x.quiet))
 		}
 		if rows := x.appends(wv, tw); len(rows) > 0 {
 			ops = append(ops, op{kind: netInsert, tw: tw})
@@ -298,7 +307,9 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 		return err
 	}
 	if head != nil {
-		x.xid = string(res[1].Rows[0][0])
+		if err := x.begun(res[1].Rows[0]); err != nil {
+			return err
+		}
 		res = res[len(head):]
 	}
 	return x.settle(ctx, wv, ops, res)

@@ -550,7 +550,7 @@ func (s *site) setUp(schema string, o rigOptions) {
 	}
 	s.keys = NewKeys(s.dsn, s.db)
 	s.keys.SetPolicies(o.policies)
-	s.local = NewHistory(s.id, at, 0, s.keys)
+	s.local = NewHistory(s.id, at, s.keys)
 	s.mesh = s.newMesh()
 	for _, p := range s.peers {
 		cfg := Config{

@@ -2,10 +2,12 @@ package apply
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
 	"sort"
+	"strconv"
 	"sync"
 	"time"
 
@@ -22,13 +24,14 @@ import (
 //
 // Safe for concurrent use.
 type History struct {
-	mu     sync.Mutex
-	site   wal.SiteID
-	own    bool
-	pos    wal.LSN       // every transaction with EndLSN <= pos has been added
-	moved  chan struct{} // closed and replaced when pos moves
-	maxRaw wal.Time      // greatest raw commit time decoded so far
-	last   wal.Time      // raw commit time decoded last: after a clock step, the clock is there and not at maxRaw
+	mu    sync.Mutex
+	site  wal.SiteID
+	own   bool
+	pos   wal.LSN       // every transaction with EndLSN <= pos has been added
+	moved chan struct{} // closed and replaced when pos moves
+
+	// Of snapshots that apply took: settled is the greatest whose commits are all decoded, taken the next one.
+	settled, taken snapshot
 
 	byXID  map[uint32]past   // of the own site only
 	byTime map[wal.Time]past // likewise, by raw commit time: a row that a subtransaction wrote carries that one's xid
@@ -58,6 +61,13 @@ type past struct {
 
 func pastOf(t *wal.Txn) past { return past{t.XID, t.EndLSN, t.CommitTime, t.Version(), t.Seen} }
 
+// snapshot is one of this server: every transaction with a lower xid than xmin, which counts on beyond 32 bits, had ended
+// before the WAL position end.
+type snapshot struct {
+	xmin uint64
+	end  wal.LSN
+}
+
 type minimum struct {
 	end  wal.LSN
 	time wal.Time // as rows show it: a local row its commit time, an applied one at least its version
@@ -76,11 +86,11 @@ type namedKey struct {
 	norm norm
 }
 
-// NewHistory makes an empty history of the site's own transactions. Everything up to pos, whose greatest commit time is
-// newest, had been seen by every peer or will be added.
-func NewHistory(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *History {
+// NewHistory makes an empty history of the site's own transactions. Everything up to pos had been seen by every peer or
+// will be added.
+func NewHistory(site wal.SiteID, pos wal.LSN, keys *Keys) *History {
 	return &History{
-		site: site, own: true, pos: pos, maxRaw: newest, last: newest, moved: make(chan struct{}), byXID: map[uint32]past{}, byTime: map[wal.Time]past{},
+		site: site, own: true, pos: pos, moved: make(chan struct{}), byXID: map[uint32]past{}, byTime: map[wal.Time]past{},
 		graves: map[grave]past{}, all: map[string]past{}, touches: map[grave][]touched{}, columnMode: keys.columnMode, keys: keys.of,
 	}
 }
@@ -88,7 +98,7 @@ func NewHistory(site wal.SiteID, pos wal.LSN, newest wal.Time, keys *Keys) *Hist
 // NewPeerHistory makes an empty history of another site's transactions. Everything up to pos had been seen by every
 // third site or will be added.
 func NewPeerHistory(site wal.SiteID, pos wal.LSN, keys *Keys) *History {
-	h := NewHistory(site, pos, 0, keys)
+	h := NewHistory(site, pos, keys)
 	h.own = false
 	return h
 }
@@ -119,7 +129,6 @@ func (l *History) Add(t *wal.Txn) error {
 		l.byXID[t.XID], l.byTime[t.CommitTime] = p, p
 		stamp = t.CommitTime
 	}
-	l.maxRaw, l.last = max(l.maxRaw, t.CommitTime), t.CommitTime
 	for len(l.minima) > 0 && l.minima[len(l.minima)-1].time >= stamp {
 		l.minima = l.minima[:len(l.minima)-1]
 	}
@@ -321,25 +330,53 @@ func (l *History) truncated(table string) (past, bool) {
 	return s, ok
 }
 
-// regress is how far commit times may go back in LSN order without a clock step (rule 3).
-const regress = 100 * time.Millisecond
-
 // safeBefore returns a time such that every row of this origin with a commit time below it had been seen by an incoming
-// transaction that carries seen. The own site's transactions not decoded yet are covered by the greatest commit time
-// decoded, less what commit times may regress; and after a step of the clock by the commit time decoded last. A peer's
-// are all known before they are applied.
+// transaction that carries seen, if the row's transaction has been added. A peer's are added before they are applied; for
+// the own ones, decodedBelow tells.
 func (l *History) safeBefore(seen wal.LSN) wal.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	t := wal.Time(math.MaxInt64)
-	if l.own {
-		t = min(l.maxRaw, l.last).Add(-regress)
-	}
 	i := sort.Search(len(l.minima), func(i int) bool { return l.minima[i].end > seen })
 	if i < len(l.minima) {
-		t = min(t, l.minima[i].time)
+		return l.minima[i].time
 	}
-	return t
+	return math.MaxInt64
+}
+
+// takeSnapshot notes a snapshot of this server, a row of snapshotSQL.
+func (l *History) takeSnapshot(row [][]byte) error {
+	xmin, err1 := strconv.ParseUint(string(row[0]), 10, 64)
+	end, err2 := wal.ParseLSN(string(row[1]))
+	if err := errors.Join(err1, err2); err != nil {
+		return fmt.Errorf("read a snapshot: %w", err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.settle()
+	if l.taken == (snapshot{}) {
+		l.taken = snapshot{xmin, end}
+	}
+	return nil
+}
+
+// settle moves on to a snapshot whose commits are all decoded by now.
+func (l *History) settle() {
+	if l.taken != (snapshot{}) && l.taken.end <= l.pos {
+		if l.taken.xmin > l.settled.xmin {
+			l.settled = l.taken
+		}
+		l.taken = snapshot{}
+	}
+}
+
+// decodedBelow is an xid below which every transaction of this server that has committed is decoded; ok is false as long
+// as none is known. Commit times cannot tell: they go back in WAL order when a backend is slow between taking its time and
+// writing its commit, and when the clock is set back (rule 3).
+func (l *History) decodedBelow() (xid uint32, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.settle()
+	return uint32(l.settled.xmin), l.settled != (snapshot{})
 }
 
 // Stats are counts for status.

@@ -58,10 +58,7 @@ func judge(chain []*ref, h held, m merging) (verdict, error) {
 	wasLive := h.Existence == conflict.Live
 	var known wal.Tuple // the origin's image after the changes so far, as far as they tell
 	for i, r := range chain {
-		row := r.row
-		if r.op == wal.Update && !r.blind && i > 0 && r.follows(chain[i-1]) {
-			row = fill(row, known)
-		}
+		row := imageAfter(chain, i, known)
 		known = row
 		d := conflict.Decide(r.op, r.txn.Version(), h.toward(r))
 		rival := h
@@ -93,6 +90,22 @@ func judge(chain []*ref, h held, m merging) (verdict, error) {
 	v.row = h.image
 	v.changed = v.changed && (v.live || wasLive)
 	return v, nil
+}
+
+// imageAfter is the origin's image after change i of a chain, as far as that and the image known before it tell.
+func imageAfter(chain []*ref, i int, known wal.Tuple) wal.Tuple {
+	if r := chain[i]; r.op == wal.Update && !r.blind && i > 0 && r.follows(chain[i-1]) {
+		return fill(r.row, known)
+	}
+	return chain[i].row
+}
+
+// image is the origin's image after a chain, nil when that ends with a delete.
+func image(chain []*ref) (row wal.Tuple) {
+	for i := range chain {
+		row = imageAfter(chain, i, row)
+	}
+	return row
 }
 
 // undisputed reports that what is held is what the origin had before a change of r's transaction.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 
@@ -33,6 +34,7 @@ type Mesh struct {
 	applied map[wal.SiteID]wal.LSN
 	merged  map[mergedID]map[string]past
 	skipped map[grave]bool // keys of changes that could not be completed, as their origin has the row no more
+	kept    map[grave]keptOut
 }
 
 // mergedID names an apply transaction: the site whose transactions it merged, where the first one was committed, and where
@@ -47,7 +49,7 @@ type mergedID struct {
 func NewMesh(local *History, open func(site wal.SiteID, from wal.LSN) (Reader, error), peers ...*History) *Mesh {
 	m := &Mesh{
 		Local: local, Parking: newParking(), open: open, peers: map[wal.SiteID]*History{}, applied: map[wal.SiteID]wal.LSN{},
-		merged: map[mergedID]map[string]past{}, skipped: map[grave]bool{},
+		merged: map[mergedID]map[string]past{}, skipped: map[grave]bool{}, kept: map[grave]keptOut{},
 	}
 	for _, h := range peers {
 		m.peers[h.site] = h
@@ -154,6 +156,39 @@ func (m *Mesh) hasSkipped(table, key string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.skipped[grave{table, key}]
+}
+
+// keptOut is a row that was not left standing because of a peer's newer delete that is known and not applied yet. What
+// that peer did before meets this row, not its absence.
+type keptOut struct {
+	grave
+	row held
+	by  past
+}
+
+// keepOut notes such rows.
+func (m *Mesh) keepOut(rows []keptOut) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.kept)+len(rows) > maxSkipped {
+		maps.DeleteFunc(m.kept, func(_ grave, k keptOut) bool { return k.by.end <= m.applied[k.by.made.Site] })
+		if len(m.kept)+len(rows) > maxSkipped {
+			clear(m.kept)
+		}
+	}
+	for _, k := range rows {
+		if old, ok := m.kept[k.grave]; !ok || old.row.Version.Less(k.row.Version) {
+			m.kept[k.grave] = k
+		}
+	}
+}
+
+// keptOutBy gives what stands for a key whose row a known delete of origin keeps out.
+func (m *Mesh) keptOutBy(origin wal.SiteID, table, key string) (held, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	k, ok := m.kept[grave{table, key}]
+	return k.row, ok && k.by.made.Site == origin && k.by.end > m.applied[origin]
 }
 
 // truncated finds the newest TRUNCATE of a table that origin did not make.

@@ -115,13 +115,12 @@ func updateSet(set []int, tw *tableWave, it item) []int {
 }
 
 // call builds the statement of an op.
-func (o op) call(origin, before string) call {
-	cond := [][]byte{[]byte(origin), []byte(before)}
+func (o op) call(q quiet) call {
 	tableCols := make([]int, len(o.set))
 	for i, r := range o.set {
 		tableCols[i] = o.tw.cols[r]
 	}
-	params := make([][]byte, 0, len(o.set)+len(o.tw.key)+2)
+	params := make([][]byte, 0, len(o.set)+len(o.tw.key)+3)
 	for _, r := range o.set {
 		params = append(params, o.array(func(it item) wal.Value { return it.row[r] }))
 	}
@@ -131,7 +130,7 @@ func (o op) call(origin, before string) call {
 	for k := range o.tw.key {
 		params = append(params, o.array(func(it item) wal.Value { return it.e.keyv[k] }))
 	}
-	params = append(params, cond...)
+	params = append(params, q.origin, q.before, q.decoded)
 	if o.kind == netDelete {
 		return call{deleteSQL(o.tw.table), params}
 	}
@@ -157,7 +156,7 @@ func appendCall(g *target, rows []wal.Tuple) call {
 	for _, row := range rows {
 		o.items = append(o.items, item{row: row})
 	}
-	return o.call("", "")
+	return o.call(quiet{})
 }
 
 // appendElement writes one element of an array literal (PostgreSQL manual, "Array Input and Output Syntax").

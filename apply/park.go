@@ -253,6 +253,9 @@ func (x *execution) tryPlace(ctx context.Context, wv *wave, tw *tableWave, e *en
 	}
 	x.record(tw, e, v.records)
 	if !v.changed {
+		if !visible && !isParked {
+			x.keepOut(tw, e.key, wv.chain(e))
+		}
 		return true, nil
 	}
 	if v.live && tw.blend != nil && v.state.Version.Site != x.w.cfg.Origin {

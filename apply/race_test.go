@@ -259,3 +259,89 @@ func TestStopsAtWhatCannotBeApplied(t *testing.T) {
 	b.expect("in the end", "t 1 before\nt 2 behind\n")
 	same(t, a, b, dump("onlyhere"))
 }
+
+// TestClockStepsBackBeforeDecoding: B's clock is set back, and a client commits there what is not decoded yet when A's
+// older, concurrent change arrives. The commit time alone looks older than everything concurrent; its version is not,
+// because decode gives it the greatest time so far plus a microsecond (rule 3).
+func TestClockStepsBackBeforeDecoding(t *testing.T) {
+	for _, tc := range []struct{ name, local, remote, want, records string }{
+		{"update", "UPDATE t SET v = 'b' WHERE id = 1", "UPDATE t SET v = 'a' WHERE id = 1", "t 1 b\nt 2 seed\n", "update_origin_differs lost\n"},
+		{"delete", "UPDATE t SET v = 'b' WHERE id = 1", "DELETE FROM t WHERE id = 1", "t 1 b\nt 2 seed\n", "delete_origin_differs lost\n"},
+		{"truncate", "UPDATE t SET v = 'b' WHERE id = 1", "TRUNCATE t", "t 1 b\n", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a, b := newRig(t, scenarioSchema, rigOptions{})
+			greatest := wal.Time(0)
+			b.stamp = func(t *wal.Txn) { t.VersionTime = stamp(t.CommitTime, &greatest, b.foreign) }
+			a.exec("INSERT INTO t VALUES (1,'seed'),(2,'seed')")
+			settle(a, b)
+			b.exec("INSERT INTO unrelated VALUES (1)") // decoded, so that times are known
+			settle(a, b)
+			a.feed.hold(b.id)
+			b.feed.hold(a.id)
+			a.exec(tc.remote)
+			b.exec("INSERT INTO unrelated VALUES (2)")
+			a.captured()
+			b.captured()
+			open := b.closeGate(t)
+			c := b.connect()
+			origin := pg.QuoteLiteral(ClockOriginName(b.db, 1))
+			run(t, c, "SELECT pg_replication_origin_create("+origin+"); SELECT pg_replication_origin_session_setup("+origin+")")
+			run(t, c, "BEGIN; SELECT pg_replication_origin_xact_setup('0/1', clock_timestamp() - interval '3 s'); "+tc.local+"; COMMIT")
+			at := atBarrier(b)
+			a.feed.release(b.id)
+			await(t, "the worker waits for local decoding", at)
+			open()
+			b.feed.release(a.id)
+			settle(a, b)
+			a.expect("in the end", tc.want)
+			b.expect("in the end", tc.want)
+			if got := strings.ReplaceAll(b.rows("SELECT kind, code FROM duri.conflict ORDER BY 1, 2"), "|", " "); got != tc.records {
+				t.Errorf("records at B:\n%swant:\n%s", got, tc.records)
+			}
+		})
+	}
+}
+
+// TestMeetsWhatALaterDeleteKeepsOut: C inserts a key and deletes it later, A inserts the same key in between. B knows of the
+// delete before it has applied C's insert, so that A's row is not left standing there; C's insert has lost against it all
+// the same.
+func TestMeetsWhatALaterDeleteKeepsOut(t *testing.T) {
+	sites := newMeshRig(t, 3, scenarioSchema, rigOptions{config: func(c *Config) { c.LockTimeout = waitMax }})
+	a, b, c := sites[0], sites[1], sites[2]
+	a.exec("INSERT INTO t VALUES (1,'seed')")
+	settle(sites...)
+	for _, f := range []*feed{a.feed, c.feed} {
+		f.hold(a.id)
+		f.hold(b.id)
+		f.hold(c.id)
+	}
+	client := b.connect()
+	run(t, client, "BEGIN; SELECT FROM t WHERE id = 1 FOR UPDATE")
+	c.exec("UPDATE t SET v = 'c' WHERE id = 1") // waits at B, and what follows with it
+	c.exec("INSERT INTO t VALUES (2,'c')")
+	a.exec("INSERT INTO t VALUES (2,'a')")
+	c.exec("DELETE FROM t WHERE id = 2")
+	a.captured()
+	c.captured()
+	c.feed.stepTxn(b.id)
+	b.applyWaits()
+	c.feed.release(b.id)
+	eventually(t, "B knows of the delete", func() bool { return b.mesh.Position(c.id) >= c.feed.txnEnd })
+	a.feed.release(b.id)
+	eventually(t, "A's row is judged", func() bool { return b.rows("SELECT count(*) FROM duri.conflict") == "1\n" })
+	run(t, client, "COMMIT")
+	for _, f := range []*feed{a.feed, c.feed} {
+		f.release(a.id)
+		f.release(c.id)
+	}
+	settle(sites...)
+	for _, s := range sites {
+		s.expect("in the end", "t 1 c\n")
+	}
+	got := b.rows("SELECT kind, code, origin, remote_row ->> 'v', local_site, local_row ->> 'v' FROM duri.conflict WHERE key ->> 'id' = '2' ORDER BY id")
+	want := "update_deleted|lost|1|a|3|\\N\ninsert_exists|lost|3|c|1|a\ndelete_origin_differs|won|3|\\N|1|a\n"
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("records at B (-want +got):\n%s", d)
+	}
+}

@@ -194,11 +194,14 @@ func (x *execution) judgeAll(ctx context.Context, wv *wave, tw *tableWave, pendi
 			return nil, err
 		}
 		x.record(tw, e, v.records)
+		if !ok && !v.changed {
+			x.keepOut(tw, e.key, wv.chain(e))
+		}
 		if v.changed && v.live && tw.blend != nil && v.state.Version.Site != x.w.cfg.Origin {
 			versions = append(versions, versionCall(tw, e.key, v.state))
 		}
 		switch {
-		case !v.changed:
+		case !v.changed, !v.live && !ok:
 		case !v.live:
 			del = append(del, item{e: e})
 		case ok:
@@ -237,7 +240,7 @@ func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, er
 	}
 	calls := make([]call, len(ops))
 	for i, o := range ops {
-		calls[i] = o.call(x.origin, forever)
+		calls[i] = o.call(everyRow(x.origin))
 	}
 	res, err := x.s.run(ctx, calls)
 	if err != nil {
@@ -454,10 +457,35 @@ func (x *execution) attributeThird(ctx context.Context, tw *tableWave, rows map[
 	return nil
 }
 
+// tombstone is what stands for a key that has no row, or had none before this batch: the newest tombstone, or the newer
+// row that the origin's own later delete keeps out.
+func (x *execution) tombstone(tw *tableWave, key string) (held, bool) {
+	s, ok := x.w.cfg.Mesh.tombstone(tw.String(), key, x.w.cfg.Origin)
+	if kept, is := x.w.cfg.Mesh.keptOutBy(x.w.cfg.Origin, tw.String(), key); is && (!ok || s.made.Less(kept.Version)) {
+		return kept, true
+	}
+	return deleted(s), ok
+}
+
+// keepOut notes the row that a key's changes would have left, if what they lost against is a delete that is not applied
+// here yet.
+func (x *execution) keepOut(tw *tableWave, key string, chain []*ref) {
+	s, ok := x.w.cfg.Mesh.tombstone(tw.String(), key, x.w.cfg.Origin)
+	if !ok || x.w.cfg.Mesh.isApplied(s) {
+		return
+	}
+	row, t := image(chain), chain[len(chain)-1].txn
+	if row == nil || !row.Complete() {
+		return
+	}
+	h := held{State: conflict.State{Existence: conflict.Live, Version: t.Version()}, image: row, end: t.EndLSN, seen: t.Seen}
+	x.kept = append(x.kept, keptOut{grave{tw.String(), key}, h, s})
+}
+
 // grave is the state of a key that has no row.
 func (x *execution) grave(tw *tableWave, e *entry, wv *wave) held {
-	if s, ok := x.w.cfg.Mesh.tombstone(tw.String(), e.key, x.w.cfg.Origin); ok {
-		return deleted(s)
+	if h, ok := x.tombstone(tw, e.key); ok {
+		return h
 	}
 	// What is absent may also not have been written because of a delete that the origin itself made later: that is known
 	// before it is applied.
@@ -507,13 +535,13 @@ func (x *execution) recheck(ctx context.Context) error {
 	live := map[string][]op{}
 	for _, c := range x.created {
 		g := grave{c.tw.String(), c.e.key}
-		s, ok := x.w.cfg.Mesh.tombstone(g.table, g.key, x.w.cfg.Origin)
+		h, ok := x.tombstone(c.tw, c.e.key)
 		if !ok || done[g] {
 			continue
 		}
 		done[g] = true
 		chain, entries := x.since(c)
-		v, err := judge(chain, deleted(s), x.merging(ctx, c.tw, c.e.key))
+		v, err := judge(chain, h, x.merging(ctx, c.tw, c.e.key))
 		if err != nil {
 			return err
 		}
@@ -522,7 +550,10 @@ func (x *execution) recheck(ctx context.Context) error {
 		if len(dead[g.table])+len(live[g.table]) == 0 {
 			order = append(order, c.tw)
 		}
-		if v.live { // as it is, but for values that came from elsewhere
+		if !v.changed {
+			x.keepOut(c.tw, c.e.key, chain)
+		}
+		if v.live && v.changed { // as it is, but for values that came from elsewhere
 			live[g.table] = addUpdate(live[g.table], c.tw, item{e: c.e, row: v.row})
 		} else { // a later wave may have removed the row already
 			dead[g.table] = append(dead[g.table], item{e: c.e})
@@ -531,7 +562,7 @@ func (x *execution) recheck(ctx context.Context) error {
 	var calls []call
 	for _, tw := range order {
 		for _, o := range assemble(tw, dead[tw.String()], live[tw.String()], nil, false) {
-			calls = append(calls, o.call(x.origin, forever))
+			calls = append(calls, o.call(everyRow(x.origin)))
 		}
 	}
 	if len(calls) == 0 {

@@ -198,7 +198,7 @@ func (a *actor) setStage(t *testing.T, all []*scenario) {
 // and a change is newer than all that was applied before it.
 func stamp(commit wal.Time, greatest *wal.Time, foreign wal.Time) wal.Time {
 	t := max(commit, foreign+1)
-	if commit < greatest.Add(-regress) {
+	if commit < greatest.Add(-100*time.Millisecond) {
 		t = max(*greatest, foreign) + 1
 	}
 	*greatest = max(*greatest, t)

@@ -191,8 +191,8 @@ func (x *execution) truncate(ctx context.Context, wv *wave) error {
 	tw := &tableWave{target: g}
 	// First wait for whoever writes here: rows of transactions that are committed but not visible yet, because they wait
 	// for a synchronous standby, are older than the TRUNCATE too. Not prepared: it is rare, and each is another text.
-	before := min(x.w.cfg.Mesh.safeBefore(wv.txn), wv.txn.VersionTime)
-	res, err := x.s.conn.Exec(ctx, suspectsSQL(g.table, x.origin, before)).ReadAll()
+	q := x.w.cfg.Mesh.quietFor(x.origin, min(x.w.cfg.Mesh.safeBefore(wv.txn), wv.txn.VersionTime))
+	res, err := x.s.conn.Exec(ctx, suspectsSQL(g.table, q)).ReadAll()
 	if err != nil {
 		return err
 	}
@@ -260,9 +260,9 @@ func tids(places []string) string {
 	return pg.QuoteLiteral(`{"`+strings.Join(places, `","`)+`"}`) + "::tid[]"
 }
 
-// suspectsSQL locks a table and lists, as survivors reads them, the rows that a TRUNCATE need not have seen: of another
-// site, and not older than before.
-func suspectsSQL(t *table, origin string, before wal.Time) string {
+// suspectsSQL locks a table and lists, as survivors reads them, the rows that a TRUNCATE need not have seen: those that
+// are not quiet.
+func suspectsSQL(t *table, q quiet) string {
 	const f = "pg_catalog.pg_xact_commit_timestamp_origin(t.xmin)"
 	mode := "SHARE ROW EXCLUSIVE"
 	if !t.deletable {
@@ -275,10 +275,18 @@ func suspectsSQL(t *table, origin string, before wal.Time) string {
 	name := pg.QuoteName(t.schema, t.name)
 	return fmt.Sprintf(`LOCK TABLE ONLY %s IN %s MODE;
 SELECT t.ctid, t.xmin, (extract(epoch from (%s).timestamp) * 1000000)::int8 - 946684800000000, (%s).roident, %s
-FROM ONLY %s AS t WHERE (%s).roident <> %s AND (%s).timestamp >= %s::timestamptz
+FROM ONLY %s AS t WHERE (%s).roident <> %s AND ((%s).timestamp >= %s OR pg_catalog.age(t.xmin) <= pg_catalog.age(%s))
 	OR t.xmin::text IN (SELECT convert_from(key_norm, 'UTF8') FROM duri.version WHERE %t AND table_schema = %s AND table_name = %s)`,
-		name, mode, f, f, strings.Join(names, ", "), name, f, origin, f, pg.QuoteLiteral(before.String()),
+		name, mode, f, f, strings.Join(names, ", "), name, f, literal(q.origin, "oid"), f, literal(q.before, "timestamptz"), literal(q.decoded, "xid"),
 		!t.deletable, pg.QuoteLiteral(t.schema), pg.QuoteLiteral(t.name))
+}
+
+// literal writes a parameter into SQL.
+func literal(param []byte, typ string) string {
+	if param == nil {
+		return "NULL::" + typ
+	}
+	return pg.QuoteLiteral(string(param)) + "::" + typ
 }
 
 // survivors decides which of the suspects are newer than the TRUNCATE, by their place in the table, and records those

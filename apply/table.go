@@ -235,17 +235,33 @@ func (b *sqlBuilder) keyMatch(t *table, first int) {
 }
 
 // quiet writes the condition under which a row may be written without looking at it: its last writer is the origin
-// itself ($origin), or it is older than everything that could be concurrent ($before), or unknown and thus older
-// than the horizon (rule 5), or written by this very transaction (both read as NULL).
+// itself ($origin), or it is decoded (of an xid below $decoded) and older than everything that could be concurrent
+// ($before), or unknown and thus older than the horizon (rule 5), or written by this very transaction (both read as NULL).
 func (b *sqlBuilder) quiet() {
 	const f = "pg_catalog.pg_xact_commit_timestamp_origin(t.xmin)"
-	origin := b.param()
-	before := b.param()
-	fmt.Fprintf(b, " AND ((%s).roident = %s::oid OR coalesce((%s).timestamp < %s::timestamptz, true))", f, origin, f, before)
+	origin, before, decoded := b.param(), b.param(), b.param()
+	fmt.Fprintf(b, ` AND ((%s).roident = %s::oid
+	OR CASE WHEN pg_catalog.age(t.xmin) <= pg_catalog.age(%s::xid) THEN (%s).timestamp IS NULL ELSE coalesce((%s).timestamp < %s::timestamptz, true) END)`,
+		f, origin, decoded, f, f, before)
+}
+
+// quiet are the parameters of that condition.
+type quiet struct{ origin, before, decoded []byte }
+
+// everyRow makes the condition true for every row: the row is locked and decided.
+func everyRow(origin string) quiet { return quiet{[]byte(origin), []byte("infinity"), nil} }
+
+// quietFor are those for changes of an origin (of this oid) that had seen every row with a lower commit time than before.
+func (m *Mesh) quietFor(origin string, before wal.Time) quiet {
+	xid, ok := m.Local.decodedBelow()
+	if !ok {
+		return quiet{[]byte(origin), []byte("-infinity"), nil}
+	}
+	return quiet{[]byte(origin), []byte(before.String()), fmt.Append(nil, xid)}
 }
 
 // updateSQL sets the columns set (table columns) of rows found by key. With an empty set the row keeps its values and
-// only gets its new version. Parameters: set..., key..., origin, before.
+// only gets its new version. Parameters: set..., key..., those of quiet.
 func updateSQL(t *table, set []int) string {
 	b := &sqlBuilder{}
 	fmt.Fprintf(b, "UPDATE ONLY %s AS t SET ", pg.QuoteName(t.schema, t.name))
@@ -277,8 +293,8 @@ func (t *table) settable() column {
 	return t.columns[0]
 }
 
-// deleteSQL removes rows found by key and returns the ordinals (from 1) of those it removed. Parameters: key...,
-// origin, before.
+// deleteSQL removes rows found by key and returns the ordinals (from 1) of those it removed. Parameters: key..., those
+// of quiet.
 func deleteSQL(t *table) string {
 	b := &sqlBuilder{}
 	fmt.Fprintf(b, "DELETE FROM ONLY %s AS t USING ", pg.QuoteName(t.schema, t.name))

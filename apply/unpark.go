@@ -188,7 +188,7 @@ func (u *Unparker) decide(ctx context.Context, tw *tableWave, key string) (did b
 		return false, err
 	}
 	none := &wal.Txn{} // had seen nothing, so that every version is told exactly
-	x := &execution{s: u.w.session, w: u.w, b: &batch{txns: []*wal.Txn{none}, careful: true}, xid: xid[0][0]}
+	x := &execution{s: u.w.session, w: u.w, b: &batch{txns: []*wal.Txn{none}, careful: true}, xid: xid[0][2]}
 	if err := x.lockKey(ctx, tw, key); err != nil {
 		return false, err
 	}
@@ -239,7 +239,7 @@ func (u *Unparker) restore(ctx context.Context, x *execution, tw *tableWave, e *
 		if err := x.park(ctx, tw, c.entry.key, c.held, c.constraint, e.key); err != nil {
 			return err
 		}
-		if _, err := x.s.run(ctx, []call{op{kind: netDelete, tw: tw, items: []item{{e: c.entry}}}.call("0", forever)}); err != nil {
+		if _, err := x.s.run(ctx, []call{op{kind: netDelete, tw: tw, items: []item{{e: c.entry}}}.call(everyRow("0"))}); err != nil {
 			return err
 		}
 	}
@@ -247,7 +247,7 @@ func (u *Unparker) restore(ctx context.Context, x *execution, tw *tableWave, e *
 		return err
 	}
 	o := op{kind: netInsert, tw: tw, items: []item{{e: e, row: image}}, set: allColumns(tw)}
-	res, err := x.s.run(ctx, []call{o.call("0", forever)})
+	res, err := x.s.run(ctx, []call{o.call(everyRow("0"))})
 	if err != nil {
 		return err
 	}

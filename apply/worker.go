@@ -256,7 +256,14 @@ func (w *Worker) open(ctx context.Context, name string) error {
 	w.targets, w.tables = map[wal.RelationID]*target{}, map[string]*table{}
 	w.auxMu.Unlock()
 	w.began, w.filled = w.cfg.Clock(), map[string]wal.Time{}
-	return nil
+	rows, err := pg.Rows(ctx, aux, snapshotSQL)
+	if err == nil {
+		err = w.cfg.Mesh.Local.takeSnapshot([][]byte{[]byte(rows[0][0]), []byte(rows[0][1])})
+	}
+	if err != nil {
+		w.close()
+	}
+	return err
 }
 
 // close ends the sessions.
@@ -793,7 +800,7 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 	w.forgetFilled(b.minTime)
 	x := &execution{
 		s: w.session, w: w, b: b, origin: w.roident,
-		before: min(w.cfg.Mesh.safeBefore(b.txns[0]), b.minTime, w.cfg.Clock().Add(-regress)).String(),
+		quiet: w.cfg.Mesh.quietFor(w.roident, min(w.cfg.Mesh.safeBefore(b.txns[0]), b.minTime)),
 	}
 	local, err := x.apply(ctx)
 	if err != nil {

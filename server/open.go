@@ -417,7 +417,7 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err != nil {
 		return err
 	}
-	local := apply.NewHistory(n.self.ID, seen, j.State().MaxVersionTime, n.keys)
+	local := apply.NewHistory(n.self.ID, seen, n.keys)
 	if err := rebuild(ctx, j, local, seen); err != nil {
 		return fmt.Errorf("rebuild the history of local changes: %w", err)
 	}

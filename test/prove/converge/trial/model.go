@@ -50,6 +50,16 @@ type merged struct {
 	from, to wal.LSN
 }
 
+// together reports whether two transactions of one origin were merged into one apply transaction.
+func (v *view) together(a, b *txn) bool {
+	for _, m := range v.merged {
+		if m.site == a.site && m.from <= a.commit && a.end <= m.to && m.from <= b.commit && b.end <= m.to {
+			return true
+		}
+	}
+	return false
+}
+
 // view is what one site has in the end.
 type view struct {
 	name   string
@@ -235,7 +245,7 @@ func (r *run) judge(ctx context.Context) error {
 		if r.o.Aside {
 			break
 		}
-		r.checkRecords(h, i, recs)
+		r.checkRecords(h, i, recs, views[i].together)
 	}
 	return nil
 }

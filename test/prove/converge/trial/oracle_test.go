@@ -15,6 +15,8 @@ import (
 type book struct {
 	h   *history
 	end wal.LSN
+	// together: what one site committed was applied in one go.
+	together bool
 }
 
 func newBook(sites int) *book { return &book{h: newHistory(sites)} }
@@ -134,7 +136,7 @@ func recordOf(c, rival *change, kind, code string) record {
 func verdicts(b *book, site int, records ...record) []string {
 	var out strings.Builder
 	r := &run{s: Script{Sites: b.h.sites}, o: Options{Out: &out}, p: sitesOf(b.h.sites), res: &Result{}}
-	r.checkRecords(b.h, site, records)
+	r.checkRecords(b.h, site, records, func(a, c *txn) bool { return b.together && a.site == c.site })
 	return r.res.Differences
 }
 
@@ -221,6 +223,19 @@ func TestDeleteThatMetNoRowNeedsNoRecord(t *testing.T) {
 	b.put(b.commit(0, 20), wal.Insert, "only then")
 	if got := verdicts(b, 0); len(got) != 0 {
 		t.Errorf("got %q", got)
+	}
+}
+
+func TestRowThatCameAndWentNeedsNoRecord(t *testing.T) {
+	for _, together := range []bool{true, false} {
+		b := newBook(2)
+		b.together = together
+		b.put(b.commit(1, 10), wal.Insert, "theirs")
+		b.remove(b.commit(1, 15))
+		b.put(b.commit(0, 20), wal.Insert, "only then")
+		if got := verdicts(b, 0); (len(got) == 0) != together {
+			t.Errorf("applied together %t: %q", together, got)
+		}
 	}
 }
 

@@ -160,11 +160,11 @@ func (h *history) met(r record) []*change {
 //
 // What a site records depends on what it held when a change arrived, which journals tell in part: a change that arrives
 // at a site where a concurrent, newer one of that site's own stands, or has stood, must be recorded there: as lost, or as
-// superseded when what stood there had seen it (lost); but a delete of a row that was inserted only then is none. A change
-// that beats the newest own change which stood there, unless something else may have come between, must be recorded as won
+// superseded when what stood there had seen it (lost); but a delete of a row that was inserted only then is none, nor is
+// what such a delete, applied in one go with it, has removed again. A change that beats the newest own change which stood there, unless something else may have come between, must be recorded as won
 // (beaten). And each conflict on record must be between the two changes that it names, truly concurrent, with their
 // images, and with the right one winning (invented).
-func (r *run) checkRecords(h *history, site int, records []record) {
+func (r *run) checkRecords(h *history, site int, records []record, together func(a, b *txn) bool) {
 	s := r.p.Sites[site].Name
 	recorded := map[told][]*record{}
 	for i := range records {
@@ -186,7 +186,7 @@ func (r *run) checkRecords(h *history, site int, records []record) {
 			r.differ("site %s: a change is recorded twice: %s and %s", s, recorded[id][0], rec)
 		}
 	}
-	n := h.missing(site, recorded, func(lost *change, reg *register, why string) {
+	n := h.missing(site, recorded, together, func(lost *change, reg *register, why string) {
 		r.differ("site %s: %s: %s\n  %s\n%s", s, why, reg, lost, h.tell(reg.table, reg.key, lost, records))
 	})
 	r.res.Concurrent += n.concurrent
@@ -301,7 +301,7 @@ func keyChanged(c *change, rec record) bool {
 }
 
 // missing looks for conflicts that a site had to record and did not.
-func (h *history) missing(site int, recorded map[told][]*record, report func(*change, *register, string)) (n losses) {
+func (h *history) missing(site int, recorded map[told][]*record, together func(a, b *txn) bool, report func(*change, *register, string)) (n losses) {
 	for _, reg := range h.registers {
 		own := reg.bySite[site]
 		for origin := range h.sites {
@@ -316,7 +316,9 @@ func (h *history) missing(site int, recorded map[told][]*record, report func(*ch
 					case tables[reg.table].keyless && c.op != wal.Insert: // matched by the whole row, without versions
 					case len(recs) > 0 && recs[0].code != string(conflict.Lost) && recs[0].code != string(conflict.Superseded):
 						n.overtaken++
-					case len(recs) == 0 && (c.op != wal.Delete || rival.op != wal.Insert):
+					case len(recs) == 0 && rival.op == wal.Insert && h.leftNothing(reg, c, rival, together):
+						n.overtaken++
+					case len(recs) == 0:
 						report(c, reg, "a change that lost against a concurrent one is not on record")
 					}
 					continue
@@ -330,6 +332,23 @@ func (h *history) missing(site int, recorded map[told][]*record, report func(*ch
 		}
 	}
 	return n
+}
+
+// leftNothing reports whether a change left no row that rival, an insert, could meet: it is a delete, or its site deleted the
+// row again and both were applied in one go, before rival.
+func (h *history) leftNothing(reg *register, c, rival *change, together func(a, b *txn) bool) bool {
+	if c.op == wal.Delete {
+		return true
+	}
+	for _, changes := range [][]*change{reg.bySite[c.txn.site], h.truncates[reg.table][c.txn.site]} {
+		for _, d := range changes {
+			later := d.txn.end > c.txn.end || d.txn == c.txn && d.num > c.num
+			if d.image == "" && later && d.txn.version.Less(rival.txn.version) && !rival.txn.sees(d.txn) && together(c.txn, d.txn) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // losses counts what lost at one site against a concurrent change of the site's own.
