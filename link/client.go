@@ -30,6 +30,7 @@ type ClientConfig struct {
 	Site      string // the own name
 
 	Now    func() wal.Time // the site's clock; default the system's
+	Epoch  func() uint64   // of the cluster's register; default none
 	Logger *slog.Logger    // default none
 	// Versions, Window, Silence and Heartbeat replace the constants of the package, for tests.
 	Versions  Versions
@@ -42,6 +43,9 @@ func (c ClientConfig) withDefaults() ClientConfig {
 	c.Versions = c.Versions.withDefaults()
 	if c.Now == nil {
 		c.Now = systemNow
+	}
+	if c.Epoch == nil {
+		c.Epoch = noEpoch
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

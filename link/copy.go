@@ -34,6 +34,9 @@ type CopyWriter struct {
 	closing chan struct{}
 	wg      sync.WaitGroup
 
+	ackMu  sync.Mutex // held while positions are read, before mu
+	frozen *wal.LSN   // guarded by ackMu: the greatest durable position that is acknowledged
+
 	mu      sync.Mutex // guards the rest; never held during I/O
 	j       *journal.Journal
 	applied wal.LSN
@@ -217,14 +220,42 @@ func (w *CopyWriter) SetApplied(lsn wal.LSN) {
 	w.signal(w.acks)
 }
 
+// Freeze keeps the durable position that is acknowledged from going further, and tells it: no receipt beyond it has been
+// given, or will be (durability.md section 5). What comes is written as before. Freezing again changes nothing.
+func (w *CopyWriter) Freeze() wal.LSN {
+	w.ackMu.Lock()
+	defer w.ackMu.Unlock()
+	if w.frozen == nil {
+		at := wal.LSN(0)
+		if j, err := w.Journal(); err == nil {
+			at = j.Durable()
+		}
+		w.frozen = &at
+	}
+	return *w.frozen
+}
+
+// Thaw ends Freeze.
+func (w *CopyWriter) Thaw() {
+	w.ackMu.Lock()
+	w.frozen = nil
+	w.ackMu.Unlock()
+	w.signal(w.acks)
+}
+
 // Ack is that of Sink.
 func (w *CopyWriter) Ack() Ack {
+	w.ackMu.Lock()
+	defer w.ackMu.Unlock()
 	w.mu.Lock()
 	j, a := w.j, Ack{Applied: w.applied}
 	w.mu.Unlock()
 	if j != nil {
 		a.Durable = j.Durable() // first, so that it is not beyond Received
 		a.Received = j.End()
+	}
+	if w.frozen != nil {
+		a.Durable = min(a.Durable, *w.frozen)
 	}
 	return a
 }

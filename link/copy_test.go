@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -254,4 +255,37 @@ func TestFailedFsyncGivesNoReceipt(t *testing.T) {
 	if a := w.db.last("busan"); a.Durable != good {
 		t.Errorf("acknowledged %+v, want durable to stay at %s", a, good)
 	}
+}
+
+// TestFrozenCopyGivesNoFurtherReceipt: what comes is kept, and its receipt is given only after the thaw; receipts carry the
+// epoch.
+func TestFrozenCopyGivesNoFurtherReceipt(t *testing.T) {
+	w := newWorld(t, nil)
+	h := newHistory(w.db.j, 1)
+	h.fill(t, 10)
+	cp, err := OpenCopy(CopyConfig{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cp.Close()
+	var epoch atomic.Uint64
+	epoch.Store(7)
+	follow(t, w.client(func(c *ClientConfig) { c.Epoch = epoch.Load }), cp)
+	waitFor(t, "a receipt", func() bool { a := w.db.last("busan"); return a.Durable == w.db.j.End() && a.Epoch == 7 })
+	at := cp.Freeze()
+	if at != w.db.j.End() {
+		t.Errorf("frozen at %s, the journal ends at %s", at, w.db.j.End())
+	}
+	h.fill(t, 10)
+	waitFor(t, "what came after the freeze", func() bool { return w.db.last("busan").Received == w.db.j.End() })
+	if j, err := cp.Journal(); err != nil || j.Sync() != nil {
+		t.Fatal("the copy cannot be fsynced", err)
+	}
+	epoch.Store(8)
+	waitFor(t, "the new epoch", func() bool { return w.db.last("busan").Epoch == 8 })
+	if a := w.db.last("busan"); a.Durable != at || cp.Freeze() != at {
+		t.Errorf("acknowledged %+v while frozen at %s", a, at)
+	}
+	cp.Thaw()
+	waitFor(t, "the receipt after the thaw", func() bool { return w.db.last("busan").Durable == w.db.j.End() })
 }

@@ -175,7 +175,7 @@ func (f *following) heartbeat(m *linkpb.Heartbeat) {
 	if ok {
 		f.c.clockSample(x)
 	}
-	h := Heartbeat{Sent: wal.Time(m.GetClock().GetSent()), End: wal.LSN(m.GetEnd()), Durable: wal.LSN(m.GetDurable())}
+	h := Heartbeat{Sent: wal.Time(m.GetClock().GetSent()), End: wal.LSN(m.GetEnd()), Durable: wal.LSN(m.GetDurable()), Epoch: m.GetEpoch()}
 	if at := wal.Time(m.GetClock().GetEchoReceived()); at != 0 {
 		h.Heard = max(h.Sent.Sub(at), 0)
 	}
@@ -248,7 +248,7 @@ type told struct {
 func (t told) due(now told, beat time.Duration) time.Duration {
 	since := now.at.Sub(t.at)
 	switch {
-	case t.at.IsZero(), now.ack.Durable != t.ack.Durable, now.taken-t.taken >= takenStep:
+	case t.at.IsZero(), now.ack.Durable != t.ack.Durable, now.ack.Epoch != t.ack.Epoch, now.taken-t.taken >= takenStep:
 		return 0
 	case now.ack != t.ack, now.taken != t.taken:
 		return max(ackPause-since, 0)
@@ -265,7 +265,9 @@ func (f *following) acknowledge(ctx context.Context) error {
 		f.mu.Lock()
 		now := told{taken: f.taken, at: time.Now()}
 		f.mu.Unlock()
+		epoch := f.c.c.Epoch() // before the positions: a change in between makes them count less
 		now.ack = f.sink.Ack()
+		now.ack.Epoch = epoch
 		if wait := last.due(now, f.c.c.Heartbeat); wait > 0 {
 			timer.Reset(wait)
 			select {
@@ -286,7 +288,7 @@ func (f *following) acknowledge(ctx context.Context) error {
 
 func (f *following) tell(ctx context.Context, t told) error {
 	a := &linkpb.Ack{
-		Received: uint64(t.ack.Received), Durable: uint64(t.ack.Durable), Applied: uint64(t.ack.Applied), TakenBytes: uint64(t.taken),
+		Received: uint64(t.ack.Received), Durable: uint64(t.ack.Durable), Applied: uint64(t.ack.Applied), TakenBytes: uint64(t.taken), Epoch: t.ack.Epoch,
 	}
 	f.mu.Lock()
 	a.Clock = f.echo.say(f.c.c.Now())

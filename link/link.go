@@ -71,6 +71,9 @@ type Ack struct {
 	Received wal.LSN `json:"received"`
 	Durable  wal.LSN `json:"durable"`
 	Applied  wal.LSN `json:"applied"`
+	// Epoch is that of the cluster's register as the receiver knew it before it read the positions: a receipt counts in
+	// its own epoch only (durability.md section 4). 0: it knows none.
+	Epoch uint64 `json:"epoch,omitempty"`
 }
 
 // Heartbeat is the origin's sign of life.
@@ -81,6 +84,7 @@ type Heartbeat struct {
 	// to the origin is cut. Zero when nothing was heard yet.
 	Heard time.Duration
 	Clock Clock // of the origin, as estimated here
+	Epoch uint64
 }
 
 // Database is what a site offers to its peers for one database. Implementations are safe for concurrent use.

@@ -273,7 +273,7 @@ func (s *Server) acknowledged(f *follower, db Database, j *journal.Journal, a *l
 	if a == nil {
 		return refuse(ErrProtocol, "", "a message of the stream is not an acknowledgement")
 	}
-	ack := Ack{wal.LSN(a.GetReceived()), wal.LSN(a.GetDurable()), wal.LSN(a.GetApplied())}
+	ack := Ack{wal.LSN(a.GetReceived()), wal.LSN(a.GetDurable()), wal.LSN(a.GetApplied()), a.GetEpoch()}
 	if end := j.End(); ack.Received > end || ack.Durable > ack.Received {
 		return refuse(ErrProtocol, "", "site %s acknowledges received %s and durable %s, the journal ends at %s", f.key.site, ack.Received, ack.Durable, end)
 	}
@@ -356,7 +356,7 @@ func (s *Server) send(ctx context.Context, stream followStream, f *follower, j *
 				f.mu.Unlock()
 			}
 		case <-beat.C:
-			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable())}
+			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable()), Epoch: s.c.Epoch()}
 			f.mu.Lock()
 			h.Clock = f.echo.say(s.c.Now())
 			f.mu.Unlock()

@@ -55,7 +55,7 @@ func TestHighestCommonVersion(t *testing.T) {
 
 func TestAcknowledgementsAreDue(t *testing.T) {
 	t0 := time.Unix(1000, 0)
-	last := told{ack: Ack{10, 10, 5}, taken: 100, at: t0}
+	last := told{ack: Ack{10, 10, 5, 4}, taken: 100, at: t0}
 	beat := 200 * time.Millisecond
 	cases := []struct {
 		name  string
@@ -66,14 +66,15 @@ func TestAcknowledgementsAreDue(t *testing.T) {
 		want  time.Duration
 	}{
 		{"the first at once", told{}, Ack{}, 0, 0, 0},
-		{"durable at once", last, Ack{11, 11, 5}, 100, time.Millisecond, 0},
-		{"received waits", last, Ack{11, 10, 5}, 100, 5 * time.Millisecond, 15 * time.Millisecond},
-		{"applied waits", last, Ack{10, 10, 6}, 100, 5 * time.Millisecond, 15 * time.Millisecond},
-		{"received after the pause", last, Ack{11, 10, 5}, 100, 20 * time.Millisecond, 0},
-		{"taken waits", last, Ack{10, 10, 5}, 101, 5 * time.Millisecond, 15 * time.Millisecond},
-		{"much taken at once", last, Ack{10, 10, 5}, 100 + takenStep, 0, 0},
-		{"nothing new waits for the beat", last, Ack{10, 10, 5}, 100, 50 * time.Millisecond, 150 * time.Millisecond},
-		{"the beat", last, Ack{10, 10, 5}, 100, beat, 0},
+		{"durable at once", last, Ack{11, 11, 5, 4}, 100, time.Millisecond, 0},
+		{"another epoch at once", last, Ack{10, 10, 5, 5}, 100, time.Millisecond, 0},
+		{"received waits", last, Ack{11, 10, 5, 4}, 100, 5 * time.Millisecond, 15 * time.Millisecond},
+		{"applied waits", last, Ack{10, 10, 6, 4}, 100, 5 * time.Millisecond, 15 * time.Millisecond},
+		{"received after the pause", last, Ack{11, 10, 5, 4}, 100, 20 * time.Millisecond, 0},
+		{"taken waits", last, Ack{10, 10, 5, 4}, 101, 5 * time.Millisecond, 15 * time.Millisecond},
+		{"much taken at once", last, Ack{10, 10, 5, 4}, 100 + takenStep, 0, 0},
+		{"nothing new waits for the beat", last, Ack{10, 10, 5, 4}, 100, 50 * time.Millisecond, 150 * time.Millisecond},
+		{"the beat", last, Ack{10, 10, 5, 4}, 100, beat, 0},
 	}
 	for _, c := range cases {
 		if got := c.last.due(told{c.ack, c.taken, t0.Add(c.after)}, beat); got != c.want {

@@ -496,8 +496,10 @@ type Ack struct {
 	Durable  uint64                 `protobuf:"varint,2,opt,name=durable,proto3" json:"durable,omitempty"`
 	Applied  uint64                 `protobuf:"varint,3,opt,name=applied,proto3" json:"applied,omitempty"`
 	// Bytes of Frames.data that the caller has taken off its queue since the stream began.
-	TakenBytes    uint64 `protobuf:"varint,4,opt,name=taken_bytes,json=takenBytes,proto3" json:"taken_bytes,omitempty"`
-	Clock         *Clock `protobuf:"bytes,5,opt,name=clock,proto3" json:"clock,omitempty"`
+	TakenBytes uint64 `protobuf:"varint,4,opt,name=taken_bytes,json=takenBytes,proto3" json:"taken_bytes,omitempty"`
+	Clock      *Clock `protobuf:"bytes,5,opt,name=clock,proto3" json:"clock,omitempty"`
+	// Of the cluster's register as the caller knew it before it read the positions; 0 when there is none.
+	Epoch         uint64 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -565,6 +567,13 @@ func (x *Ack) GetClock() *Clock {
 		return x.Clock
 	}
 	return nil
+}
+
+func (x *Ack) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type FollowReply struct {
@@ -810,6 +819,7 @@ type Heartbeat struct {
 	End           uint64                 `protobuf:"varint,1,opt,name=end,proto3" json:"end,omitempty"`
 	Durable       uint64                 `protobuf:"varint,2,opt,name=durable,proto3" json:"durable,omitempty"`
 	Clock         *Clock                 `protobuf:"bytes,3,opt,name=clock,proto3" json:"clock,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"` // as in Ack
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -863,6 +873,13 @@ func (x *Heartbeat) GetClock() *Clock {
 		return x.Clock
 	}
 	return nil
+}
+
+func (x *Heartbeat) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 // Clock lets both ends estimate the distance of their clocks. Times are microseconds since 2000-01-01 UTC; zero means
@@ -1443,14 +1460,15 @@ const file_link_proto_rawDesc = "" +
 	"\bdatabase\x18\x03 \x01(\tR\bdatabase\x12\x12\n" +
 	"\x04slot\x18\x04 \x01(\tR\x04slot\x12\x1f\n" +
 	"\vcreated_lsn\x18\x05 \x01(\x04R\n" +
-	"createdLsn\"\x9e\x01\n" +
+	"createdLsn\"\xb4\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\breceived\x18\x01 \x01(\x04R\breceived\x12\x18\n" +
 	"\adurable\x18\x02 \x01(\x04R\adurable\x12\x18\n" +
 	"\aapplied\x18\x03 \x01(\x04R\aapplied\x12\x1f\n" +
 	"\vtaken_bytes\x18\x04 \x01(\x04R\n" +
 	"takenBytes\x12&\n" +
-	"\x05clock\x18\x05 \x01(\v2\x10.duri.link.ClockR\x05clock\"\xab\x01\n" +
+	"\x05clock\x18\x05 \x01(\v2\x10.duri.link.ClockR\x05clock\x12\x14\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\"\xab\x01\n" +
 	"\vFollowReply\x12.\n" +
 	"\awelcome\x18\x01 \x01(\v2\x12.duri.link.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x06frames\x18\x02 \x01(\v2\x11.duri.link.FramesH\x00R\x06frames\x124\n" +
@@ -1465,11 +1483,12 @@ const file_link_proto_rawDesc = "" +
 	"\x04zstd\x18\x02 \x01(\bR\x04zstd\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x04 \x01(\x04R\x02to\x12\x12\n" +
-	"\x04more\x18\x05 \x01(\bR\x04more\"_\n" +
+	"\x04more\x18\x05 \x01(\bR\x04more\"u\n" +
 	"\tHeartbeat\x12\x10\n" +
 	"\x03end\x18\x01 \x01(\x04R\x03end\x12\x18\n" +
 	"\adurable\x18\x02 \x01(\x04R\adurable\x12&\n" +
-	"\x05clock\x18\x03 \x01(\v2\x10.duri.link.ClockR\x05clock\"]\n" +
+	"\x05clock\x18\x03 \x01(\v2\x10.duri.link.ClockR\x05clock\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\"]\n" +
 	"\x05Clock\x12\x12\n" +
 	"\x04sent\x18\x01 \x01(\x12R\x04sent\x12\x1b\n" +
 	"\techo_sent\x18\x02 \x01(\x12R\bechoSent\x12#\n" +
