@@ -1,0 +1,202 @@
+package durability
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Policy is what happens when sites lose each other.
+type Policy string
+
+// The policies (design: durability, section 5). Availability first needs no register, so it is none of them.
+const (
+	DurabilityFirst Policy = "durability-first"   // the register decides who goes on
+	PreferredSite   Policy = "preferred-site"     // only the named site may go on alone
+	ReadOnly        Policy = "read-only-on-doubt" // nobody goes on alone without a person
+)
+
+const (
+	// restartPatience is how long a server that says that it is starting up is waited for.
+	restartPatience = 2 * time.Second
+	// preferenceDelay is how long other sites let the preferred one ask first.
+	preferenceDelay = 500 * time.Millisecond
+)
+
+// Peer is another site as seen from here. Durations are by this site's own monotonic clock; they decide when to ask, never
+// who may write.
+type Peer struct {
+	Name string
+	// Silent is how long ago the last sign of life came, or since when one is waited for.
+	Silent time.Duration
+	// Deaf is how long ago, by its own word, it last heard this site: a link that is cut in one direction counts at both
+	// ends.
+	Deaf time.Duration
+	// Refused: its agent's address refuses connections, so its process has ended (or something rejects for it, which is
+	// safe all the same).
+	Refused bool
+	// CaughtUp: it is no member, and its durable position of every database is as good as this site's own, as are what
+	// this site has of its.
+	CaughtUp bool
+	// Stable is since when the link to it has been up.
+	Stable time.Duration
+	// Passed: it has fsynced everything that this site acknowledged without it.
+	Passed bool
+}
+
+// Server is the health of this site's own PostgreSQL and journals.
+type Server struct {
+	Down       time.Duration // since when it cannot be connected to; 0: it can
+	Refused    bool          // connections are refused: the process has ended
+	Restarting bool          // it answers that it is starting up
+	Stalled    time.Duration // since when a small durable write has not ended; 0: they do
+}
+
+// View is all that Decide takes into account.
+type View struct {
+	Self      string
+	Known     bool // the register was read since this agent began, and its answer to the last change is known
+	Members   []string
+	Settled   bool
+	Required  int // receipts
+	Policy    Policy
+	Preferred string
+	Detect    time.Duration
+	Server    Server
+	Peers     []Peer
+	Frozen    []string // sites that get no receipts from here
+	FrozenFor time.Duration
+	Arming    []string      // sites that reports wait for already
+	Rearm     time.Duration // how long a link must have been stable before a site is taken back
+}
+
+// Kind is what to do.
+type Kind string
+
+// What Decide can ask for. The zero value is to do nothing.
+const (
+	Nothing  Kind = ""
+	Read     Kind = "read"      // the register, linearizably
+	Freeze   Kind = "freeze"    // give the sites no receipt any more, count none of theirs
+	Thaw     Kind = "thaw"      // end that
+	TakeOver Kind = "take over" // propose the members without the sites
+	Leave    Kind = "leave"     // propose the members without this site
+	Arm      Kind = "arm"       // let reports wait for the sites as well
+	Disarm   Kind = "disarm"    // end that
+	Return   Kind = "return"    // propose the members with the site
+	Blocked  Kind = "blocked"   // something should be done that the rules do not allow
+)
+
+// Action is what to do, with whom, and why.
+type Action struct {
+	Kind  Kind
+	Sites []string
+	Why   string
+}
+
+// Decide says what this site should do next. It is called again whenever something has changed, and several times a
+// second.
+func Decide(v View) Action {
+	if !v.Known {
+		return Action{Kind: Read, Why: "the register has not been read"}
+	}
+	if !slices.Contains(v.Members, v.Self) {
+		return Action{}
+	}
+	others := slices.DeleteFunc(slices.Clone(v.Members), func(s string) bool { return s == v.Self })
+	if why := v.unfit(); why != "" && len(others) > 0 {
+		return Action{Leave, []string{v.Self}, why}
+	}
+	if a := v.lose(others); a.Kind != Nothing {
+		return a
+	}
+	return v.rejoin()
+}
+
+// unfit says why this site cannot do its part.
+func (v View) unfit() string {
+	switch s := v.Server; {
+	case s.Restarting && s.Down < restartPatience:
+		return ""
+	case s.Refused:
+		return "PostgreSQL here has ended"
+	case s.Down > v.Detect:
+		return fmt.Sprintf("PostgreSQL here cannot be reached for %s", s.Down.Round(100*time.Millisecond))
+	case s.Stalled > v.Detect:
+		return fmt.Sprintf("a small durable write here has not ended for %s", s.Stalled.Round(100*time.Millisecond))
+	}
+	return ""
+}
+
+// lose deals with members that are gone.
+func (v View) lose(others []string) Action {
+	var gone, frozen, whys []string
+	for _, name := range others {
+		why := v.gone(name)
+		if why == "" {
+			if slices.Contains(v.Frozen, name) {
+				frozen = append(frozen, name)
+			}
+			continue
+		}
+		gone, whys = append(gone, name), append(whys, why)
+	}
+	if len(frozen) > 0 {
+		return Action{Thaw, frozen, "heard again"}
+	}
+	why := strings.Join(whys, "; ")
+	fresh := slices.DeleteFunc(slices.Clone(gone), func(s string) bool { return slices.Contains(v.Frozen, s) })
+	limit := min(v.Required, len(v.Members)-1)
+	switch {
+	case len(gone) == 0:
+		return Action{}
+	case len(fresh) > 0:
+		return Action{Freeze, fresh, why}
+	case v.Policy == ReadOnly, v.Policy == PreferredSite && v.Preferred != v.Self:
+		return Action{Blocked, gone, why + fmt.Sprintf("; policy %s leaves it to a person", v.Policy)}
+	case !v.Settled:
+		return Action{Blocked, gone, why + "; the last take-over is not settled"}
+	case len(gone) > limit:
+		return Action{Blocked, gone, why + fmt.Sprintf("; with %d of %d members gone, what they acknowledged may be nowhere else", len(gone), len(v.Members))}
+	case v.Preferred != "" && v.Preferred != v.Self && !slices.Contains(gone, v.Preferred) && v.FrozenFor < preferenceDelay:
+		return Action{} // it asks first
+	}
+	return Action{TakeOver, gone, why}
+}
+
+// gone says why a site counts as lost.
+func (v View) gone(name string) string {
+	i := slices.IndexFunc(v.Peers, func(p Peer) bool { return p.Name == name })
+	if i < 0 {
+		return ""
+	}
+	switch p := v.Peers[i]; {
+	case p.Refused:
+		return fmt.Sprintf("the agent of %s refuses connections", name)
+	case p.Silent > v.Detect:
+		return fmt.Sprintf("%s is silent for %s", name, p.Silent.Round(100*time.Millisecond))
+	case p.Deaf > v.Detect:
+		return fmt.Sprintf("%s has not heard this site for %s", name, p.Deaf.Round(100*time.Millisecond))
+	}
+	return ""
+}
+
+// rejoin brings sites back that are no members.
+func (v View) rejoin() Action {
+	for _, p := range v.Peers {
+		if slices.Contains(v.Members, p.Name) {
+			continue
+		}
+		armed := slices.Contains(v.Arming, p.Name)
+		switch {
+		case armed && (v.gone(p.Name) != "" || !p.CaughtUp):
+			return Action{Disarm, []string{p.Name}, "it fell behind or is gone again"}
+		case armed && p.Passed:
+			return Action{Return, []string{p.Name}, p.Name + " has caught up"}
+		case !armed && p.CaughtUp && v.gone(p.Name) == "" && p.Stable >= v.Rearm:
+			return Action{Arm, []string{p.Name}, p.Name + " has caught up"}
+		}
+	}
+	return Action{}
+}

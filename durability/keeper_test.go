@@ -1,0 +1,84 @@
+package durability
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestDecide(t *testing.T) {
+	well := func(name string) Peer { return Peer{Name: name, Silent: 100 * time.Millisecond, Stable: time.Minute} }
+	two := View{
+		Self: "a", Known: true, Members: []string{"a", "b"}, Settled: true, Required: 1, Policy: DurabilityFirst, Detect: 2 * time.Second,
+		Peers: []Peer{well("b")}, Rearm: 10 * time.Second,
+	}
+	cases := []struct {
+		name   string
+		change func(v *View)
+		kind   Kind
+		sites  string
+		why    string
+	}{
+		{"all is well", func(*View) {}, Nothing, "", ""},
+		{"after a start", func(v *View) { v.Known = false }, Read, "", ""},
+		{"silence is frozen first", func(v *View) { v.Peers[0].Silent = 3 * time.Second }, Freeze, "b", "silent"},
+		{"not before the time", func(v *View) { v.Peers[0].Silent = 2 * time.Second }, Nothing, "", ""},
+		{"then taken over", func(v *View) { v.Peers[0].Silent, v.Frozen = 3*time.Second, []string{"b"} }, TakeOver, "b", "silent"},
+		{"refused at once", func(v *View) { v.Peers[0].Refused, v.Frozen = true, []string{"b"} }, TakeOver, "b", "refuses"},
+		{"cut in the other direction", func(v *View) { v.Peers[0].Deaf = 3 * time.Second }, Freeze, "b", "has not heard"},
+		{"heard again", func(v *View) { v.Frozen = []string{"b"} }, Thaw, "b", ""},
+		{"a silent site that is no member", func(v *View) { v.Members, v.Peers[0].Silent = []string{"a"}, time.Hour }, Nothing, "", ""},
+		{"not a member itself", func(v *View) { v.Members, v.Peers[0].Silent = []string{"b"}, time.Hour }, Nothing, "", ""},
+		{"a person decides", func(v *View) { v.Policy, v.Frozen, v.Peers[0].Refused = ReadOnly, []string{"b"}, true }, Blocked, "b", "person"},
+		{"the other site is the preferred", func(v *View) { v.Policy, v.Preferred, v.Frozen, v.Peers[0].Refused = PreferredSite, "b", []string{"b"}, true }, Blocked, "b", "person"},
+		{"this site is the preferred", func(v *View) { v.Policy, v.Preferred, v.Frozen, v.Peers[0].Refused = PreferredSite, "a", []string{"b"}, true }, TakeOver, "b", ""},
+		{"the preferred one is the lost one", func(v *View) { v.Preferred, v.Frozen, v.Peers[0].Refused = "b", []string{"b"}, true }, TakeOver, "b", ""},
+		{"the own server has ended", func(v *View) { v.Server = Server{Refused: true, Down: time.Millisecond} }, Leave, "a", "has ended"},
+		{"it restarts", func(v *View) { v.Server = Server{Restarting: true, Down: time.Second} }, Nothing, "", ""},
+		{"it restarts for too long", func(v *View) { v.Server = Server{Restarting: true, Down: 3 * time.Second} }, Leave, "a", ""},
+		{"it cannot fsync", func(v *View) { v.Server.Stalled = 3 * time.Second }, Leave, "a", "durable write"},
+		{"alone, it cannot leave", func(v *View) { v.Members, v.Server = []string{"a"}, Server{Refused: true, Down: time.Hour} }, Nothing, "", ""},
+		{"back, and not caught up", func(v *View) { v.Members = []string{"a"} }, Nothing, "", ""},
+		{"back and caught up", func(v *View) { v.Members, v.Peers[0].CaughtUp = []string{"a"}, true }, Arm, "b", ""},
+		{"back a moment ago", func(v *View) {
+			v.Members, v.Peers[0].CaughtUp, v.Peers[0].Stable = []string{"a"}, true, time.Second
+		}, Nothing, "", ""},
+		{"armed, not passed", func(v *View) { v.Members, v.Arming, v.Peers[0].CaughtUp = []string{"a"}, []string{"b"}, true }, Nothing, "", ""},
+		{"armed and passed", func(v *View) {
+			v.Members, v.Arming, v.Peers[0].CaughtUp, v.Peers[0].Passed = []string{"a"}, []string{"b"}, true, true
+		}, Return, "b", ""},
+		{"armed and gone again", func(v *View) {
+			v.Members, v.Arming, v.Peers[0].CaughtUp, v.Peers[0].Refused = []string{"a"}, []string{"b"}, true, true
+		}, Disarm, "b", ""},
+		{"two of three gone", func(v *View) {
+			v.Members = []string{"a", "b", "c"}
+			v.Peers = []Peer{{Name: "b", Refused: true}, {Name: "c", Silent: time.Hour}}
+			v.Frozen = []string{"b", "c"}
+		}, Blocked, "b,c", "nowhere else"},
+		{"one of three gone, the other preferred", func(v *View) {
+			v.Members, v.Preferred = []string{"a", "b", "c"}, "c"
+			v.Peers = []Peer{{Name: "b", Refused: true}, well("c")}
+			v.Frozen = []string{"b"}
+		}, Nothing, "", ""},
+		{"and it does not ask", func(v *View) {
+			v.Members, v.Preferred = []string{"a", "b", "c"}, "c"
+			v.Peers = []Peer{{Name: "b", Refused: true}, well("c")}
+			v.Frozen, v.FrozenFor = []string{"b"}, time.Second
+		}, TakeOver, "b", ""},
+		{"before the last one is settled", func(v *View) {
+			v.Members, v.Settled = []string{"a", "b"}, false
+			v.Peers[0].Refused, v.Frozen = true, []string{"b"}
+		}, Blocked, "b", "settled"},
+	}
+	for _, c := range cases {
+		v := two
+		v.Peers = append([]Peer{}, two.Peers...)
+		c.change(&v)
+		got := Decide(v)
+		if d := cmp.Diff(c.kind, got.Kind); d != "" || strings.Join(got.Sites, ",") != c.sites || !strings.Contains(got.Why, c.why) {
+			t.Errorf("%s: %+v, want %s of %q because of %q", c.name, got, c.kind, c.sites, c.why)
+		}
+	}
+}
