@@ -180,3 +180,11 @@ func TestPgbenchCountsAreRead(t *testing.T) {
 		t.Errorf("%d committed and %d given up out of nothing", n, gaveUp)
 	}
 }
+
+func TestTheMajorIsReadFromTheVersion(t *testing.T) {
+	for version, want := range map[string]int{"15.18": 15, "19beta1": 19, "19rc1": 19, "20devel": 20, "": 0, "x": 0} {
+		if got := majorOf(version); got != want {
+			t.Errorf("%q: %d, want %d", version, got, want)
+		}
+	}
+}

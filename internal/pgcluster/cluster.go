@@ -38,6 +38,10 @@ type Options struct {
 	// Template is the DataDir of a cluster that was created with the same programs and Superuser, without a password,
 	// and never started. It is copied instead of running initdb, and the copy gets a system identifier of its own.
 	Template string
+	// StandbyOf is the connection string of a running server, without a database, of which the cluster becomes a physical
+	// standby: it is copied instead of running initdb, and followed by that connection from the first start on. The other
+	// server has the same programs and Superuser. Not with Template or Password.
+	StandbyOf string
 }
 
 // Cluster is one PostgreSQL cluster: a directory and, while it runs, a server.
@@ -80,7 +84,7 @@ func Create(ctx context.Context, opts Options) (*Cluster, error) {
 }
 
 // Open takes over a cluster that an earlier program made with Create, running or not. BinDir, Superuser, Password and
-// Detach are as at its creation; Port, Settings and Template are not looked at.
+// Detach are as at its creation; Port, Settings, Template and StandbyOf are not looked at.
 func Open(ctx context.Context, opts Options) (*Cluster, error) {
 	if opts.Dir == "" {
 		return nil, errors.New("open a PostgreSQL cluster: no directory named")
@@ -123,6 +127,9 @@ func newCluster(opts Options) (*Cluster, error) {
 	}
 	if opts.Template != "" && opts.Password != "" {
 		return nil, errors.New("create a PostgreSQL cluster: a template has no password; leave out one of the two")
+	}
+	if opts.StandbyOf != "" && (opts.Template != "" || opts.Password != "") {
+		return nil, errors.New("create a PostgreSQL cluster: a standby has its primary's content and passwords; leave out template and password")
 	}
 	as, err := chooseUser(os.Geteuid(), user.Lookup)
 	if err != nil {
@@ -232,9 +239,12 @@ func (c *Cluster) fill(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if c.opts.Template != "" {
+	switch {
+	case c.opts.StandbyOf != "":
+		err = c.basebackup(ctx)
+	case c.opts.Template != "":
 		err = c.copyTemplate(c.opts.Template)
-	} else {
+	default:
 		err = c.initdb(ctx)
 	}
 	if err != nil {
@@ -288,6 +298,14 @@ func (c *Cluster) initdb(ctx context.Context) error {
 		return err
 	}
 	return appendFile(filepath.Join(c.DataDir(), "postgresql.conf"), "\ninclude '"+confName+"'\n")
+}
+
+// basebackup copies the primary's data directory, with the signal file and the connection of a standby. The copy includes
+// our file, which fill then writes with this cluster's port.
+func (c *Cluster) basebackup(ctx context.Context) error {
+	_, err := c.run(ctx, "pg_basebackup", "--pgdata="+c.DataDir(), "--dbname="+c.opts.StandbyOf, "--write-recovery-conf",
+		"--wal-method=stream", "--checkpoint=fast", "--no-password", "--no-sync")
+	return err
 }
 
 // run runs one of PostgreSQL's programs as the cluster's user and gives its output; the error holds its last messages.

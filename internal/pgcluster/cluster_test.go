@@ -710,3 +710,33 @@ func TestCopiesOfATemplateAreClustersOfTheirOwn(t *testing.T) {
 		t.Errorf("two copies have the system identifier %s", ids[0])
 	}
 }
+
+func TestStandbyFollowsItsPrimary(t *testing.T) {
+	primary := create(t, pgcluster.Options{})
+	start(t, primary)
+	must(t, primary.Exec(testContext(t), "postgres", "CREATE TABLE t AS SELECT 1 AS n"))
+	of := fmt.Sprintf("host=127.0.0.1 port=%d user=%s application_name=second", primary.Port(), primary.Superuser())
+	standby := createByInitdb(t, pgcluster.Options{StandbyOf: of})
+	start(t, standby)
+	if got := query(t, standby, "SELECT pg_is_in_recovery()::text || (SELECT sum(n) FROM t)"); got != "true1" {
+		t.Errorf("in recovery, and the sum: %q, want true1", got)
+	}
+	must(t, primary.Exec(testContext(t), "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'second'"))
+	must(t, primary.Exec(testContext(t), "postgres", "SELECT pg_reload_conf()"))
+	until(t, "the primary counts on it", func() bool {
+		return query(t, primary, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == "1"
+	})
+	must(t, primary.Exec(testContext(t), "postgres", "SET synchronous_commit = remote_apply; INSERT INTO t VALUES (2)"))
+	if got := query(t, standby, "SELECT sum(n) FROM t"); got != "3" {
+		t.Errorf("the standby's sum is %s, want 3", got)
+	}
+}
+
+func TestStandbyTakesNoTemplateAndNoPassword(t *testing.T) {
+	for _, o := range []pgcluster.Options{{StandbyOf: "host=x", Template: "x"}, {StandbyOf: "host=x", Password: "x"}} {
+		if c, err := pgcluster.Create(testContext(t), o); err == nil {
+			t.Errorf("%+v made a cluster", o)
+			must(t, c.Destroy())
+		}
+	}
+}

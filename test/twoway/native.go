@@ -4,16 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/duri-io/duri/internal/pair"
 	"github.com/duri-io/duri/internal/pgcluster"
 )
-
-// envMajors names further PostgreSQLs, as for the tests: "16=/path/bin:17=/path/bin".
-const envMajors = "DURI_PG_BINS"
 
 // native is PostgreSQL's own logical replication, one subscription each way.
 type native struct {
@@ -27,7 +24,7 @@ const originMajor = 16
 // startNative runs the newest PostgreSQL that can be had. Before 16 a subscription sends back what the other one brought:
 // what two-way replication then does is what the table shows.
 func startNative(ctx context.Context, o Options, w load) (_ System, err error) {
-	binDir, major, err := newestMajor(ctx)
+	binDir, major, err := pair.NewestPostgres(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -56,43 +53,6 @@ func startNative(ctx context.Context, o Options, w load) (_ System, err error) {
 		return nil, err
 	}
 	return n, nil
-}
-
-// newestMajor finds the newest of the PostgreSQL that is installed and those of DURI_PG_BINS.
-func newestMajor(ctx context.Context) (binDir string, major int, err error) {
-	installed, err := pgcluster.FindBinDir("")
-	if err != nil {
-		return "", 0, err
-	}
-	dirs := []string{installed}
-	for item := range strings.SplitSeq(os.Getenv(envMajors), ":") {
-		if _, dir, ok := strings.Cut(item, "="); ok {
-			dirs = append(dirs, dir)
-		}
-	}
-	for _, dir := range dirs {
-		version, err := pgcluster.ProgramVersion(ctx, dir)
-		if err != nil {
-			return "", 0, err
-		}
-		if m := majorOf(version); m > major {
-			binDir, major = dir, m
-		}
-	}
-	return binDir, major, nil
-}
-
-// majorOf reads the digits at the start of "15.20", "19beta1" or "20devel"; 0 when there are none.
-func majorOf(version string) int {
-	end := strings.IndexFunc(version, func(r rune) bool { return r < '0' || r > '9' })
-	if end < 0 {
-		end = len(version)
-	}
-	n, err := strconv.Atoi(version[:end])
-	if err != nil {
-		return 0
-	}
-	return n
 }
 
 func (n *native) Name() string {

@@ -192,14 +192,6 @@ func TestOnlyWhatThereIsIsRun(t *testing.T) {
 	}
 }
 
-func TestTheMajorIsReadFromTheVersion(t *testing.T) {
-	for version, want := range map[string]int{"15.18": 15, "19beta1": 19, "19rc1": 19, "20devel": 20, "": 0, "x": 0} {
-		if got := majorOf(version); got != want {
-			t.Errorf("%q: %d, want %d", version, got, want)
-		}
-	}
-}
-
 // fake is a System of two servers that nothing connects.
 type fake struct {
 	peer
