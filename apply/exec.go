@@ -104,6 +104,7 @@ type execution struct {
 	bags    []*tableWave  // tables without a key that rows were added to
 	parking []policy.Name // tables in which rows were parked or made way
 	fresh   bool          // the barrier was passed since rows were last locked
+	at      wal.LSN       // the WAL insert position after rows were last locked or created
 	wrote   bool          // a row of a published table
 }
 
@@ -302,7 +303,7 @@ func (x *execution) applyWave(ctx context.Context, wv *wave, head []call) error 
 			x.bags = append(x.bags, tw)
 		}
 	}
-	res, err := x.s.run(ctx, append(head, calls...))
+	res, err := x.runAt(ctx, append(head, calls...))
 	if err != nil {
 		return err
 	}
@@ -347,6 +348,17 @@ func (x *execution) settle(ctx context.Context, wv *wave, ops []op, res []*pgcon
 		}
 	}
 	return nil
+}
+
+// runAt runs calls that lock or create rows, and notes the WAL insert position after them for the barrier.
+func (x *execution) runAt(ctx context.Context, calls []call) ([]*pgconn.Result, error) {
+	res, err := x.s.run(ctx, append(calls, call{positionSQL, nil}))
+	if err != nil {
+		return nil, err
+	}
+	last := len(res) - 1
+	x.at, err = wal.ParseLSN(string(res[last].Rows[0][0]))
+	return res[:last], err
 }
 
 func (x *execution) noteCreated(wv *wave, o op) {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/duri-io/duri/conflict"
 	"github.com/duri-io/duri/wal"
 )
@@ -110,9 +112,6 @@ func (x *execution) lockMissing(ctx context.Context, tw *tableWave, pending []*e
 	if err := x.barrier(ctx); err != nil {
 		return err
 	}
-	if err := x.awaitVisible(ctx); err != nil {
-		return err
-	}
 	var at []int
 	var missing []*entry
 	for i, e := range pending {
@@ -120,7 +119,7 @@ func (x *execution) lockMissing(ctx context.Context, tw *tableWave, pending []*e
 			at, missing = append(at, i), append(missing, e)
 		}
 	}
-	found, err := x.lock(ctx, tw, missing)
+	found, err := x.lockVisible(ctx, tw, missing)
 	for i, h := range found {
 		rows[at[i]] = h
 	}
@@ -137,13 +136,13 @@ UNION SELECT x::xid::text FROM pg_catalog.pg_snapshot_xip(pg_catalog.pg_current_
 // errInvisible says that a local transaction is in the WAL but not visible for longer than locks are waited for.
 var errInvisible = errors.New("a committed transaction of this site waits for its synchronous standby")
 
-// awaitVisible waits until no transaction that is decoded is still invisible.
-func (x *execution) awaitVisible(ctx context.Context) error {
+// lockVisible is lock at a moment at which no transaction that is decoded is still invisible; that is waited for.
+func (x *execution) lockVisible(ctx context.Context, tw *tableWave, pending []*entry) (map[int]held, error) {
 	deadline := time.Now().Add(x.w.cfg.LockTimeout)
 	for {
-		res, err := x.s.run(ctx, []call{{clearSQL, nil}, {unfinishedSQL, nil}})
+		res, err := x.runAt(ctx, []call{{clearSQL, nil}, {unfinishedSQL, nil}, readCall(tw, pending, lockSQL(tw.table))})
 		if err != nil {
-			return err
+			return nil, err
 		}
 		waiting := slices.ContainsFunc(res[1].Rows, func(row [][]byte) bool {
 			xid, err := strconv.ParseUint(string(row[0]), 10, 32)
@@ -151,13 +150,13 @@ func (x *execution) awaitVisible(ctx context.Context) error {
 			return err == nil && decoded
 		})
 		if !waiting {
-			return nil
+			return x.readRows(ctx, tw, pending, res[2])
 		}
 		if time.Now().After(deadline) {
-			return errInvisible
+			return nil, errInvisible
 		}
 		if err := pause(ctx, time.Millisecond); err != nil {
-			return err
+			return nil, err
 		}
 	}
 }
@@ -242,7 +241,7 @@ func (x *execution) write(ctx context.Context, wv *wave, ops []op) ([]*entry, er
 	for i, o := range ops {
 		calls[i] = o.call(everyRow(x.origin))
 	}
-	res, err := x.s.run(ctx, calls)
+	res, err := x.runAt(ctx, calls)
 	if err != nil {
 		return nil, err
 	}
@@ -286,6 +285,14 @@ func (x *execution) lock(ctx context.Context, tw *tableWave, pending []*entry) (
 
 // read is lock with another statement: lockSQL with or without its lock.
 func (x *execution) read(ctx context.Context, tw *tableWave, pending []*entry, sql string) (map[int]held, error) {
+	res, err := x.runAt(ctx, []call{readCall(tw, pending, sql)})
+	if err != nil {
+		return nil, err
+	}
+	return x.readRows(ctx, tw, pending, res[0])
+}
+
+func readCall(tw *tableWave, pending []*entry, sql string) call {
 	o := op{tw: tw}
 	for _, e := range pending {
 		o.items = append(o.items, item{e: e})
@@ -294,13 +301,14 @@ func (x *execution) read(ctx context.Context, tw *tableWave, pending []*entry, s
 	for k := range tw.key {
 		params = append(params, o.array(func(it item) wal.Value { return it.e.keyv[k] }))
 	}
+	return call{sql, params}
+}
+
+// readRows reads what readCall has found, by position in pending.
+func (x *execution) readRows(ctx context.Context, tw *tableWave, pending []*entry, res *pgconn.Result) (map[int]held, error) {
 	x.fresh = false
-	res, err := x.s.run(ctx, []call{{sql, params}})
-	if err != nil {
-		return nil, err
-	}
-	out := make(map[int]held, len(res[0].Rows))
-	for _, row := range res[0].Rows {
+	out := make(map[int]held, len(res.Rows))
+	for _, row := range res.Rows {
 		n, err := strconv.Atoi(string(row[0]))
 		if err != nil || n < 1 || n > len(pending) {
 			return nil, fmt.Errorf("lock rows of %s: unexpected ordinal %q", tw.table, row[0])
@@ -493,21 +501,22 @@ func (x *execution) grave(tw *tableWave, e *entry, wv *wave) held {
 	return held{behind: m.behind(wv.first(e).txn) || m.buried(tw.String(), e.key, x.w.cfg.Origin) || m.hasSkipped(tw.String(), e.key)}
 }
 
-// barrier waits until the local stream has passed everything that was committed when it is called (rule 8). It holds
-// row locks meanwhile, but needs none, so it cannot deadlock.
+// barrierNow is barrier for what was committed when it is called.
+func (x *execution) barrierNow(ctx context.Context) error {
+	if _, err := x.runAt(ctx, nil); err != nil {
+		return err
+	}
+	return x.barrier(ctx)
+}
+
+// barrier waits until the local stream has passed everything that was committed when rows were last locked or created
+// (rule 8). It holds row locks meanwhile, but needs none, so it cannot deadlock.
 func (x *execution) barrier(ctx context.Context) error {
-	res, err := x.s.run(ctx, []call{{positionSQL, nil}})
-	if err != nil {
-		return err
-	}
-	lsn, err := wal.ParseLSN(string(res[0].Rows[0][0]))
-	if err != nil {
-		return err
-	}
+	lsn := x.at
 	// Each try writes WAL of its own that decoding has to pass as well: a large batch needs more patience each time.
 	wait, cancel := context.WithTimeout(ctx, x.w.cfg.BarrierTimeout<<min(x.b.behind, 6))
 	defer cancel()
-	err = x.w.cfg.Barrier(wait, lsn)
+	err := x.w.cfg.Barrier(wait, lsn)
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 		return &behindError{lsn}
 	}

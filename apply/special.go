@@ -92,7 +92,7 @@ func (x *execution) recheckBags(ctx context.Context) error {
 	if known {
 		return nil
 	}
-	if err := x.barrier(ctx); err != nil {
+	if err := x.barrierNow(ctx); err != nil {
 		return err
 	}
 	for i, tw := range x.bags {
@@ -197,6 +197,9 @@ func (x *execution) truncate(ctx context.Context, wv *wave) error {
 		return err
 	}
 	x.fresh = false
+	if _, err := x.runAt(ctx, nil); err != nil { // what the suspects are told apart by must be decoded up to here
+		return err
+	}
 	kept, err := x.survivors(ctx, tw, wv, res[len(res)-1].Rows)
 	if err != nil {
 		return err

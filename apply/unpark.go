@@ -221,7 +221,7 @@ func (u *Unparker) decide(ctx context.Context, tw *tableWave, key string) (did b
 		}
 	}
 	// A TRUNCATE that came before has removed its parked rows when it is decoded.
-	if err := x.barrier(ctx); err != nil {
+	if err := x.barrierNow(ctx); err != nil {
 		return false, err
 	}
 	if _, ok, err = x.parked(ctx, tw, key); err != nil || !ok {

@@ -64,8 +64,18 @@ type Stream struct {
 	kick chan struct{}
 }
 
-// Connect opens a replication connection to the database.
+// Connect opens a replication connection to the database, for one whose commits nobody waits for: while it is busy, what
+// comes is read a little later and more at once.
 func Connect(ctx context.Context, dsn, database, name string) (*pgconn.PgConn, error) {
+	return connect(ctx, dsn, database, name, func(c net.Conn) net.Conn { return &coalescer{Conn: c} })
+}
+
+// ConnectPrompt is Connect for commits that wait for what follows: everything is read as it comes.
+func ConnectPrompt(ctx context.Context, dsn, database, name string) (*pgconn.PgConn, error) {
+	return connect(ctx, dsn, database, name, func(c net.Conn) net.Conn { return c })
+}
+
+func connect(ctx context.Context, dsn, database, name string, wrap func(net.Conn) net.Conn) (*pgconn.PgConn, error) {
 	// The text of regclass and its kin depends on the search path; apply sessions have the same one.
 	c, err := pg.Config(dsn, database, map[string]string{
 		"replication": "database", "application_name": name, "search_path": "pg_catalog",
@@ -79,7 +89,7 @@ func Connect(ctx context.Context, dsn, database, name string) (*pgconn.PgConn, e
 		if err != nil {
 			return nil, err
 		}
-		return &coalescer{Conn: conn}, nil
+		return wrap(conn), nil
 	}
 	return pgconn.ConnectConfig(ctx, c)
 }

@@ -1,11 +1,13 @@
 package durability
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 )
 
 func TestDecide(t *testing.T) {
@@ -32,8 +34,12 @@ func TestDecide(t *testing.T) {
 		{"a silent site that is no member", func(v *View) { v.Members, v.Peers[0].Silent = []string{"a"}, time.Hour }, Nothing, "", ""},
 		{"not a member itself", func(v *View) { v.Members, v.Peers[0].Silent = []string{"b"}, time.Hour }, Nothing, "", ""},
 		{"a person decides", func(v *View) { v.Policy, v.Frozen, v.Peers[0].Refused = ReadOnly, []string{"b"}, true }, Blocked, "b", "person"},
-		{"the other site is the preferred", func(v *View) { v.Policy, v.Preferred, v.Frozen, v.Peers[0].Refused = PreferredSite, "b", []string{"b"}, true }, Blocked, "b", "person"},
-		{"this site is the preferred", func(v *View) { v.Policy, v.Preferred, v.Frozen, v.Peers[0].Refused = PreferredSite, "a", []string{"b"}, true }, TakeOver, "b", ""},
+		{"the other site is the preferred", func(v *View) {
+			v.Policy, v.Preferred, v.Frozen, v.Peers[0].Refused = PreferredSite, "b", []string{"b"}, true
+		}, Blocked, "b", "person"},
+		{"this site is the preferred", func(v *View) {
+			v.Policy, v.Preferred, v.Frozen, v.Peers[0].Refused = PreferredSite, "a", []string{"b"}, true
+		}, TakeOver, "b", ""},
 		{"the preferred one is the lost one", func(v *View) { v.Preferred, v.Frozen, v.Peers[0].Refused = "b", []string{"b"}, true }, TakeOver, "b", ""},
 		{"the own server has ended", func(v *View) { v.Server = Server{Refused: true, Down: time.Millisecond} }, Leave, "a", "has ended"},
 		{"it restarts", func(v *View) { v.Server = Server{Restarting: true, Down: time.Second} }, Nothing, "", ""},
@@ -81,4 +87,51 @@ func TestDecide(t *testing.T) {
 			t.Errorf("%s: %+v, want %s of %q because of %q", c.name, got, c.kind, c.sites, c.why)
 		}
 	}
+}
+
+// TestNothingIsTakenOverAgainstTheRules: whatever is seen, a take-over leaves out only members, never this site, no more
+// than receipts are required, all of them frozen before, and only of a settled register.
+func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		sites := []string{"a", "b", "c", "d"}
+		duration := rapid.Map(rapid.IntRange(0, 60), func(n int) time.Duration { return time.Duration(n) * 100 * time.Millisecond })
+		some := rapid.Map(rapid.SliceOfNDistinct(rapid.SampledFrom(sites), 0, 4, rapid.ID), func(s []string) []string { slices.Sort(s); return s })
+		v := View{
+			Self: "a", Known: rapid.Bool().Draw(t, "known"), Members: some.Draw(t, "members"), Settled: rapid.Bool().Draw(t, "settled"),
+			Required: rapid.IntRange(1, 2).Draw(t, "required"), Policy: rapid.SampledFrom([]Policy{DurabilityFirst, PreferredSite, ReadOnly}).Draw(t, "policy"),
+			Preferred: rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "preferred"), Detect: 2 * time.Second,
+			Server: Server{Down: duration.Draw(t, "down"), Refused: rapid.Bool().Draw(t, "refused"), Restarting: rapid.Bool().Draw(t, "restarting"), Stalled: duration.Draw(t, "stalled")},
+			Frozen: some.Draw(t, "frozen"), FrozenFor: duration.Draw(t, "frozen for"), Arming: some.Draw(t, "arming"), Rearm: duration.Draw(t, "rearm"),
+		}
+		for _, s := range sites[1:] {
+			v.Peers = append(v.Peers, Peer{
+				s, duration.Draw(t, "silent"), duration.Draw(t, "deaf"), rapid.Bool().Draw(t, "refuses"), rapid.Bool().Draw(t, "caught up"),
+				duration.Draw(t, "stable"), rapid.Bool().Draw(t, "passed"),
+			})
+		}
+		a := Decide(v)
+		member := slices.Contains(v.Members, "a")
+		if a.Kind != Nothing && a.Kind != Read && !member {
+			t.Fatalf("%+v by a site that is no member", a)
+		}
+		switch a.Kind {
+		case TakeOver:
+			for _, s := range a.Sites {
+				if s == "a" || !slices.Contains(v.Members, s) || !slices.Contains(v.Frozen, s) {
+					t.Fatalf("%+v: %s is this site, no member, or not frozen", a, s)
+				}
+			}
+			if !v.Known || !v.Settled || len(a.Sites) > min(v.Required, len(v.Members)-1) || v.Policy == ReadOnly {
+				t.Fatalf("%+v is against the rules", a)
+			}
+		case Leave:
+			if len(v.Members) < 2 {
+				t.Fatalf("%+v leaves nobody", a)
+			}
+		case Return:
+			if slices.Contains(v.Members, a.Sites[0]) || !slices.Contains(v.Arming, a.Sites[0]) {
+				t.Fatalf("%+v: it is a member, or was not armed", a)
+			}
+		}
+	})
 }

@@ -11,7 +11,9 @@ import (
 
 func TestReport(t *testing.T) {
 	own := Progress{30, 20, 0}
-	at := func(site string, epoch uint64, r, d, a wal.LSN) Receipt { return Receipt{site, epoch, Progress{r, d, a}} }
+	at := func(site string, epoch uint64, r, d, a wal.LSN) Receipt {
+		return Receipt{site, epoch, Progress{r, d, a}}
+	}
 	two := Standing{Epoch: 3, Member: true, Others: []string{"b"}, Members: 2}
 	three := Standing{Epoch: 3, Member: true, Others: []string{"b", "c"}, Members: 3}
 	solo := Standing{Epoch: 3, Member: true, Members: 1}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/duri-io/duri/apply"
 	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/durability"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/wal"
 )
@@ -30,10 +31,14 @@ type capture struct {
 	positions time.Time
 
 	behind  atomic.Bool            // decoding is catching up
+	decoded atomic.Int64           // when the last transaction was, in nanoseconds
 	flush   chan struct{}          // something was appended
 	dirty   chan struct{}          // something was flushed
-	durable atomic.Uint64          // what may be reported to PostgreSQL
+	durable atomic.Uint64          // of the own journal
 	report  atomic.Pointer[func()] // asks the running stream to report at once
+
+	reportMu sync.Mutex       // held while a report is computed
+	told     decode.Positions // the greatest so far
 }
 
 func newCapture(n *node, j *journal.Journal, mesh *apply.Mesh) *capture {
@@ -49,6 +54,7 @@ func newCapture(n *node, j *journal.Journal, mesh *apply.Mesh) *capture {
 // Commit journals a local transaction; of one applied from elsewhere only its position counts (rule 20).
 func (c *capture) Commit(m *decode.Commit) error {
 	t := m.Txn
+	c.decoded.Store(time.Now().UnixNano())
 	if m.Origin != "" && !c.n.ownOrigin(m.Origin) {
 		site, ok := c.n.siteOf(m.Origin)
 		if !ok {
@@ -112,6 +118,11 @@ func stamp(commit, greatest, foreign wal.Time) (t wal.Time, stepped bool) {
 	return max(commit, greatest, foreign+1), false
 }
 
+// busy reports whether transactions are decoded one soon after the other.
+func (c *capture) busy() bool {
+	return time.Now().UnixNano()-c.decoded.Load() < 2*int64(barrierPatience)
+}
+
 func (c *capture) see(site wal.SiteID, lsn wal.LSN) {
 	i, ok := slices.BinarySearchFunc(c.seen, site, func(s wal.Seen, id wal.SiteID) int { return int(s.Site) - int(id) })
 	switch {
@@ -171,11 +182,13 @@ func (c *capture) flushLoop(ctx context.Context) error {
 			return fmt.Errorf("write journal: %w", err)
 		}
 		wake(c.dirty)
-		pause := flushEvery
-		if c.behind.Load() {
-			pause = flushCatchUp
+		switch {
+		case c.n.waits(): // commits wait for it; what comes during a write goes with the next
+		case c.behind.Load():
+			time.Sleep(flushCatchUp)
+		default:
+			time.Sleep(flushEvery)
 		}
-		time.Sleep(pause)
 	}
 }
 
@@ -193,20 +206,37 @@ func (c *capture) syncLoop(ctx context.Context) error {
 		}
 		if d := uint64(c.j.Durable()); d > c.durable.Load() {
 			c.durable.Store(d)
-			if f := c.report.Load(); f != nil {
-				(*f)()
-			}
+			c.reportNow()
 		}
 	}
 }
 
 func (c *capture) setReport(f func()) { c.report.Store(&f) }
 
-// Positions are what PostgreSQL is told. PostgreSQL forgets WAL up to the flush position, so only what the own journal
-// holds durably may be reported.
+// reportNow asks the running stream to report.
+func (c *capture) reportNow() {
+	if f := c.report.Load(); f != nil {
+		(*f)()
+	}
+}
+
+// Positions are what PostgreSQL is told; they never go back. PostgreSQL forgets WAL up to the flush position and releases
+// the commits that wait for it, so only what the own journal holds durably may be reported, and, where commits wait for
+// other sites, what those hold.
 func (c *capture) Positions() decode.Positions {
+	c.reportMu.Lock()
+	defer c.reportMu.Unlock()
 	d := wal.LSN(c.durable.Load())
-	return decode.Positions{Write: d, Flush: d, Apply: d}
+	now := durability.Progress{Received: d, Durable: d, Applied: d}
+	if c.n.waits() {
+		var ok bool
+		now, ok = durability.Report(durability.Progress{Received: c.j.End(), Durable: d}, c.n.receipts(), c.n.keeper.standing(), c.n.cfg.Durability.Receipts)
+		if !ok {
+			return c.told
+		}
+	}
+	c.told.Write, c.told.Flush, c.told.Apply = max(c.told.Write, now.Received), max(c.told.Flush, now.Durable), max(c.told.Apply, now.Applied)
+	return c.told
 }
 
 // rebuild fills a history from its journal, from the lowest position that some other site has not seen.

@@ -210,3 +210,37 @@ func readLines[L any](body io.Reader, what string, take func(L) (last bool, err 
 		}
 	}
 }
+
+// Register tells what the agent knows of the register and what a commit means at its site right now.
+func (c *Control) Register(ctx context.Context) (DurabilityStatus, error) {
+	var out DurabilityStatus
+	err := c.get(ctx, "/v1/register", nil, &out)
+	return out, err
+}
+
+// Force tells what a forced take-over may lose, and makes it when the request accepts that.
+func (c *Control) Force(ctx context.Context, req ForceRequest) (LossReport, error) {
+	var out LossReport
+	return out, c.post(ctx, "/v1/register/force", req, &out)
+}
+
+// Rearm asks to take a site back as soon as it may be, without waiting for its link to be stable.
+func (c *Control) Rearm(ctx context.Context, site string) (DurabilityStatus, error) {
+	var out DurabilityStatus
+	return out, c.post(ctx, "/v1/register/rearm", RearmRequest{site}, &out)
+}
+
+// Fence keeps clients out of the agent's site, or lets them in again.
+func (c *Control) Fence(ctx context.Context, req FenceRequest) (DurabilityStatus, error) {
+	var out DurabilityStatus
+	return out, c.post(ctx, "/v1/fence", req, &out)
+}
+
+func (c *Control) post(ctx context.Context, path string, body, v any) error {
+	res, err := c.do(ctx, http.MethodPost, path, nil, body)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = res.Body.Close() }()
+	return json.NewDecoder(res.Body).Decode(v)
+}

@@ -58,6 +58,10 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("GET /v1/tables", a.getTables)
 	mux.HandleFunc("POST /v1/verify", a.postVerify)
 	mux.HandleFunc("POST /v1/repair", a.postRepair)
+	mux.HandleFunc("GET /v1/register", a.getRegister)
+	mux.HandleFunc("POST /v1/register/force", a.postForce)
+	mux.HandleFunc("POST /v1/register/rearm", a.postRearm)
+	mux.HandleFunc("POST /v1/fence", a.postFence)
 	srv := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx },

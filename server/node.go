@@ -42,6 +42,7 @@ type node struct {
 	log      *slog.Logger
 	clock    *serverClock
 	hooks    Hooks
+	keeper   *keeper // nil without a register
 	peers    []*peer
 	ready    atomic.Pointer[captured] // set once journal and index are open
 	over     atomic.Bool              // the journal budget is used up
@@ -63,6 +64,7 @@ type node struct {
 	parked  []ParkedTable
 
 	emitted time.Time       // last heartbeat message; used by the heartbeat loop alone
+	recover atomic.Uint64   // what the server had flushed when the stream was last opened
 	ages    []age           // used by the maintenance loop alone
 	told    map[string]bool // findings that are in the log; used by open alone
 }
@@ -325,7 +327,11 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 	}
 	defer leave()
 	slot := Slot(n.database.Name)
-	conn, err := decode.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, slot)
+	connect := decode.Connect
+	if n.waits() {
+		connect = decode.ConnectPrompt
+	}
+	conn, err := connect(ctx, n.cfg.Postgres.DSN, n.database.Name, slot)
 	if err != nil {
 		return err
 	}
@@ -345,6 +351,9 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 		return err
 	}
 	if err := n.measureClock(ctx, conn); err != nil {
+		return err
+	}
+	if err := n.noteRecovered(ctx, conn); err != nil {
 		return err
 	}
 	st, err := decode.Open(ctx, conn, decode.Config{
@@ -408,8 +417,19 @@ func (n *node) emit(ctx context.Context, what string) error {
 	})
 }
 
+// barrierPatience is how long a barrier waits for what others commit before it writes something itself.
+const barrierPatience = time.Millisecond
+
 // barrier is the capture barrier of rule 8.
 func (n *node) barrier(ctx context.Context, c *captured, lsn wal.LSN) error {
+	if c.capture.busy() { // clients' commits will do: a message costs a round trip and a flush
+		soon, cancel := context.WithTimeout(ctx, barrierPatience)
+		err := c.local.WaitFor(soon, lsn)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+	}
 	if c.local.Position() >= lsn {
 		return nil
 	}

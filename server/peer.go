@@ -37,6 +37,8 @@ type peer struct {
 	theirs  *policy.Set // what the peer said is declared there; nil: it was never asked. Guarded by the node's policyMu
 
 	mu         sync.Mutex // guards the rest
+	refusedAt  time.Time  // when its address last refused connections; zero once it was heard again
+	upSince    time.Time  // since when its journal is followed without a break
 	held       fault      // why the permit is withdrawn, if it is
 	unasked    bool       // theirs is nil
 	ack        link.Ack   // what the peer says of our journal
@@ -55,8 +57,11 @@ type incoming struct {
 // acknowledged notes what the peer has of our journal.
 func (p *peer) acknowledged(a link.Ack) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.ack = a
+	p.mu.Unlock()
+	if p.n.waits() {
+		p.n.kickReport()
+	}
 }
 
 func (p *peer) acked() link.Ack {
@@ -135,7 +140,12 @@ func (p *peer) followLoop(ctx context.Context, w *link.CopyWriter) error {
 				return err
 			}
 			defer leave()
-			return p.client.Follow(ctx, p.n.database.Name, w)
+			p.mu.Lock()
+			p.upSince = time.Time{}
+			p.mu.Unlock()
+			err = p.client.Follow(ctx, p.n.database.Name, w)
+			p.probe(ctx)
+			return err
 		})
 		if err != nil {
 			return err

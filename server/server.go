@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link"
@@ -35,6 +36,9 @@ type Agent struct {
 	started time.Time
 	version string
 	hooks   Hooks
+	keeper  *keeper // nil without a register
+	door    *gateway.Door
+	clientT *tls.Config
 }
 
 // Hooks let tests reach in. The zero value changes nothing.
@@ -43,6 +47,9 @@ type Hooks struct {
 	// as this site's own.
 	Clock func() time.Duration
 }
+
+// registerEpoch is what links carry.
+func (a *Agent) registerEpoch() uint64 { return a.keeper.epoch() }
 
 // New composes the agent. It reads the certificates and touches nothing else.
 func New(cfg *config.Config, version string, log *slog.Logger) (*Agent, error) {
@@ -55,11 +62,11 @@ func NewHooked(cfg *config.Config, version string, log *slog.Logger, hooks Hooks
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, version: version, hooks: hooks}
+	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, clientT: client, version: version, hooks: hooks}
 	for _, s := range cfg.Peers() {
 		c, err := link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
-			Now: now, Logger: log.With("peer", s.Name),
+			Now: now, Epoch: a.registerEpoch, Logger: log.With("peer", s.Name),
 		})
 		if err != nil {
 			return nil, err
@@ -105,14 +112,28 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, ln.Close())
 	}
+	closeRegister, err := a.openRegister(ctx)
+	if err != nil {
+		return errors.Join(err, ln.Close(), control.Close())
+	}
+	doorListener, err := a.openDoor()
+	if err != nil {
+		return errors.Join(err, ln.Close(), control.Close(), closeRegister())
+	}
 	a.log.Info("agent starts", "site", a.self.Name, "listen", ln.Addr().String(), "version", a.version)
 	g, ctx := errgroup.WithContext(ctx)
 	srv := link.NewServer(link.ServerConfig{
 		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
-		Status: a.statusJSON, Now: now, Logger: a.log,
+		Status: a.statusJSON, Now: now, Epoch: a.registerEpoch, Logger: a.log,
 	})
 	g.Go(func() error { return srv.Serve(ctx, ln) })
 	g.Go(func() error { return a.serveControl(ctx, control) })
+	if a.door != nil {
+		g.Go(func() error { return a.door.Serve(ctx, doorListener) })
+	}
+	if a.keeper != nil {
+		g.Go(func() error { return a.keeper.run(ctx) })
+	}
 	for _, n := range a.nodes {
 		g.Go(func() error { return n.Run(ctx) })
 		g.Go(func() error { return a.watch(ctx, n) })
@@ -123,6 +144,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, c := range a.clients {
 		err = errors.Join(err, c.Close())
 	}
+	err = errors.Join(err, closeRegister())
 	a.log.Info("agent ended", "site", a.self.Name)
 	return err
 }

@@ -31,6 +31,8 @@ type SiteStatus struct {
 	At        time.Time        `json:"at"`
 	UptimeS   float64          `json:"uptime_s"`
 	Databases []DatabaseStatus `json:"databases"`
+	// Durability is about commits that wait for other sites; nil without a register.
+	Durability *DurabilityStatus `json:"durability,omitempty"`
 }
 
 // DatabaseStatus is one database at a site.
@@ -89,6 +91,7 @@ func (a *Agent) Status() SiteStatus {
 		d.Verify = a.watchStatus(n)
 		s.Databases = append(s.Databases, d)
 	}
+	s.Durability = a.keeper.status()
 	return s
 }
 

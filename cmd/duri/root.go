@@ -23,6 +23,8 @@ var commands = []entry{
 	{"everyday", newStatusCmd},
 	{"everyday", newVerifyCmd},
 	{"everyday", newRepairCmd},
+	{"sites", newRegisterCmd},
+	{"sites", newSiteCmd},
 	{"data", newConflictCmd},
 	{"data", newTableCmd},
 	{"data", newJournalCmd},
@@ -42,6 +44,7 @@ type entry struct {
 // groups are the sections of the help.
 var groups = []*cobra.Group{
 	{ID: "everyday", Title: "Everyday:"},
+	{ID: "sites", Title: "Sites:"},
 	{ID: "setup", Title: "Set-up:"},
 	{ID: "data", Title: "Data:"},
 }

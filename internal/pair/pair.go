@@ -11,11 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -67,12 +65,10 @@ type Site struct {
 	DataDir    string // of the agent
 	Control    *server.Control
 	Relay      Relays // what the other sites connect through; nil without Options.Relays
-	binary     string
-	logFile    string
-
-	mu    sync.Mutex // guards agent
-	agent *exec.Cmd
-	done  chan struct{}
+	// Door is the address at which clients come in through the agent, with Options.Sync.
+	Door   string
+	binary string
+	agent  process
 }
 
 // Build compiles the duri command into dir and returns its path. It must be called within the module.
@@ -218,7 +214,7 @@ func (p *Pair) configure() error {
 	for i, s := range p.Sites {
 		dir := filepath.Join(spec.Out, s.Name)
 		s.ConfigFile, s.DataDir = filepath.Join(dir, config.FileName), filepath.Join(dir, "data")
-		s.logFile, s.Control = filepath.Join(dir, "agent.log"), server.NewControl(s.DataDir)
+		s.agent.logFile, s.Control = filepath.Join(dir, "agent.log"), server.NewControl(s.DataDir)
 		if err := p.relays(s, spec.Sites[i].Address); err != nil {
 			return err
 		}
@@ -283,84 +279,23 @@ func freeAddress() (string, error) {
 
 // StartAgent starts the site's agent; it dies with this process.
 func (s *Site) StartAgent() error {
-	log, err := os.OpenFile(s.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = log.Close() }()
-	cmd := exec.Command(s.binary, "agent", "-c", s.ConfigFile)
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	started := make(chan error)
-	done := make(chan struct{})
-	go func() {
-		runtime.LockOSThread() // Pdeathsig follows the thread that forked
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // how it ended is in its log
-		}
-		close(done)
-	}()
-	if err := <-started; err != nil {
+	if err := s.agent.start(s.binary, "agent", "-c", s.ConfigFile); err != nil {
 		return fmt.Errorf("start agent %s: %w", s.Name, err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.agent, s.done = cmd, done
 	return nil
 }
 
 // SignalAgent sends a signal to the agent; with SIGKILL or SIGTERM it waits until the process is gone.
-func (s *Site) SignalAgent(sig syscall.Signal) error {
-	s.mu.Lock()
-	cmd, done := s.agent, s.done
-	s.mu.Unlock()
-	if cmd == nil {
-		return nil
-	}
-	err := cmd.Process.Signal(sig)
-	if errors.Is(err, os.ErrProcessDone) {
-		err = nil
-	}
-	if sig == syscall.SIGKILL || sig == syscall.SIGTERM {
-		<-done
-	}
-	return err
-}
+func (s *Site) SignalAgent(sig syscall.Signal) error { return s.agent.signal(sig) }
 
 // AgentEnd waits until the agent has ended and gives its exit code, -1 when a signal ended it.
-func (s *Site) AgentEnd(ctx context.Context) (code int, err error) {
-	s.mu.Lock()
-	cmd, done := s.agent, s.done
-	s.mu.Unlock()
-	if cmd == nil {
-		return 0, errors.New("the agent was not started")
-	}
-	select {
-	case <-done:
-		return cmd.ProcessState.ExitCode(), nil
-	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for the end of agent %s: %w", s.Name, ctx.Err())
-	}
-}
+func (s *Site) AgentEnd(ctx context.Context) (code int, err error) { return s.agent.end(ctx, "agent "+s.Name) }
 
 // AgentPID is the agent's process id, for measuring its CPU time.
-func (s *Site) AgentPID() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.agent.Process.Pid
-}
+func (s *Site) AgentPID() int { return s.agent.pid() }
 
 // Log returns the end of the agent's log.
-func (s *Site) Log() string {
-	b, err := os.ReadFile(s.logFile)
-	if err != nil {
-		return err.Error()
-	}
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	return strings.Join(lines[max(0, len(lines)-30):], "\n")
-}
+func (s *Site) Log() string { return s.agent.log() }
 
 // Status is what the site's agent says of the (first) database.
 func (s *Site) Status(ctx context.Context) (server.DatabaseStatus, error) {

@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -14,7 +11,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/duri-io/duri/internal/faultnet"
-	"github.com/duri-io/duri/internal/pgcluster"
 )
 
 // disturb makes the faults when their time has come, each beside the load and beside others. load ends with the load;
@@ -86,9 +82,9 @@ func (r *run) fault(ctx context.Context, f Fault) error {
 		wait()
 		return s.Cluster.Start(ctx)
 	case stopServer:
-		err := signalServer(s.Cluster, syscall.SIGSTOP)
+		err := s.Cluster.Signal(syscall.SIGSTOP)
 		wait()
-		return errors.Join(err, signalServer(s.Cluster, syscall.SIGCONT))
+		return errors.Join(err, s.Cluster.Signal(syscall.SIGCONT))
 	case stepClock:
 		return r.clocks[f.Site].set(value)
 	}
@@ -121,47 +117,4 @@ func (r *run) fault(ctx context.Context, f Fault) error {
 		return fmt.Errorf("unknown kind of fault %q", f.Kind)
 	}
 	return nil
-}
-
-// signalServer sends a signal to all processes of a PostgreSQL server, the postmaster first, so that it starts none
-// meanwhile. Processes that have ended are passed over.
-func signalServer(c *pgcluster.Cluster, sig syscall.Signal) error {
-	postmaster := c.PID()
-	if postmaster == 0 {
-		return nil
-	}
-	if err := syscall.Kill(postmaster, sig); err != nil {
-		return fmt.Errorf("signal PostgreSQL: %w", err)
-	}
-	for _, pid := range childrenOf(postmaster) {
-		if err := syscall.Kill(pid, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
-			return fmt.Errorf("signal PostgreSQL: %w", err)
-		}
-	}
-	return nil
-}
-
-// childrenOf lists a process's children by /proc.
-func childrenOf(parent int) []int {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil
-	}
-	var all []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		b, err := os.ReadFile("/proc/" + e.Name() + "/stat")
-		if err != nil {
-			continue
-		}
-		// "pid (name) state ppid ...": the name may hold anything.
-		_, rest, _ := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
-		if f := strings.Fields(rest); len(f) > 1 && f[1] == strconv.Itoa(parent) {
-			all = append(all, pid)
-		}
-	}
-	return all
 }

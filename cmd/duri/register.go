@@ -1,0 +1,237 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/duri-io/duri/internal/term"
+	"github.com/duri-io/duri/server"
+)
+
+func newRegisterCmd(a *app) *cobra.Command {
+	cmd := noun(&cobra.Command{
+		Use:   "register",
+		Short: "Show which sites may acknowledge commits and why, or decide it yourself",
+		Long: `The register is one value that all sites share: who may acknowledge commits that wait for other sites. It changes by itself
+when a site is lost and when it has caught up again; a person can take a site back sooner, or force a take-over.`,
+		Example: `  duri register show
+  duri register rearm busan
+  duri register force seoul --accept-loss --by "Kim, on call" --reason "busan has burnt down"`,
+	})
+	cmd.AddCommand(newRegisterShowCmd(a), newRegisterRearmCmd(a), newRegisterForceCmd(a))
+	return cmd
+}
+
+func newRegisterShowCmd(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:     "show",
+		Short:   "Show the register, and what an acknowledged commit survives right now",
+		Example: "  duri register show\n  duri register show -o json",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			s, err := server.NewControl(cfg.DataDir).Register(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return a.print(s, func(w io.Writer) error { return printRegister(w, cfg.Site, s, a.style()) })
+		},
+	}
+}
+
+// printRegister writes the guarantee first, then the value that it follows from.
+func printRegister(w io.Writer, site string, s server.DurabilityStatus, style term.Style) error {
+	text := s.Guarantee
+	if s.Member && s.Known && s.Receipts > 0 && len(s.Frozen) == 0 {
+		text = style.Good(text)
+	} else {
+		text = style.Bad(text)
+	}
+	lines := []string{text, ""}
+	row := func(name, value string) {
+		if value != "" {
+			lines = append(lines, fmt.Sprintf("%-10s %s", name, term.Clean(value)))
+		}
+	}
+	row("site", site)
+	row("mode", string(s.Mode))
+	row("epoch", fmt.Sprint(s.Register.Epoch))
+	row("members", strings.Join(s.Register.Members, ", "))
+	if !s.Register.Settled {
+		row("settled", "no: another site cannot be left out before it is")
+	}
+	row("since", s.Register.At.Local().Format(time.DateTime))
+	row("by", s.Register.By)
+	row("reason", s.Register.Reason)
+	if s.Register.Forced {
+		row("forced", "by a person: transactions may have been lost")
+	}
+	for db, cuts := range s.Register.Cuts {
+		for lost, lsn := range cuts {
+			row("cut", fmt.Sprintf("%s of %s counts up to %s", db, lost, lsn))
+		}
+	}
+	row("policy", s.Policy)
+	row("waiting", strings.Join(s.Frozen, ", "))
+	row("returning", strings.Join(s.Arming, ", "))
+	row("blocked", s.Blocked)
+	if s.Problem != nil {
+		lines = append(lines, problem("problem", s.Problem.Text, s.Problem.Hint))
+	}
+	if d := s.Door; d != nil {
+		if d.Open {
+			row("clients", fmt.Sprintf("let in, %d connected", d.Connections))
+		} else {
+			row("clients", "shut out: "+d.Shut)
+		}
+	}
+	_, err := fmt.Fprintln(w, strings.Join(lines, "\n"))
+	return err
+}
+
+func newRegisterRearmCmd(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "rearm SITE",
+		Short: "Take a site back that has caught up, without waiting for its link to be stable",
+		Long: `A site that was left out comes back by itself when it has caught up and its link has been stable for durability.rearm.
+This does not wait for the latter. It is safe at any time: the site is a member only when it holds everything. Run it at
+a site that is a member.`,
+		Example: "  duri register rearm busan",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			s, err := server.NewControl(cfg.DataDir).Rearm(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return a.print(s, func(w io.Writer) error { return printRegister(w, cfg.Site, s, a.style()) })
+		},
+	}
+}
+
+func newRegisterForceCmd(a *app) *cobra.Command {
+	var req server.ForceRequest
+	cmd := &cobra.Command{
+		Use:   "force SITE...",
+		Short: "Let the named sites go on without the others, whatever may be lost",
+		Long: `The way of last resort, when the rules leave it to a person: both the witness and a site are gone, or the site that went on
+alone. It prints what may be lost. With --accept-loss it asks for the name of this site, and does it; who and why stay in
+the register and in duri.event.
+
+Make sure first that the sites which are left out are off or cut off: one that still runs and had been alone goes on
+acknowledging, and then there are two truths.`,
+		Example: `  duri register force seoul
+  duri register force seoul --accept-loss --by "Kim, on call" --reason "busan has burnt down"`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := a.config()
+			if err != nil {
+				return err
+			}
+			req.Keep = args
+			if req.By == "" {
+				req.By = whoami()
+			}
+			control, accept := server.NewControl(cfg.DataDir), req.AcceptLoss
+			if accept {
+				if req.Reason == "" {
+					return term.Usage("a forced take-over needs a reason, which stays on record", "add --reason")
+				}
+				if !interactive(cmd.InOrStdin()) {
+					return term.Usage("duri register force asks for the name of this site, but there is no terminal", "run it on a terminal; without --accept-loss it only tells what may be lost")
+				}
+				req.AcceptLoss = false
+			}
+			r, err := control.Force(cmd.Context(), req)
+			if err == nil && accept {
+				if err = printLoss(a.stderr, r); err == nil {
+					err = confirm(cmd.InOrStdin(), a.stderr, cfg.Site)
+				}
+				if err == nil {
+					req.AcceptLoss = true
+					r, err = control.Force(cmd.Context(), req)
+				}
+			}
+			if err != nil {
+				return err
+			}
+			return a.print(r, func(w io.Writer) error { return printLoss(w, r) })
+		},
+	}
+	cmd.Flags().BoolVar(&req.AcceptLoss, "accept-loss", false, "do it, and lose what only the other sites have")
+	cmd.Flags().StringVar(&req.By, "by", "", "`who` decides (default: the user of this shell)")
+	cmd.Flags().StringVar(&req.Reason, "reason", "", "`why`")
+	return cmd
+}
+
+func printLoss(w io.Writer, r server.LossReport) error {
+	if r.Done {
+		_, err := fmt.Fprintf(w, "done: epoch %d, members %s\n", r.Register.Epoch, strings.Join(r.Register.Members, ", "))
+		return err
+	}
+	if _, err := fmt.Fprintf(w, "epoch %d, members %s; what may be lost:\n", r.Register.Epoch, strings.Join(r.Register.Members, ", ")); err != nil {
+		return err
+	}
+	for _, l := range r.Lost {
+		known := "it was never heard here"
+		if !l.Heard.IsZero() {
+			known = fmt.Sprintf("it reached to %s when last heard, %s ago: %s", l.End, time.Since(l.Heard).Round(time.Second), term.Size(l.Bytes))
+		}
+		if _, err := fmt.Fprintf(w, "  %s of %s: this site has everything up to %s; %s, and what it committed since\n", l.Database, l.Site, l.Have, known); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func newSiteCmd(a *app) *cobra.Command {
+	cmd := noun(&cobra.Command{
+		Use:   "site",
+		Short: "Keep clients out of this site, or let them in again",
+		Example: `  duri site fence --reason "maintenance of the storage"
+  duri site unfence`,
+	})
+	var reason string
+	fence := &cobra.Command{
+		Use:     "fence",
+		Short:   "End the clients' connections here and let nobody in",
+		Long:    "Clients that come through the agent (gateway.listen) are told the reason and to use another site. Replication goes on.",
+		Example: `  duri site fence --reason "maintenance of the storage"`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.fence(cmd, server.FenceRequest{Fence: true, Reason: reason})
+		},
+	}
+	fence.Flags().StringVar(&reason, "reason", "", "`why`; clients are told")
+	unfence := &cobra.Command{
+		Use:     "unfence",
+		Short:   "Let clients in again, as far as the register allows",
+		Example: "  duri site unfence",
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.fence(cmd, server.FenceRequest{}) },
+	}
+	cmd.AddCommand(fence, unfence)
+	return cmd
+}
+
+func (a *app) fence(cmd *cobra.Command, req server.FenceRequest) error {
+	cfg, err := a.config()
+	if err != nil {
+		return err
+	}
+	s, err := server.NewControl(cfg.DataDir).Fence(cmd.Context(), req)
+	if err != nil {
+		return err
+	}
+	return a.print(s, func(w io.Writer) error { return printRegister(w, cfg.Site, s, a.style()) })
+}

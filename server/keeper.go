@@ -1,0 +1,602 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/durability"
+	"github.com/duri-io/duri/gateway"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/quorum"
+	"github.com/duri-io/duri/wal"
+)
+
+// keeper follows the register for this site: it knows whether the site may acknowledge, whose receipts count, and asks
+// for changes when durability.Decide says so. It is one per agent, for all databases. Without a register there is none,
+// and its methods on nil say so.
+type keeper struct {
+	a     *Agent
+	store quorum.Store
+	log   *slog.Logger
+	door  *gateway.Door // nil: clients reach PostgreSQL some other way
+	wake  chan struct{} // something changed that Decide should know
+
+	mu      sync.Mutex // guards the rest
+	reg     quorum.Register
+	known   bool      // reg was read since the agent began
+	doubt   bool      // a swap was sent and its answer is not known
+	leaving bool      // this site has proposed to leave, or is about to
+	began   time.Time // when the register was first read
+	frozen  map[string]time.Time
+	arming  map[string]map[*node]wal.LSN // what had been acknowledged without the site, by database
+	losses  []time.Time                  // take-overs
+	server  durability.Server            // health of PostgreSQL here
+	last    durability.Action
+	problem fault
+	fence   string // a person's reason to keep clients out; empty: none
+}
+
+// decideEvery is how often the keeper looks around when nothing wakes it.
+const decideEvery = 50 * time.Millisecond
+
+// registerTimeout bounds one question to the register.
+const registerTimeout = 2 * time.Second
+
+func newKeeper(a *Agent, store quorum.Store, door *gateway.Door) *keeper {
+	return &keeper{
+		a: a, store: store, door: door, log: a.log, wake: make(chan struct{}, 1),
+		frozen: map[string]time.Time{}, arming: map[string]map[*node]wal.LSN{},
+	}
+}
+
+// marker is the file that says that this site has frozen others: after a restart, a proposal of its former life may still
+// be under way.
+func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "frozen") }
+
+// epoch is what receipts carry: 0 as long as the register is not known.
+func (k *keeper) epoch() uint64 {
+	if k == nil {
+		return 0
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.known {
+		return 0
+	}
+	return k.reg.Epoch
+}
+
+// standing is this site's place for the report rule.
+func (k *keeper) standing() durability.Standing {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	s := durability.Standing{
+		Epoch: k.reg.Epoch, Members: len(k.reg.Members),
+		Member: k.began != (time.Time{}) && !k.leaving && k.reg.Has(k.a.self.Name),
+	}
+	for _, m := range k.reg.Members {
+		if _, frozen := k.frozen[m]; m != k.a.self.Name && !frozen {
+			s.Others = append(s.Others, m)
+		}
+	}
+	s.Arming = slices.Sorted(maps.Keys(k.arming))
+	return s
+}
+
+// run reads the register and works until ctx ends.
+func (k *keeper) run(ctx context.Context) error {
+	if _, err := os.Stat(k.marker()); err == nil {
+		k.mu.Lock()
+		k.doubt = true
+		k.mu.Unlock()
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		for r := range k.store.Watch(ctx) {
+			k.adopt(r)
+		}
+	})
+	wg.Go(func() { k.watchServer(ctx) })
+	t := time.NewTicker(decideEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		case <-k.wake:
+		}
+		k.act(ctx, durability.Decide(k.view(time.Now())))
+		k.guardDoor()
+	}
+}
+
+func (k *keeper) stir() {
+	if k != nil {
+		wake(k.wake)
+	}
+}
+
+// adopt takes a value of the register that is newer than the known one. It says nothing about a swap whose answer is
+// missing, unless the epoch has moved: then that swap can no longer succeed, or is the one that is read.
+func (k *keeper) adopt(r quorum.Register) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if r.Epoch <= k.reg.Epoch {
+		return
+	}
+	if k.reg.Epoch > 0 && r.Epoch == k.reg.Epoch+1 {
+		if err := quorum.Check(k.reg, r, k.a.cfg.Durability.Receipts); err != nil {
+			k.note("the register was changed against its rules", err)
+			return
+		}
+	}
+	was := k.reg
+	k.reg, k.doubt, k.leaving = r, false, false
+	for s := range k.frozen { // in the new epoch, receipts of the old one count nowhere
+		k.thaw(s)
+	}
+	for s := range k.arming {
+		if r.Has(s) {
+			delete(k.arming, s)
+		}
+	}
+	k.log.Warn("the register has changed", "epoch", r.Epoch, "mode", string(r.Mode(k.siteNames())), "members", strings.Join(r.Members, " "), "by", r.By, "reason", r.Reason)
+	if was.Epoch > 0 && len(r.Members) < len(was.Members) {
+		k.losses = append(k.losses, time.Now())
+	}
+	for _, n := range k.a.nodes {
+		n.kickReport()
+	}
+	if !r.Has(k.a.self.Name) && k.door != nil { // at once, not with the next look around
+		k.door.Shut(k.fenceReason(r))
+	}
+	k.stir()
+}
+
+func (k *keeper) siteNames() (names []string) {
+	for _, s := range k.a.cfg.Sites {
+		names = append(names, s.Name)
+	}
+	return names
+}
+
+func (k *keeper) note(what string, err error) {
+	f := newFault(what, err)
+	if k.problem.Text != f.Text {
+		k.log.Error(f.Text, "hint", f.Hint)
+	}
+	k.problem = f
+}
+
+// thaw gives receipts to a site again. k.mu is held.
+func (k *keeper) thaw(site string) {
+	delete(k.frozen, site)
+	if len(k.frozen) == 0 {
+		if err := os.Remove(k.marker()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			k.note("remove the mark of a freeze", err)
+		}
+	}
+	for _, p := range k.peersOf(site) {
+		if in := p.live.Load(); in != nil {
+			in.copy.Thaw()
+		}
+	}
+}
+
+// peersOf are the links to a site, one for each database.
+func (k *keeper) peersOf(site string) (all []*peer) {
+	for _, n := range k.a.nodes {
+		for _, p := range n.peers {
+			if p.site.Name == site {
+				all = append(all, p)
+			}
+		}
+	}
+	return all
+}
+
+// rearmAfter is how long a link must be stable before its site is taken back: twice as long with each further loss within
+// ten minutes, so that a flapping link does not stop commits again and again.
+func rearmAfter(base time.Duration, losses []time.Time, now time.Time) time.Duration {
+	const window = 10 * time.Minute
+	recent := 0
+	for _, at := range losses {
+		if now.Sub(at) < window {
+			recent++
+		}
+	}
+	return min(base<<min(max(recent-1, 0), 20), window)
+}
+
+// view collects what Decide takes into account.
+func (k *keeper) view(now time.Time) durability.View {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d := k.a.cfg.Durability
+	v := durability.View{
+		Self: k.a.self.Name, Known: k.known && !k.doubt, Members: k.reg.Members, Settled: k.reg.Settled, Required: d.Receipts,
+		Policy: durability.Policy(d.Policy), Preferred: d.Preferred, Detect: d.Detect.Std(), Server: k.server,
+		Rearm: rearmAfter(d.Rearm.Std(), k.losses, now), Arming: slices.Sorted(maps.Keys(k.arming)),
+	}
+	for s, at := range k.frozen {
+		v.Frozen = append(v.Frozen, s)
+		v.FrozenFor = max(v.FrozenFor, now.Sub(at))
+	}
+	slices.Sort(v.Frozen)
+	for _, s := range k.a.cfg.Peers() {
+		v.Peers = append(v.Peers, k.peerView(s.Name, now))
+	}
+	return v
+}
+
+// peerView is one other site over all databases: the freshest sign of life, the least progress.
+func (k *keeper) peerView(site string, now time.Time) durability.Peer {
+	out := durability.Peer{Name: site, CaughtUp: true, Passed: true, Stable: time.Hour}
+	var heard time.Time
+	links := k.peersOf(site)
+	for _, p := range links {
+		s := p.seenBy(now)
+		if s.heard.After(heard) {
+			heard = s.heard
+			out.Deaf = s.deaf
+		}
+		out.Refused = out.Refused || s.refused
+		out.Stable = min(out.Stable, s.stable)
+		out.CaughtUp = out.CaughtUp && s.caughtUp && s.ack.Epoch == k.reg.Epoch
+		if at, armed := k.arming[site]; armed {
+			out.Passed = out.Passed && at != nil && s.ack.Epoch == k.reg.Epoch && s.ack.Durable >= at[p.n]
+		}
+	}
+	if heard.Before(k.began) {
+		heard = k.began // it had no chance before
+	}
+	out.Silent = now.Sub(heard)
+	out.CaughtUp = out.CaughtUp && len(links) > 0
+	return out
+}
+
+// act does what was decided.
+func (k *keeper) act(ctx context.Context, a durability.Action) {
+	k.mu.Lock()
+	news := a.Kind != k.last.Kind || !slices.Equal(a.Sites, k.last.Sites)
+	k.last = a
+	k.mu.Unlock()
+	if news && a.Kind != durability.Nothing {
+		k.log.Info("durability", "do", string(a.Kind), "sites", strings.Join(a.Sites, " "), "why", a.Why)
+	}
+	switch a.Kind {
+	case durability.Read:
+		k.read(ctx)
+	case durability.Freeze:
+		k.freeze(a.Sites)
+	case durability.Thaw:
+		k.mu.Lock()
+		for _, s := range a.Sites {
+			k.thaw(s)
+		}
+		k.mu.Unlock()
+		k.kickAll()
+	case durability.Arm:
+		k.arm(a.Sites)
+	case durability.Disarm:
+		k.mu.Lock()
+		for _, s := range a.Sites {
+			delete(k.arming, s)
+		}
+		k.mu.Unlock()
+		k.kickAll()
+	case durability.TakeOver, durability.Leave, durability.Return:
+		k.propose(ctx, a)
+	case durability.Nothing, durability.Blocked:
+	}
+	if k.again(a.Kind) {
+		k.stir()
+	}
+}
+
+// again: after these there is at once something else to decide.
+func (k *keeper) again(a durability.Kind) bool { return a == durability.Freeze || a == durability.Arm }
+
+func (k *keeper) kickAll() {
+	for _, n := range k.a.nodes {
+		n.kickReport()
+	}
+}
+
+// freeze stops receipts to sites; those of theirs count no more.
+func (k *keeper) freeze(sites []string) {
+	defer k.afterReports()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	// On disk before anything is proposed: see marker.
+	if err := os.WriteFile(k.marker(), []byte(strings.Join(sites, "\n")+"\n"), 0o600); err != nil {
+		k.note("mark a freeze", err)
+		return
+	}
+	for _, s := range sites {
+		k.frozen[s] = time.Now()
+		for _, p := range k.peersOf(s) {
+			if in := p.live.Load(); in != nil {
+				in.copy.Freeze()
+			}
+		}
+	}
+}
+
+// cuts are the positions up to which this site holds the transactions of sites that are left out.
+func (k *keeper) cuts(sites []string) quorum.Cuts {
+	cuts := quorum.Cuts{}
+	for _, s := range sites {
+		for _, p := range k.peersOf(s) {
+			at := wal.LSN(0)
+			if in := p.live.Load(); in != nil {
+				at = in.copy.Freeze()
+			}
+			if cuts[p.n.database.Name] == nil {
+				cuts[p.n.database.Name] = map[string]wal.LSN{}
+			}
+			cuts[p.n.database.Name][s] = at
+		}
+	}
+	return cuts
+}
+
+// arm lets reports wait for sites that are about to be members again.
+func (k *keeper) arm(sites []string) {
+	k.mu.Lock()
+	for _, s := range sites {
+		k.arming[s] = nil // from now on nothing is acknowledged without it
+	}
+	k.mu.Unlock()
+	alone := map[*node]wal.LSN{} // so that what was reported up to here is all
+	for _, n := range k.a.nodes {
+		alone[n] = n.reported().Flush
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, s := range sites {
+		if _, still := k.arming[s]; still {
+			k.arming[s] = alone
+		}
+	}
+}
+
+// afterReports returns when no report is under way that began before.
+func (k *keeper) afterReports() {
+	for _, n := range k.a.nodes {
+		n.reported()
+	}
+}
+
+// read learns the register, writes the first value when there is none, and renews the epoch when a swap is in doubt.
+func (k *keeper) read(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
+	defer cancel()
+	r, err := k.store.Get(ctx)
+	if errors.Is(err, quorum.ErrAbsent) {
+		r, err = k.store.Swap(ctx, quorum.Initial(k.siteNames(), k.a.self.Name, time.Now().UTC()))
+		if errors.Is(err, quorum.ErrChanged) {
+			err = nil
+		}
+	}
+	if err != nil {
+		k.fail("read the register", err)
+		return
+	}
+	k.adopt(r)
+	k.mu.Lock()
+	k.known, k.problem = true, fault{}
+	if k.began.IsZero() {
+		k.began = time.Now()
+	}
+	doubt, reg := k.doubt, k.reg
+	k.mu.Unlock()
+	if !doubt {
+		k.kickAll()
+		return
+	}
+	next, err := quorum.Renew(reg, quorum.Note{Reason: "what became of a proposal is not known", By: k.a.self.Name, At: time.Now().UTC()})
+	if err == nil {
+		k.swap(ctx, next)
+	}
+}
+
+func (k *keeper) fail(what string, err error) {
+	if errors.Is(err, context.Canceled) {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.note(what, err)
+}
+
+// propose makes the next value and asks for it.
+func (k *keeper) propose(ctx context.Context, a durability.Action) {
+	self := k.a.self.Name
+	note := quorum.Note{Reason: a.Why, By: self, At: time.Now().UTC()}
+	k.mu.Lock()
+	if a.Kind == durability.Leave {
+		k.leaving = true
+	}
+	reg := k.reg
+	k.mu.Unlock()
+	k.afterReports()
+	var next quorum.Register
+	var err error
+	switch a.Kind {
+	case durability.TakeOver:
+		keep := slices.DeleteFunc(slices.Clone(reg.Members), func(s string) bool { return slices.Contains(a.Sites, s) })
+		next, err = quorum.TakeOver(reg, keep, k.a.cfg.Durability.Receipts, k.cuts(a.Sites), note)
+	case durability.Leave:
+		next, err = quorum.Leave(reg, self, k.a.cfg.Durability.Receipts, k.ownCuts(), note)
+	case durability.Return:
+		next, err = quorum.Rearm(reg, a.Sites[0], note)
+	}
+	if err != nil {
+		k.fail("change the register", err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
+	defer cancel()
+	k.swap(ctx, next)
+}
+
+// ownCuts are where this site's journals end.
+func (k *keeper) ownCuts() quorum.Cuts {
+	cuts := quorum.Cuts{}
+	for _, n := range k.a.nodes {
+		if c := n.ready.Load(); c != nil {
+			cuts[n.database.Name] = map[string]wal.LSN{k.a.self.Name: c.journal.End()}
+		}
+	}
+	return cuts
+}
+
+func (k *keeper) swap(ctx context.Context, next quorum.Register) {
+	k.mu.Lock()
+	k.doubt = true // until the answer is here
+	k.mu.Unlock()
+	begun := time.Now()
+	stands, err := k.store.Swap(ctx, next)
+	if err != nil && !errors.Is(err, quorum.ErrChanged) {
+		k.fail("change the register", err)
+		return
+	}
+	k.log.Info("the register was asked", "epoch", stands.Epoch, "by", stands.By, "took", time.Since(begun).Round(time.Microsecond).String())
+	k.adopt(stands)
+	k.mu.Lock()
+	if k.reg.Epoch >= stands.Epoch { // adopted, now or before
+		k.doubt, k.problem = false, fault{}
+	}
+	k.mu.Unlock()
+}
+
+// fenceReason says why clients are kept out by a register without this site.
+func (k *keeper) fenceReason(r quorum.Register) string {
+	return fmt.Sprintf("site %s is left out of the register since %s (epoch %d, members %s): %s", k.a.self.Name, r.At.Format(time.TimeOnly), r.Epoch, strings.Join(r.Members, " "), r.Reason)
+}
+
+// guardDoor lets clients in when this site may serve them, and shuts them out when not.
+func (k *keeper) guardDoor() {
+	if k.door == nil {
+		return
+	}
+	if why := k.shutOut(); why != "" {
+		k.door.Shut(why)
+		return
+	}
+	k.door.Open()
+}
+
+func (k *keeper) shutOut() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case k.fence != "":
+		return k.fence
+	case k.began.IsZero():
+		return "the register has not been read yet"
+	case !k.reg.Has(k.a.self.Name):
+		return k.fenceReason(k.reg)
+	case k.leaving:
+		return "this site leaves the register: " + k.last.Why
+	case k.server.Down > 0:
+		return "PostgreSQL here is down"
+	}
+	for _, n := range k.a.nodes {
+		if why := n.unreceipted(); why != "" {
+			return why
+		}
+	}
+	return ""
+}
+
+// probeEvery is how often a small durable write looks whether PostgreSQL here can still make one (design: durability,
+// "gray failure").
+const probeEvery = 250 * time.Millisecond
+
+// watchServer keeps the health of this site's PostgreSQL.
+func (k *keeper) watchServer(ctx context.Context) {
+	s := &session{dsn: k.a.cfg.Postgres.DSN, database: k.a.nodes[0].database.Name, settings: map[string]string{
+		"application_name": "duri_probe", "synchronous_commit": "local",
+	}}
+	defer s.close()
+	var down time.Time
+	for {
+		begun := time.Now()
+		ended := make(chan struct{})
+		go k.watchStall(begun, ended)
+		probeCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := s.do(probeCtx, func(c *pgconn.PgConn) error {
+			_, err := pg.Rows(probeCtx, c, "SELECT pg_catalog.pg_logical_emit_message(true, 'duri.probe', '')")
+			return err
+		})
+		cancel()
+		close(ended)
+		if ctx.Err() != nil {
+			return
+		}
+		h := durability.Server{}
+		if err != nil {
+			if down.IsZero() {
+				down = begun
+			}
+			h.Down = max(time.Since(down), time.Nanosecond)
+			h.Restarting = pg.SQLState(err) == "57P03"
+			h.Refused = errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
+		} else {
+			down = time.Time{}
+		}
+		k.mu.Lock()
+		was := k.server
+		k.server = h
+		k.mu.Unlock()
+		if (was.Down > 0) != (h.Down > 0) || was.Refused != h.Refused {
+			k.log.Warn("health of PostgreSQL here", "down", h.Down.String(), "refused", h.Refused, "restarting", h.Restarting, "error", fmt.Sprint(err))
+			k.stir()
+		}
+		every := probeEvery
+		if err != nil {
+			every /= 5
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(every):
+		}
+	}
+}
+
+// watchStall counts for how long a probe has not ended.
+func (k *keeper) watchStall(begun time.Time, ended <-chan struct{}) {
+	t := time.NewTicker(probeEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ended:
+			k.mu.Lock()
+			k.server.Stalled = 0
+			k.mu.Unlock()
+			return
+		case <-t.C:
+			k.mu.Lock()
+			k.server.Stalled = time.Since(begun)
+			k.mu.Unlock()
+		}
+	}
+}

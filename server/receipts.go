@@ -1,0 +1,148 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/decode"
+	"github.com/duri-io/duri/durability"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/wal"
+)
+
+// waits reports whether commits of this database wait for other sites.
+func (n *node) waits() bool { return n.keeper != nil && n.cfg.LevelOf(n.database) == config.LevelSync }
+
+// receipts are what the other sites have acknowledged of this database's journal.
+func (n *node) receipts() (all []durability.Receipt) {
+	for _, p := range n.peers {
+		a := p.acked()
+		all = append(all, durability.Receipt{
+			Site: p.site.Name, Epoch: a.Epoch, Progress: durability.Progress{Received: a.Received, Durable: a.Durable, Applied: a.Applied},
+		})
+	}
+	return all
+}
+
+// kickReport lets the stream report what has become reportable. It does not block.
+func (n *node) kickReport() {
+	if c := n.ready.Load(); c != nil {
+		c.capture.reportNow()
+	}
+}
+
+// reported is what PostgreSQL was told, at the most, after every report that is under way.
+func (n *node) reported() decode.Positions {
+	c := n.ready.Load()
+	if c == nil {
+		return decode.Positions{}
+	}
+	c.capture.reportMu.Lock()
+	defer c.capture.reportMu.Unlock()
+	return c.capture.told
+}
+
+// unreceipted says what must not be seen by clients yet: commits that became visible without a receipt when the server
+// ended while they waited (S42); empty when there is nothing.
+func (n *node) unreceipted() string {
+	if n.ready.Load() == nil {
+		return "database " + n.database.Name + " is not open yet"
+	}
+	if !n.waits() {
+		return ""
+	}
+	if at, told := wal.LSN(n.recover.Load()), n.reported().Flush; told < at || at == 0 {
+		return fmt.Sprintf("what database %s had committed before the last start is not durable at the other sites yet (%s of %s)", n.database.Name, told, at)
+	}
+	return ""
+}
+
+// noteRecovered notes what the server has flushed when its stream is opened: commits up to there may be visible without a
+// receipt, if it has ended while they waited.
+func (n *node) noteRecovered(ctx context.Context, conn *pgconn.PgConn) error {
+	rows, err := pg.Rows(ctx, conn, "SELECT pg_catalog.pg_current_wal_flush_lsn()")
+	if err != nil {
+		return fmt.Errorf("read the flush position: %w", err)
+	}
+	lsn, err := wal.ParseLSN(rows[0][0])
+	if err != nil {
+		return err
+	}
+	n.recover.Store(uint64(lsn))
+	return nil
+}
+
+// seenPeer is what a link tells of the peer.
+type seenPeer struct {
+	heard    time.Time
+	deaf     time.Duration
+	refused  bool
+	stable   time.Duration
+	caughtUp bool
+	ack      link.Ack
+}
+
+// nearlyAll is how much may be under way to a site that counts as caught up, in bytes of WAL.
+const nearlyAll = 1 << 20
+
+// seenBy collects what this link tells of the peer.
+func (p *peer) seenBy(now time.Time) (s seenPeer) {
+	p.mu.Lock()
+	s.ack, s.refused = p.ack, !p.refusedAt.IsZero()
+	refusedAt, up := p.refusedAt, p.upSince
+	p.mu.Unlock()
+	in, c := p.live.Load(), p.n.ready.Load()
+	if in == nil || c == nil {
+		return s
+	}
+	beat, at := in.copy.Heard()
+	s.heard = at
+	if at.After(refusedAt) {
+		s.refused = false
+	}
+	if now.Sub(at) < link.DefaultSilence {
+		s.deaf = beat.Heard
+		if up.IsZero() {
+			up = at
+			p.mu.Lock()
+			p.upSince = at
+			p.mu.Unlock()
+		}
+		s.stable = now.Sub(up)
+	}
+	if j, err := in.copy.Journal(); err == nil {
+		s.caughtUp = s.ack.Durable+nearlyAll >= c.journal.End() && beat.End <= j.Durable() && beat.End > 0
+	}
+	return s
+}
+
+// probe looks whether the peer's process has ended, after a stream to it has: its address then refuses connections. One
+// refusal may be a moment between two processes, so that it takes two.
+func (p *peer) probe(ctx context.Context) {
+	if p.n.keeper == nil {
+		return
+	}
+	for range 2 {
+		d := net.Dialer{Timeout: 200 * time.Millisecond}
+		c, err := d.DialContext(ctx, "tcp", p.site.Address)
+		if err == nil {
+			_ = c.Close() // only to see whether somebody listens
+			return
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return
+		}
+	}
+	p.mu.Lock()
+	p.refusedAt = time.Now()
+	p.mu.Unlock()
+	p.n.keeper.stir()
+}

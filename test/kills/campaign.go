@@ -1,0 +1,256 @@
+// Package kills is the kill campaign: two sites and a witness, clients writing at both, and in each round one random fault.
+// A ledger outside the databases tells afterwards whether anything that was acknowledged is lost, or anything is there
+// twice; whether the sites are equal; and for how long the surviving site did not serve.
+package kills
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/quorum"
+)
+
+// Options of a campaign. Binary is required.
+type Options struct {
+	Binary  string
+	Rounds  int
+	Seed    uint64
+	Faults  []string // kinds to choose from; empty: all
+	Clients int      // at each site; default 4
+	Rearm   time.Duration
+	Out     io.Writer
+	Keep    bool // keep everything on disk when a round fails
+}
+
+// Round is what one round showed.
+type Round struct {
+	N     int
+	Fault string
+	// Stall is the longest time that the site which went on did not acknowledge a transaction, from the fault on; 0 when
+	// both went on.
+	Stall      time.Duration
+	Recovered  time.Duration // from the end of the fault until all is as before
+	Violations []string
+}
+
+// Result of a campaign.
+type Result struct {
+	Seed                   uint64
+	Rounds                 []Round
+	Acked, Refused, Unsure int
+}
+
+// Failed reports whether a round had a violation.
+func (r *Result) Failed() bool {
+	return slices.ContainsFunc(r.Rounds, func(one Round) bool { return len(one.Violations) > 0 })
+}
+
+// load is how long clients write before a fault, and after it has ended.
+const load = 700 * time.Millisecond
+
+// Run makes the rounds. An error says that it could not go on; what it has found is in the result, as far as it came.
+func Run(ctx context.Context, o Options) (res *Result, err error) {
+	if o.Clients == 0 {
+		o.Clients = 4
+	}
+	if o.Rearm == 0 {
+		o.Rearm = time.Second
+	}
+	if o.Out == nil {
+		o.Out = io.Discard
+	}
+	res = &Result{Seed: o.Seed}
+	p, err := pair.Start(ctx, pair.Options{
+		Binary: o.Binary, Relays: true, Sync: true, Rearm: o.Rearm,
+		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
+	})
+	if err != nil {
+		return res, err
+	}
+	c := &campaign{o: o, p: p, res: res, l: &ledger{}, rng: rand.New(rand.NewPCG(o.Seed, 0))}
+	defer func() {
+		if o.Keep && (err != nil || res.Failed()) {
+			fmt.Fprintln(o.Out, "kept:", p.Dir())
+			err = errors.Join(err, p.Leave())
+			return
+		}
+		err = errors.Join(err, p.Close())
+	}()
+	ready, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := p.WaitReady(ready); err != nil {
+		return res, err
+	}
+	if err := c.settled(ready); err != nil {
+		return res, err
+	}
+	for n := range o.Rounds {
+		r, err := c.round(ctx, n+1)
+		res.Rounds = append(res.Rounds, r)
+		fmt.Fprintf(o.Out, "round %d: %s\n", n+1, r)
+		if err != nil || len(r.Violations) > 0 {
+			return res, err
+		}
+	}
+	return res, nil
+}
+
+func (r Round) String() string {
+	s := fmt.Sprintf("%s; without service %s, as before %s after it", r.Fault, r.Stall.Round(time.Millisecond), r.Recovered.Round(time.Millisecond))
+	for _, v := range r.Violations {
+		s += "\n  VIOLATION: " + v
+	}
+	return s
+}
+
+type campaign struct {
+	o   Options
+	p   *pair.Pair
+	res *Result
+	l   *ledger
+	rng *rand.Rand
+}
+
+// settleMax bounds how long the sites may take until all is as it was before a fault.
+const settleMax = 90 * time.Second
+
+func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
+	f := c.choose()
+	r = Round{N: n, Fault: f.String()}
+	clientsCtx, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stop()
+	first := len(c.l.all())
+	for _, s := range c.p.Sites {
+		for i := range c.o.Clients {
+			cl := &client{
+				site: s.Name, name: fmt.Sprintf("%d-%d", n, i), l: c.l, pause: time.Duration(1+c.rng.IntN(10)) * time.Millisecond,
+				dsn: fmt.Sprintf("postgres://postgres@%s/%s?sslmode=disable", s.Door, s.Database),
+			}
+			wg.Go(func() { cl.run(clientsCtx) })
+		}
+	}
+	sleep(ctx, load+time.Duration(c.rng.IntN(300))*time.Millisecond)
+	at := time.Now()
+	if err := f.begin(ctx, c.p); err != nil {
+		return r, fmt.Errorf("round %d, seed %d: %s: %w", n, c.o.Seed, f, err)
+	}
+	sleep(ctx, f.length)
+	if err := f.end(ctx, c.p); err != nil {
+		return r, fmt.Errorf("round %d, seed %d: end %s: %w", n, c.o.Seed, f, err)
+	}
+	ended := time.Now()
+	wait, cancel := context.WithTimeout(ctx, settleMax)
+	defer cancel()
+	if err := c.settled(wait); err != nil {
+		return r, fmt.Errorf("round %d, seed %d: after %s: %w", n, c.o.Seed, f, err)
+	}
+	r.Recovered = time.Since(ended)
+	sleep(ctx, load)
+	stop()
+	wg.Wait()
+	r.Stall = c.stall(c.l.all()[first:], at, f)
+	if err := c.p.WaitApplied(wait); err != nil {
+		return r, fmt.Errorf("round %d, seed %d: after %s: %w", n, c.o.Seed, f, err)
+	}
+	var names []string
+	var sites []content
+	for _, s := range c.p.Sites {
+		have, err := read(ctx, s)
+		if err != nil {
+			return r, err
+		}
+		names, sites = append(names, s.Name), append(sites, have)
+	}
+	all := c.l.all()
+	c.res.Acked, c.res.Refused, c.res.Unsure = 0, 0, 0
+	for _, a := range all {
+		switch a.outcome {
+		case acked:
+			c.res.Acked++
+		case refused:
+			c.res.Refused++
+		case unknown, open:
+			c.res.Unsure++
+		}
+	}
+	r.Violations = judge(all, names, sites)
+	return r, nil
+}
+
+// settled waits until both sites are members, let clients in, and stream.
+func (c *campaign) settled(ctx context.Context) error {
+	err := c.p.Wait(ctx, "both sites serve as before", func(ctx context.Context) (bool, error) {
+		for _, s := range c.p.Sites {
+			ask, cancel := context.WithTimeout(ctx, time.Second)
+			d, err := s.Control.Register(ask)
+			cancel()
+			if err != nil {
+				return false, fmt.Errorf("site %s: %w", s.Name, err)
+			}
+			if d.Mode != quorum.Sync || !d.Known || !d.Member || len(d.Frozen) > 0 || d.Door == nil || !d.Door.Open {
+				return false, fmt.Errorf("site %s: %s; door %+v, blocked %q, problem %v", s.Name, d.Guarantee, d.Door, d.Blocked, d.Problem)
+			}
+		}
+		return true, nil
+	})
+	if err != nil {
+		return err
+	}
+	return c.p.WaitReady(ctx)
+}
+
+// stall is for how long the best of the sites did not acknowledge anything from the fault on: the longest gap in which no
+// site did.
+func (c *campaign) stall(attempts []attempt, at time.Time, _ *fault) time.Duration {
+	var ends []time.Time
+	for _, a := range attempts {
+		if a.outcome == acked {
+			ends = append(ends, a.ended)
+		}
+	}
+	slices.SortFunc(ends, time.Time.Compare)
+	longest, last := time.Duration(0), at
+	for _, e := range ends {
+		if e.Before(at) {
+			continue
+		}
+		longest, last = max(longest, e.Sub(last)), e
+	}
+	return longest
+}
+
+// Report is the result as lines and a table.
+func (r *Result) Report() string {
+	byFault := map[string][]time.Duration{}
+	var kinds []string
+	violations := 0
+	for _, one := range r.Rounds {
+		kind, _, _ := strings.Cut(one.Fault, " of ")
+		if byFault[kind] == nil {
+			kinds = append(kinds, kind)
+		}
+		byFault[kind] = append(byFault[kind], one.Stall)
+		violations += len(one.Violations)
+	}
+	slices.Sort(kinds)
+	var b strings.Builder
+	fmt.Fprintf(&b, "seed %d: %d rounds, %d violations; %d transactions acknowledged, %d refused, %d without an answer\n\n", r.Seed, len(r.Rounds), violations, r.Acked, r.Refused, r.Unsure)
+	b.WriteString("| fault | rounds | without service p50 | p99 | max |\n|---|---|---|---|---|\n")
+	for _, k := range kinds {
+		d := byFault[k]
+		slices.Sort(d)
+		at := func(q float64) time.Duration { return d[min(len(d)-1, int(q*float64(len(d))))].Round(time.Millisecond) }
+		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s |\n", k, len(d), at(0.5), at(0.99), d[len(d)-1].Round(time.Millisecond))
+	}
+	return b.String()
+}

@@ -1,0 +1,124 @@
+package kills
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/duri-io/duri/internal/faultnet"
+	"github.com/duri-io/duri/internal/pair"
+)
+
+// Kinds of faults.
+const (
+	killServer  = "kill -9 of PostgreSQL"
+	stopServer  = "SIGSTOP of PostgreSQL"
+	killAgent   = "kill -9 of the agent"
+	stopAgent   = "SIGSTOP of the agent"
+	killSite    = "kill -9 of the site"
+	stopSite    = "SIGSTOP of the site"
+	cutLink     = "cut of the link"
+	cutOneWay   = "one-way cut of the link"
+	resetLink   = "reset of the link"
+	killWitness = "kill -9 of the witness"
+)
+
+// Kinds lists them all.
+func Kinds() []string {
+	return []string{killServer, stopServer, killAgent, stopAgent, killSite, stopSite, cutLink, cutOneWay, resetLink, killWitness}
+}
+
+// fault is one of them, at a site (its number; of no meaning for the link and the witness), for a while.
+type fault struct {
+	kind   string
+	site   int
+	length time.Duration
+}
+
+func (f *fault) String() string {
+	where := ""
+	if f.kind != killWitness && f.kind != cutLink && f.kind != resetLink {
+		where = fmt.Sprintf(" of site %d", f.site+1)
+	}
+	return fmt.Sprintf("%s%s for %s", f.kind, where, f.length)
+}
+
+func (c *campaign) choose() *fault {
+	kinds := c.o.Faults
+	if len(kinds) == 0 {
+		kinds = Kinds()
+	}
+	f := &fault{kind: kinds[c.rng.IntN(len(kinds))], site: c.rng.IntN(len(c.p.Sites))}
+	f.length = time.Duration(200+c.rng.IntN(4000)) * time.Millisecond
+	return f
+}
+
+func (f *fault) begin(_ context.Context, p *pair.Pair) error {
+	s := p.Sites[f.site]
+	there, back := p.Link(p.Sites[0].Name, p.Sites[1].Name), p.Link(p.Sites[1].Name, p.Sites[0].Name)
+	switch f.kind {
+	case killServer:
+		return s.Cluster.Kill()
+	case stopServer:
+		return s.Cluster.Signal(syscall.SIGSTOP)
+	case killAgent:
+		return s.SignalAgent(syscall.SIGKILL)
+	case stopAgent:
+		return s.SignalAgent(syscall.SIGSTOP)
+	case killSite:
+		return errors.Join(s.SignalAgent(syscall.SIGKILL), s.Cluster.Kill())
+	case stopSite:
+		return errors.Join(s.SignalAgent(syscall.SIGSTOP), s.Cluster.Signal(syscall.SIGSTOP))
+	case cutLink:
+		there.Cut()
+		back.Cut()
+	case cutOneWay:
+		[]*faultnet.Relay{there, back}[f.site].Drop(faultnet.ToTarget)
+	case resetLink:
+		there.Reset()
+		back.Reset()
+	case killWitness:
+		return p.Witness.Signal(syscall.SIGKILL)
+	default:
+		return fmt.Errorf("there is no fault %q; there are %s", f.kind, strings.Join(Kinds(), ", "))
+	}
+	return nil
+}
+
+func (f *fault) end(ctx context.Context, p *pair.Pair) error {
+	s := p.Sites[f.site]
+	switch f.kind {
+	case killServer:
+		return s.Cluster.Start(ctx)
+	case stopServer:
+		return s.Cluster.Signal(syscall.SIGCONT)
+	case killAgent:
+		return s.StartAgent()
+	case stopAgent:
+		return s.SignalAgent(syscall.SIGCONT)
+	case killSite:
+		return errors.Join(s.Cluster.Start(ctx), s.StartAgent())
+	case stopSite:
+		return errors.Join(s.Cluster.Signal(syscall.SIGCONT), s.SignalAgent(syscall.SIGCONT))
+	case cutLink, cutOneWay:
+		p.Link(p.Sites[0].Name, p.Sites[1].Name).Heal()
+		p.Link(p.Sites[1].Name, p.Sites[0].Name).Heal()
+	case killWitness:
+		return p.Witness.Start()
+	}
+	return nil
+}
+
+// CheckKinds says which name is no kind of fault.
+func CheckKinds(names []string) error {
+	for _, n := range names {
+		if !slices.Contains(Kinds(), n) {
+			return fmt.Errorf("there is no fault %q; there are %s", n, strings.Join(Kinds(), ", "))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,149 @@
+package kills
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/internal/pg"
+)
+
+// outcome is what a client was told of an attempt.
+type outcome byte
+
+const (
+	open    outcome = iota // not answered yet
+	acked                  // COMMIT succeeded
+	refused                // it failed, and its transaction cannot have been committed
+	unknown                // the connection broke while COMMIT was under way
+)
+
+// attempt is one transaction of one client. The ledger of them is kept outside the databases.
+type attempt struct {
+	site, client string
+	seq          int
+	begun, ended time.Time
+	outcome      outcome
+}
+
+func (a attempt) key() string { return fmt.Sprintf("%s/%s/%d", a.site, a.client, a.seq) }
+
+// ledger holds all attempts. Safe for concurrent use.
+type ledger struct {
+	mu       sync.Mutex
+	attempts []attempt
+}
+
+func (l *ledger) begin(a attempt) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.attempts = append(l.attempts, a)
+	return len(l.attempts) - 1
+}
+
+func (l *ledger) end(i int, o outcome) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.attempts[i].ended, l.attempts[i].outcome = time.Now(), o
+}
+
+// all is a copy, without the attempts that have no answer: their clients were stopped before they had asked anything.
+func (l *ledger) all() []attempt {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.attempts)
+}
+
+// ackedSince counts a site's acknowledged attempts that were begun after a moment.
+func (l *ledger) ackedSince(site string, at time.Time) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := len(l.attempts) - 1; i >= 0 && l.attempts[i].begun.After(at.Add(-time.Minute)); i-- {
+		if a := l.attempts[i]; a.site == site && a.outcome == acked && a.begun.After(at) {
+			n++
+		}
+	}
+	return n
+}
+
+// Schema is what the clients write: a row of the ledger by key, the same without a key, which shows what is applied
+// twice, and rows that all clients of both sites update.
+const schema = `CREATE TABLE ledger (site text, client text, seq int, PRIMARY KEY (site, client, seq));
+CREATE TABLE log (entry text);
+CREATE TABLE shared (id int PRIMARY KEY, by text);
+INSERT INTO shared SELECT n, 'seed' FROM generate_series(1, 20) AS n`
+
+// client writes at one site until ctx ends.
+type client struct {
+	site, name, dsn string
+	l               *ledger
+	pause           time.Duration
+	n               int
+}
+
+// answerMax bounds how long a client waits for one answer: longer than any fault lasts.
+const answerMax = 40 * time.Second
+
+func (c *client) run(ctx context.Context) {
+	var conn *pgconn.PgConn
+	defer func() { pg.Close(conn) }()
+	for ctx.Err() == nil {
+		if conn == nil || conn.IsClosed() {
+			dial, cancel := context.WithTimeout(ctx, 2*time.Second)
+			next, err := pgconn.Connect(dial, c.dsn)
+			cancel()
+			if err != nil {
+				sleep(ctx, 20*time.Millisecond)
+				continue
+			}
+			conn = next
+		}
+		if err := c.one(conn); err != nil {
+			pg.Close(conn)
+			conn = nil
+		}
+		sleep(ctx, c.pause)
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// one makes one attempt. Its statements and COMMIT go apart, so that a break before COMMIT is known to be one. It is not
+// interrupted by the end of the load: each attempt is to have its answer.
+func (c *client) one(conn *pgconn.PgConn) error {
+	ctx, cancel := context.WithTimeout(context.Background(), answerMax)
+	defer cancel()
+	c.n++
+	i := c.l.begin(attempt{site: c.site, client: c.name, seq: c.n, begun: time.Now()})
+	sql := fmt.Sprintf(`BEGIN; INSERT INTO ledger VALUES ('%[1]s', '%[2]s', %[3]d); INSERT INTO log VALUES ('%[1]s/%[2]s/%[3]d');
+		UPDATE shared SET by = '%[1]s/%[2]s/%[3]d' WHERE id = %[4]d`, c.site, c.name, c.n, 1+c.n%20)
+	if _, err := conn.Exec(ctx, sql).ReadAll(); err != nil {
+		c.l.end(i, refused)
+		return err
+	}
+	res, err := conn.Exec(ctx, "COMMIT").ReadAll()
+	var told *pgconn.PgError
+	switch {
+	case err == nil && len(res) == 1 && res[0].CommandTag.String() == "COMMIT":
+		c.l.end(i, acked)
+		return nil
+	case err == nil: // ROLLBACK: an error before, of which we were told
+		c.l.end(i, refused)
+		return nil
+	case errors.As(err, &told) && told.Severity == "ERROR": // the server said that it did not commit
+		c.l.end(i, refused)
+		return nil
+	}
+	c.l.end(i, unknown)
+	return err
+}
