@@ -24,12 +24,15 @@ const FileName = "duri.yaml"
 // Config is a site's configuration. docs/reference/config.md describes each key.
 type Config struct {
 	Cluster      Cluster    `yaml:"cluster" json:"cluster"`
-	Site         string     `yaml:"site" json:"site"`
+	Site         string     `yaml:"site" json:"site"`       // empty in the file of a witness
+	Witness      string     `yaml:"witness" json:"witness"` // empty in the file of a site
 	Sites        []Site     `yaml:"sites" json:"sites"`
 	Bootstrap    Bootstrap  `yaml:"bootstrap" json:"bootstrap"`
 	Listen       string     `yaml:"listen" json:"listen"`
 	DataDir      string     `yaml:"data_dir" json:"data_dir"`
 	Databases    []Database `yaml:"databases" json:"databases"`
+	Quorum       Quorum     `yaml:"quorum" json:"quorum"`
+	Durability   Durability `yaml:"durability" json:"durability"`
 	Postgres     Postgres   `yaml:"postgres" json:"postgres"`
 	TLS          TLS        `yaml:"tls" json:"tls"`
 	Journal      Journal    `yaml:"journal" json:"journal"`
@@ -70,6 +73,8 @@ const (
 type Database struct {
 	Name    string   `yaml:"name" json:"name"`
 	Schemas []string `yaml:"schemas" json:"schemas"` // empty: all user schemas
+	// Durability overrides durability.level; empty: it does not. See DurabilityOf.
+	Durability Level `yaml:"durability" json:"durability"`
 	// Tables declares how tables merge, by policy.Name's text; see Policies.
 	Tables map[string]policy.Table `yaml:"tables" json:"tables"`
 }
@@ -205,6 +210,7 @@ func (c *Config) Redacted() *Config {
 func defaults() *Config {
 	return &Config{
 		DataDir:      "data",
+		Durability:   Durability{Level: Async, Receipts: 1, Policy: DurabilityFirst, Detect: 2 * Second},
 		TLS:          TLS{CA: "ca.crt", Cert: "site.crt", Key: "site.key"},
 		Journal:      Journal{Keep: Hour, Budget: 8 * GiB, Segment: 64 * MiB},
 		Apply:        Apply{BatchTransactions: 2000, BatchBytes: 8 * MiB, LockTimeout: 200 * Millisecond},

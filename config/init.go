@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -28,7 +29,19 @@ type InitSpec struct {
 	Seed      string // site whose content all begin with; empty: the first
 	Out       string // folder to make; may exist if it is empty
 	ClusterID string // UUID; empty: a new one
+	// Witness is the host, or host:port, of a voter that holds no user data: the cluster then keeps a register, and
+	// commits wait for another site. Empty: neither.
+	Witness string
 }
+
+// WitnessFolder is the witness's folder, and its name.
+const WitnessFolder = "witness"
+
+// witnessPort is the default of the witness; voterPorts is where those of a site begin, above its agent's.
+const (
+	witnessPort = 7480
+	voterPorts  = 80
+)
 
 // InitSite describes a site of a new cluster.
 type InitSite struct {
@@ -42,12 +55,59 @@ type InitSite struct {
 // Files lists what InitCluster makes, relative to Out.
 func (s InitSpec) Files() []string {
 	files := []string{"ca/ca.crt", "ca/ca.key"}
-	for _, site := range s.Sites {
+	for _, folder := range s.folders() {
 		for _, f := range []string{FileName, "ca.crt", "site.crt", "site.key"} {
-			files = append(files, site.Name+"/"+f)
+			files = append(files, folder+"/"+f)
 		}
 	}
 	return files
+}
+
+// folders are the names of the sites, and of the witness.
+func (s InitSpec) folders() []string {
+	var all []string
+	for _, site := range s.Sites {
+		all = append(all, site.Name)
+	}
+	if s.Witness != "" {
+		all = append(all, WitnessFolder)
+	}
+	return all
+}
+
+// voters are the first two sites and the witness: three, in three places. Those of the sites have the hosts of their
+// agents and the next free ports from 80 above theirs.
+func (s InitSpec) voters() []Voter {
+	if s.Witness == "" {
+		return nil
+	}
+	taken := map[string]bool{}
+	for _, site := range s.Sites {
+		taken[site.Address] = true
+	}
+	free := func(name, host string, port int) Voter {
+		for {
+			v := Voter{Name: name, Peer: net.JoinHostPort(host, strconv.Itoa(port)), Client: net.JoinHostPort(host, strconv.Itoa(port+1))}
+			if !taken[v.Peer] && !taken[v.Client] {
+				taken[v.Peer], taken[v.Client] = true, true
+				return v
+			}
+			port += 2
+		}
+	}
+	host, port := s.Witness, strconv.Itoa(witnessPort)
+	if h, p, err := net.SplitHostPort(s.Witness); err == nil {
+		host, port = h, p
+	}
+	n, _ := strconv.Atoi(port) // 0 is found when the file is checked
+	witness := free(WitnessFolder, strings.Trim(host, "[]"), n)
+	var all []Voter
+	for _, site := range s.Sites[:min(2, len(s.Sites))] {
+		h, p, _ := net.SplitHostPort(site.Address) // its problems are found when the file is checked
+		n, _ := strconv.Atoi(p)
+		all = append(all, free(site.Name, h, n+voterPorts))
+	}
+	return append(all, witness)
 }
 
 // SeedSite is the name of the site whose content all begin with.
@@ -109,9 +169,9 @@ func (s InitSpec) configs() (map[string][]byte, error) {
 	}
 	files := map[string][]byte{}
 	var all Error
-	for _, site := range s.Sites {
-		files[site.Name] = s.render(site, false)
-		_, err := Parse(FileName, files[site.Name])
+	for _, folder := range s.folders() {
+		files[folder] = s.render(s.site(folder), false)
+		_, err := Parse(FileName, files[folder])
 		if e, ok := errors.AsType[*Error](err); ok {
 			all.add(e.Problems)
 		}
@@ -120,6 +180,16 @@ func (s InitSpec) configs() (map[string][]byte, error) {
 		return nil, &all
 	}
 	return files, nil
+}
+
+// site finds a site of the spec, or makes one for the witness.
+func (s InitSpec) site(folder string) InitSite {
+	for _, site := range s.Sites {
+		if site.Name == folder {
+			return site
+		}
+	}
+	return InitSite{Name: folder, Address: s.Witness}
 }
 
 // shape checks what cannot be seen in a single site's file.
@@ -134,6 +204,9 @@ func (s InitSpec) shape() *Problem {
 	for _, site := range s.Sites {
 		if site.Name == "ca" { // the authority's folder
 			return &Problem{Msg: `a site cannot be called "ca"`, Hint: "choose another name"}
+		}
+		if s.Witness != "" && site.Name == WitnessFolder {
+			return &Problem{Msg: fmt.Sprintf("a site cannot be called %q beside a witness", site.Name), Hint: "choose another name"}
 		}
 	}
 	return nil
@@ -181,8 +254,8 @@ func (s InitSpec) write(dir string, files map[string][]byte) error {
 	if err := own.Write(filepath.Join(caDir, "ca.crt"), filepath.Join(caDir, "ca.key")); err != nil {
 		return err
 	}
-	for _, site := range s.Sites {
-		if err := writeSite(filepath.Join(dir, site.Name), ca, site, files[site.Name]); err != nil {
+	for _, folder := range s.folders() {
+		if err := writeSite(filepath.Join(dir, folder), ca, s.site(folder), files[folder]); err != nil {
 			return err
 		}
 	}
@@ -243,7 +316,8 @@ func Example() string {
 			{Name: "seoul", Address: "10.1.0.5:7400", Listen: ":7400"},
 			{Name: "busan", Address: "10.2.0.5:7400"},
 		},
-		Databases: []Database{{Name: "app", Schemas: []string{"public"}, Tables: map[string]policy.Table{
+		Witness: "10.3.0.5",
+		Databases: []Database{{Name: "app", Durability: Async, Schemas: []string{"public"}, Tables: map[string]policy.Table{
 			"public.account": {Mode: policy.ModeRow, Delta: []string{"balance"}, FK: map[string]policy.Orphans{"account_branch_fkey": policy.Report}},
 		}}},
 	}
@@ -257,13 +331,16 @@ type page struct {
 	Bootstrap Bootstrap
 	Default   *Config
 	All       bool // write every key
+	Witness   bool // the file is that of the witness
+	Voters    []Voter
 }
 
 // ID is the number of the i-th site.
 func (page) ID(i int) wal.SiteID { return wal.SiteID(i + 1) }
 
 func (s InitSpec) render(site InitSite, all bool) []byte {
-	p := page{Spec: s, Site: site, Bootstrap: BootstrapCopy, Default: defaults(), All: all}
+	p := page{Spec: s, Site: site, Bootstrap: BootstrapCopy, Default: defaults(), All: all, Voters: s.voters()}
+	p.Witness = s.Witness != "" && site.Name == WitnessFolder
 	if site.Name == s.SeedSite() {
 		p.Bootstrap = BootstrapSeed
 	}
@@ -280,13 +357,20 @@ func (s InitSpec) render(site InitSite, all bool) []byte {
 var fileTemplate = template.Must(template.New(FileName).Funcs(template.FuncMap{
 	// Go's quoted form is also YAML's double-quoted one.
 	"q": strconv.Quote,
-}).Parse(`# {{.Site.Name}}: configuration of this site's duri agent. Each key is described in docs/reference/config.md;
+}).Parse(`# {{.Site.Name}}: configuration of {{if .Witness}}the cluster's witness{{else}}this site's duri agent{{end}}. Each key is described in docs/reference/config.md;
 # see them all with "duri config example", check this file with "duri config check".
 
 cluster:
   id: {{q .Spec.ClusterID}}   # the same at every site
   name: {{q .Spec.Name}}
+{{- if .Witness}}
+witness: {{q .Site.Name}}   # a voter of the register that holds no user data
+{{- else}}
 site: {{q .Site.Name}}   # which of the sites below this agent is
+{{- end}}
+{{- if .All}}
+witness: ""   # in the witness's file in place of site: the voter that holds no user data
+{{- end}}
 
 sites:   # all sites of the cluster, the same at every site; an id is never changed or used again
 {{- range $i, $s := .Spec.Sites}}
@@ -294,10 +378,12 @@ sites:   # all sites of the cluster, the same at every site; an id is never chan
     name: {{q $s.Name}}
     address: {{q $s.Address}}   # where the other agents reach this one
 {{- end}}
+{{- if not .Witness}}
 
 # seed: the present content of the databases here is the cluster's first content.
 # copy: the databases here start empty and are copied from the seed site.
 bootstrap: {{.Bootstrap}}
+{{- end}}
 {{- if .Site.Listen}}
 
 listen: {{q .Site.Listen}}   # default: the port of the own address, on all interfaces
@@ -306,10 +392,14 @@ listen: {{q .Site.Listen}}   # default: the port of the own address, on all inte
 
 data_dir: {{q .Default.DataDir}}   # journals and control socket; relative to this file
 {{- end}}
+{{- if not .Witness}}
 
 databases:{{if not .Spec.Databases}} []{{end}}
 {{- range .Spec.Databases}}
   - name: {{q .Name}}
+{{- if .Durability}}
+    durability: {{.Durability}}   # default: durability.level
+{{- end}}
 {{- if .Schemas}}
     schemas:   # default: all user schemas
 {{- range .Schemas}}
@@ -332,6 +422,38 @@ databases:{{if not .Spec.Databases}} []{{end}}
 {{- end}}
 {{- end}}
 {{- end}}
+{{- end}}
+{{- if .Voters}}
+
+quorum:   # who keeps the register of the sites that may acknowledge; the same at every site and the witness
+  members:   # three voters in three places: names of sites, and of the witness
+{{- range .Voters}}
+    - name: {{q .Name}}
+      peer: {{q .Peer}}   # for the other voters
+      client: {{q .Client}}   # for the agents
+{{- end}}
+{{- if .All}}
+  external: []   # instead of members: https URLs of an etcd that somebody else keeps
+  tls:   # for external: PEM files; default: those of tls
+    ca: ""
+    cert: ""
+    key: ""
+{{- end}}
+{{- end}}
+{{- if .All}}
+
+durability:   # what an acknowledged commit promises; the same at every site
+  level: {{.Default.Durability.Level}}   # or sync: commits wait until other sites hold them
+  receipts: {{.Default.Durability.Receipts}}   # how many other sites
+  policy: {{.Default.Durability.Policy}}   # availability-first, preferred-site or read-only-on-doubt: when sites lose each other
+  preferred: ""   # the site of preferred-site
+  detect: {{.Default.Durability.Detect}}   # silence of a site after which it is taken for dead
+{{- else if and .Voters (not .Witness)}}
+
+durability:
+  level: sync   # a commit waits until another site holds it; async: it does not
+{{- end}}
+{{- if not .Witness}}
 
 postgres:
   # Connection of the run-time role that "duri grants" prepares; no database in it. Leave the password to pgpass
@@ -343,6 +465,7 @@ postgres:
 {{- end}}
 {{- if .All}}
   bin_dir: ""   # where pg_dump is; default: PATH, then /usr/lib/postgresql/*/bin
+{{- end}}
 {{- end}}
 {{- if .All}}
 

@@ -92,6 +92,50 @@ func TestInitMakesSitesThatTrustEachOther(t *testing.T) {
 	}
 }
 
+// TestInitWithAWitness: all files name the same three voters, with addresses of their own, and the witness's
+// certificate is of the cluster.
+func TestInitWithAWitness(t *testing.T) {
+	clearEnv(t)
+	for given, want := range map[string]Voter{
+		"10.9.0.1":      {Name: "witness", Peer: "10.9.0.1:7480", Client: "10.9.0.1:7481"},
+		"127.0.0.1":     {Name: "witness", Peer: "127.0.0.1:7480", Client: "127.0.0.1:7481"}, // before seoul's
+		"w.example:99":  {Name: "witness", Peer: "w.example:99", Client: "w.example:100"},
+		"[fd00::9]:123": {Name: "witness", Peer: "[fd00::9]:123", Client: "[fd00::9]:124"},
+		"fd00::9":       {Name: "witness", Peer: "[fd00::9]:7480", Client: "[fd00::9]:7481"},
+	} {
+		spec := demoSpec(filepath.Join(t.TempDir(), "demo"))
+		spec.Witness = given
+		if err := InitCluster(spec); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(slices.Sorted(slices.Values(spec.Files())), slices.Sorted(slices.Values(tree(t, spec.Out)))); diff != "" {
+			t.Errorf("files (-announced +made):\n%s", diff)
+		}
+		w, err := Load(filepath.Join(spec.Out, WitnessFolder, FileName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v, ok := w.Voter(); !ok || v != want || w.Witness != v.Name {
+			t.Errorf("%s: the witness is %+v", given, v)
+		}
+		if _, _, err := pki.TLS(pki.Files(w.TLS), w.Cluster.ID, w.Witness); err != nil {
+			t.Error(err)
+		}
+		for _, site := range spec.Sites {
+			c, err := Load(filepath.Join(spec.Out, site.Name, FileName))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(w.Quorum, c.Quorum); diff != "" {
+				t.Errorf("the quorum of %s (-witness +site):\n%s", site.Name, diff)
+			}
+			if c.Durability.Level != Sync || len(c.Quorum.Members) != 3 || c.WitnessName() != WitnessFolder {
+				t.Errorf("%s: %+v, %+v", site.Name, c.Durability, c.Quorum)
+			}
+		}
+	}
+}
+
 func TestInitKeepsSecretsPrivate(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "demo")
 	if err := InitCluster(demoSpec(out)); err != nil {
@@ -154,6 +198,8 @@ func TestInitRefusesAndLeavesNothing(t *testing.T) {
 		{"one site", func(s *InitSpec) { s.Sites = s.Sites[:1] }, "sites has 1, want 2 to 8"},
 		{"site name twice", func(s *InitSpec) { s.Sites[1].Name = "seoul" }, "sites[1].name: seoul is given twice"},
 		{"site called ca", func(s *InitSpec) { s.Sites[1].Name = "ca" }, `a site cannot be called "ca"`},
+		{"site called as the witness", func(s *InitSpec) { s.Sites[1].Name, s.Witness = "witness", "h" }, `a site cannot be called "witness" beside a witness`},
+		{"witness without host", func(s *InitSpec) { s.Witness = ":7480" }, `quorum.members[2].peer ":7480" has no host`},
 		{"path as name", func(s *InitSpec) { s.Sites[1].Name = "../x" }, `sites[1].name "../x" is not a name`},
 		{"address", func(s *InitSpec) { s.Sites[0].Address = "x" }, `sites[0].address "x" is not host:port`},
 		{"cluster name", func(s *InitSpec) { s.Name = "Demo" }, `cluster.name "Demo" is not a name`},

@@ -167,6 +167,86 @@ func TestProblems(t *testing.T) {
 	}
 }
 
+// voters is a valid quorum of the minimal file.
+const voters = `quorum:
+  members:
+    - {name: seoul, peer: "127.0.0.1:7480", client: "127.0.0.1:7481"}
+    - {name: busan, peer: "127.0.0.1:7482", client: "127.0.0.1:7483"}
+    - {name: w, peer: "127.0.0.1:7484", client: "127.0.0.1:7485"}
+`
+
+func TestQuorumProblems(t *testing.T) {
+	in := func(old, new string) string {
+		if !strings.Contains(minimal+voters, old) {
+			t.Fatalf("there is no %q", old)
+		}
+		return strings.Replace(minimal+voters, old, new, 1)
+	}
+	for _, c := range []struct{ name, text, want string }{
+		{"sync without a quorum", minimal + "durability: {level: sync}\n", `duri.yaml:9: durability.level is sync, but there is no quorum`},
+		{"one database sync", minimal + "    durability: sync\n", `duri.yaml:9: databases[0].durability is sync, but there is no quorum`},
+		{"even voters", in("    - {name: w, peer: \"127.0.0.1:7484\", client: \"127.0.0.1:7485\"}\n", ""), `duri.yaml:10: quorum.members has 2, want an odd number from 3`},
+		{"two that are no sites", in("name: busan, peer", "name: busn, peer"), `duri.yaml:10: quorum.members has 2 that are no sites: busn, w`},
+		{"voter twice", in("name: w, peer", "name: busan, peer"), `duri.yaml:13: quorum.members[2].name: busan is given twice`},
+		{"address twice", in("7485", "7480"), `duri.yaml:13: quorum.members[2].client: 127.0.0.1:7480 is given twice`},
+		{"voter without address", in(", client: \"127.0.0.1:7485\"", ""), `duri.yaml:13: quorum.members[2].client is missing`},
+		{"voter's name", in("name: w,", "name: W,"), `duri.yaml:13: quorum.members[2].name "W" is not a name`},
+		{"both", minimal + voters + "  external: [\"https://e:2379\"]\n", `duri.yaml:14: quorum has both members and external`},
+		{"external without TLS", minimal + "quorum: {external: [\"http://e:2379\"]}\n", `duri.yaml:9: quorum.external[0] "http://e:2379" is not https://host:port`},
+		{"files for members", minimal + voters + "  tls: {ca: x, cert: x, key: x}\n", `duri.yaml:14: quorum.tls is for external only`},
+		{"not all files", minimal + "quorum:\n  external: [\"https://e:2379\"]\n  tls: {ca: x, cert: y}\n", `duri.yaml:11: quorum.tls.key is missing`},
+		{"level typo", minimal + "durability: {level: snyc}\n", `duri.yaml:9: durability.level "snyc" is unknown (did you mean "sync"?)`},
+		{"database's level typo", minimal + "    durability: snyc\n", `duri.yaml:9: databases[0].durability "snyc" is unknown (did you mean "sync"?)`},
+		{"policy typo", minimal + "durability: {policy: durability}\n", `duri.yaml:9: durability.policy "durability" is unknown`},
+		{"more receipts than others", minimal + "durability: {receipts: 2}\n", `duri.yaml:9: durability.receipts is 2, want 1 to 1`},
+		{"detection", minimal + "durability: {detect: 100ms}\n", `duri.yaml:9: durability.detect is 100ms, want 500ms to 1m`},
+		{"no preferred site", minimal + "durability: {policy: preferred-site}\n", `duri.yaml:9: durability.preferred is missing`},
+		{"strange preferred site", minimal + "durability:\n  policy: preferred-site\n  preferred: jeju\n", `duri.yaml:11: durability.preferred "jeju" is not in sites`},
+		{"preferred site of another policy", minimal + "durability: {preferred: seoul}\n", `duri.yaml:9: durability.preferred is for policy preferred-site only`},
+		{"site and witness", minimal + "witness: w\n" + voters, `duri.yaml:9: site and witness are both given`},
+		{"witness is a site", in("site: seoul", "witness: busan"), `duri.yaml:2: witness "busan" is one of the sites`},
+		{"witness is no voter", in("site: seoul", "witness: x"), `duri.yaml:2: witness "x" is not in quorum.members`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if diff := cmp.Diff([]string{c.want}, problemsOf(t, c.text)); diff != "" {
+				t.Errorf("problems (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestQuorumIsRead(t *testing.T) {
+	c := mustParse(t, minimal)
+	if c.HasRegister() || c.DurabilityOf("app") != Async || len(c.RegisterEndpoints()) > 0 || c.WitnessName() != "" {
+		t.Errorf("without a quorum: %+v, %+v", c.Quorum, c.Durability)
+	}
+	if _, ok := c.Voter(); ok {
+		t.Error("there is a voter")
+	}
+	c = mustParse(t, minimal+"  - {name: log, durability: async}\n"+voters+"durability: {level: sync}\n")
+	if !c.HasRegister() || c.DurabilityOf("app") != Sync || c.DurabilityOf("log") != Async || c.WitnessName() != "w" {
+		t.Errorf("with a quorum: %+v, %+v", c.Quorum, c.Durability)
+	}
+	if v, ok := c.Voter(); !ok || v.Name != "seoul" {
+		t.Errorf("the own voter is %+v", v)
+	}
+	if diff := cmp.Diff([]string{"127.0.0.1:7481", "127.0.0.1:7483", "127.0.0.1:7485"}, c.RegisterEndpoints()); diff != "" {
+		t.Error(diff)
+	}
+	c = mustParse(t, minimal+"quorum: {external: [\"https://e:2379\"], tls: {ca: c, cert: /d, key: e}}\ndurability: {level: sync}\n")
+	if !c.HasRegister() || c.RegisterEndpoints()[0] != "https://e:2379" || c.Quorum.TLS != (TLS{CA: "/etc/duri/c", Cert: "/d", Key: "/etc/duri/e"}) {
+		t.Errorf("external: %+v", c.Quorum)
+	}
+}
+
+func TestAWitnessNeedsLittle(t *testing.T) {
+	text, _, _ := strings.Cut(strings.Replace(minimal, "site: seoul", "witness: w", 1), "bootstrap")
+	c := mustParse(t, text+voters)
+	if v, ok := c.Voter(); !ok || v.Name != "w" || c.Site != "" || c.DataDir != "/etc/duri/data" {
+		t.Errorf("%+v, %+v", v, c)
+	}
+}
+
 func TestTablePoliciesAreRead(t *testing.T) {
 	c := mustParse(t, minimal+`    tables:
       public.account: {mode: column, delta: [balance], foreign_keys: {fk_name: remove_child}}
@@ -355,7 +435,7 @@ func TestReferenceDescribesEveryKey(t *testing.T) {
 	}
 	c := mustParse(t, Example())
 	for _, l := range leaves(c) {
-		key := strings.NewReplacer("[0]", "[]", "[1]", "[]", `["public.account"]`, "[]", `["account_branch_fkey"]`, "[]").Replace(l.key)
+		key := strings.NewReplacer("[0]", "[]", "[1]", "[]", "[2]", "[]", `["public.account"]`, "[]", `["account_branch_fkey"]`, "[]").Replace(l.key)
 		row := "| `" + key + "` |"
 		if !strings.Contains(string(page), row) {
 			t.Errorf("docs/reference/config.md has no row %q", row)

@@ -76,9 +76,17 @@ func (d *decoder) validate(c *Config) {
 		d.invalid("cluster.name", fmt.Sprintf("cluster.name %q is not a name", c.Cluster.Name), nameHint)
 	}
 	d.validateSites(c)
-	d.validateSelf(c)
-	d.choice("bootstrap", string(c.Bootstrap), string(BootstrapSeed), string(BootstrapCopy))
+	d.validateFiles(c)
+	if c.Witness != "" {
+		d.validateWitness(c)
+	} else {
+		d.validateSelf(c)
+		d.choice("bootstrap", string(c.Bootstrap), string(BootstrapSeed), string(BootstrapCopy))
+		d.missing("databases", len(c.Databases) == 0, "name at least one database to replicate")
+	}
 	d.validateDatabases(c)
+	d.validateQuorum(c)
+	d.validateDurability(c)
 	d.validateDSN("postgres.dsn", c.Postgres.DSN)
 	d.validateDSN("postgres.setup_dsn", c.Postgres.SetupDSN)
 	d.validateLimits(c)
@@ -162,6 +170,9 @@ func (d *decoder) validateSelf(c *Config) {
 	if c.Listen != "" { // else it has no default, as the own address has a problem
 		d.address("listen", c.Listen, false)
 	}
+}
+
+func (d *decoder) validateFiles(c *Config) {
 	d.missing("data_dir", c.DataDir == "", "remove the key for the default, data")
 	d.missing("tls.ca", c.TLS.CA == "", "remove the key for the default, ca.crt")
 	d.missing("tls.cert", c.TLS.Cert == "", "remove the key for the default, site.crt")
@@ -169,9 +180,6 @@ func (d *decoder) validateSelf(c *Config) {
 }
 
 func (d *decoder) validateDatabases(c *Config) {
-	if d.missing("databases", len(c.Databases) == 0, "name at least one database to replicate") {
-		return
-	}
 	names := map[string]int{}
 	for i, db := range c.Databases {
 		key := fmt.Sprintf("databases[%d]", i)

@@ -129,8 +129,13 @@ func (ca *CA) CertPEM() []byte { return encode("CERTIFICATE", ca.cert.Raw) }
 // Pair gives certificate and key for writing.
 func (ca *CA) Pair() (Pair, error) { return pair(ca.cert.Raw, ca.key) }
 
+// ClusterName is a host name that every certificate of the cluster holds and that stands for no host. It is for programs
+// that know a peer by host names alone and cannot be given a check of their own, as the embedded etcd: they expect this
+// name wherever they connect, and so accept the sites of this cluster at any address, and nobody else.
+func ClusterName(clusterID string) string { return clusterID + "." + scheme }
+
 // Issue makes a site's key and certificate, valid as server and client, until the authority itself ends. The hosts of
-// addresses (host:port or host) and localhost are in it as names.
+// addresses (host:port or host), localhost and ClusterName are in it as names.
 func (ca *CA) Issue(site string, addresses ...string) (Pair, error) {
 	if site == "" || strings.ContainsAny(site, "/?#% ") {
 		return Pair{}, fmt.Errorf("issue a certificate: %q is not a site's name", site)
@@ -143,7 +148,7 @@ func (ca *CA) Issue(site string, addresses ...string) (Pair, error) {
 	template := &x509.Certificate{
 		Subject:               pkix.Name{CommonName: site, Organization: []string{ca.clusterID}},
 		URIs:                  []*url.URL{{Scheme: scheme, Host: ca.clusterID, Path: "/site/" + site}},
-		DNSNames:              names,
+		DNSNames:              append(names, ClusterName(ca.clusterID)),
 		IPAddresses:           ips,
 		NotBefore:             time.Now().Add(-backdate),
 		NotAfter:              ca.cert.NotAfter,
