@@ -126,7 +126,7 @@ if [ -z '$(3)' ] || ! [ -d '$(4)/$(3)' ]; then
 	} >&2
 	exit 2
 fi
-go run './$(4)/$(3)' $(if $(OPS),-ops $(OPS)) $(if $(SITES),-sites $(SITES)) $(if $(SEED),-seed $(SEED)) $(ARGS)
+go run './$(4)/$(3)' $(if $(OPS),-ops $(OPS)) $(if $(SITES),-sites $(SITES)) $(if $(SEED),-seed $(SEED)) $(if $(N),-n $(N)) $(ARGS)
 endef
 
 define find_protos

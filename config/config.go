@@ -33,6 +33,7 @@ type Config struct {
 	Databases    []Database `yaml:"databases" json:"databases"`
 	Quorum       Quorum     `yaml:"quorum" json:"quorum"`
 	Durability   Durability `yaml:"durability" json:"durability"`
+	Gateway      Gateway    `yaml:"gateway" json:"gateway"`
 	Postgres     Postgres   `yaml:"postgres" json:"postgres"`
 	TLS          TLS        `yaml:"tls" json:"tls"`
 	Journal      Journal    `yaml:"journal" json:"journal"`
@@ -210,7 +211,7 @@ func (c *Config) Redacted() *Config {
 func defaults() *Config {
 	return &Config{
 		DataDir:      "data",
-		Durability:   Durability{Level: Async, Receipts: 1, Policy: DurabilityFirst, Detect: 2 * Second},
+		Durability:   Durability{Level: Async, Receipts: 1, Policy: DurabilityFirst, Detect: 2 * Second, Rearm: 10 * Second},
 		TLS:          TLS{CA: "ca.crt", Cert: "site.crt", Key: "site.key"},
 		Journal:      Journal{Keep: Hour, Budget: 8 * GiB, Segment: 64 * MiB},
 		Apply:        Apply{BatchTransactions: 2000, BatchBytes: 8 * MiB, LockTimeout: 200 * Millisecond},

@@ -448,6 +448,10 @@ durability:   # what an acknowledged commit promises; the same at every site
   policy: {{.Default.Durability.Policy}}   # availability-first, preferred-site or read-only-on-doubt: when sites lose each other
   preferred: ""   # the site of preferred-site
   detect: {{.Default.Durability.Detect}}   # silence of a site after which it is taken for dead
+  rearm: {{.Default.Durability.Rearm}}   # how long a link must have been stable before its site is taken back
+
+gateway:   # the way of clients to PostgreSQL through the agent, which keeps them out while the site may not serve
+  listen: ""   # host:port; default: clients do not come this way
 {{- else if and .Voters (not .Witness)}}
 
 durability:

@@ -52,6 +52,12 @@ type Durability struct {
 	Policy    Partition `yaml:"policy" json:"policy"`
 	Preferred string    `yaml:"preferred" json:"preferred"` // site of PreferredSite
 	Detect    Duration  `yaml:"detect" json:"detect"`       // silence after which a peer is taken for dead
+	Rearm     Duration  `yaml:"rearm" json:"rearm"`         // how long a link must be stable before its site is taken back
+}
+
+// Gateway is the way of clients to PostgreSQL through the agent.
+type Gateway struct {
+	Listen string `yaml:"listen" json:"listen"` // host:port; empty: clients do not come this way
 }
 
 // HasRegister reports whether the cluster keeps a register.
@@ -150,6 +156,7 @@ func (d *decoder) validateDurability(c *Config) {
 	d.choice("durability.policy", string(u.Policy), texts(Partitions)...)
 	within(d, "durability.receipts", u.Receipts, 1, max(1, len(c.Sites)-1))
 	within(d, "durability.detect", u.Detect, 500*Millisecond, 60*Second)
+	within(d, "durability.rearm", u.Rearm, 100*Millisecond, 600*Second)
 	waits := ""
 	if u.Level == Sync {
 		waits = "durability.level"
@@ -163,8 +170,8 @@ func (d *decoder) validateDurability(c *Config) {
 			waits = key
 		}
 	}
-	if waits != "" && u.Policy == DurabilityFirst && !c.HasRegister() && c.Witness == "" {
-		d.invalid(waits, waits+" is sync, but there is no quorum", "name three voters under quorum, one of which may be a witness; or choose another durability.policy")
+	if waits != "" && u.Policy != AvailabilityFirst && !c.HasRegister() && c.Witness == "" {
+		d.invalid(waits, waits+" is sync, but there is no quorum", "name three voters under quorum, one of which may be a witness; or choose durability.policy availability-first, which waits for nobody")
 	}
 	_, site := c.SiteByName(u.Preferred)
 	switch {

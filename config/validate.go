@@ -169,6 +169,9 @@ func (d *decoder) validateSelf(c *Config) {
 	}
 	if c.Listen != "" { // else it has no default, as the own address has a problem
 		d.address("listen", c.Listen, false)
+		if c.Gateway.Listen != "" {
+			d.address("gateway.listen", c.Gateway.Listen, false)
+		}
 	}
 }
 

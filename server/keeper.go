@@ -52,12 +52,9 @@ type keeper struct {
 // decideEvery is how often the keeper looks around when nothing wakes it.
 const decideEvery = 50 * time.Millisecond
 
-// registerTimeout bounds one question to the register.
-const registerTimeout = 2 * time.Second
-
-func newKeeper(a *Agent, store quorum.Store, door *gateway.Door) *keeper {
+func newKeeper(a *Agent, store quorum.Store) *keeper {
 	return &keeper{
-		a: a, store: store, door: door, log: a.log, wake: make(chan struct{}, 1),
+		a: a, store: store, log: a.log, wake: make(chan struct{}, 1),
 		frozen: map[string]time.Time{}, arming: map[string]map[*node]wal.LSN{},
 	}
 }

@@ -19,7 +19,7 @@ import (
 )
 
 // waits reports whether commits of this database wait for other sites.
-func (n *node) waits() bool { return n.keeper != nil && n.cfg.LevelOf(n.database) == config.LevelSync }
+func (n *node) waits() bool { return n.keeper != nil && n.cfg.DurabilityOf(n.database.Name) == config.Sync && n.cfg.Durability.Policy != config.AvailabilityFirst }
 
 // receipts are what the other sites have acknowledged of this database's journal.
 func (n *node) receipts() (all []durability.Receipt) {

@@ -62,7 +62,7 @@ func (k *keeper) status() *DurabilityStatus {
 		f := k.problem
 		d.Problem = &f
 	}
-	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.LevelOf(db) == config.LevelSync })
+	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.DurabilityOf(db.Name) == config.Sync && k.a.cfg.Durability.Policy != config.AvailabilityFirst })
 	d.Guarantee = guarantee(d, k.a.self.Name, waits)
 	if k.door != nil {
 		shut, now, total := k.door.Status()

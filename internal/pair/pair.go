@@ -31,6 +31,10 @@ type Options struct {
 	Binary   string // the duri program; see Build
 	BinDir   string // PostgreSQL's programs; empty: found
 	Database string // replicated database; default app
+	// Sync makes a register with a witness, and lets clients in through the agents' doors. Commits wait for the other site
+	// once HoldCommits was called. Rearm is durability.rearm.
+	Sync  bool
+	Rearm time.Duration
 	// More are further databases; nothing of them is seeded.
 	More     []string
 	Names    []string // of the sites, two or more; default a, b
@@ -50,9 +54,11 @@ type Options struct {
 
 // Pair is the sites.
 type Pair struct {
-	Sites    []*Site // in the order of Options.Names; the first is the seed
+	Witness  *Witness // with Options.Sync
+	Sites    []*Site  // in the order of Options.Names; the first is the seed
 	Database string
 	dir      string
+	replaced []string // addresses of voters in the files that duri init makes, and what stands there instead
 	opts     Options
 }
 
@@ -146,6 +152,11 @@ func (p *Pair) grant(ctx context.Context) error {
 
 // StartAgents starts the agent of each site.
 func (p *Pair) StartAgents() error {
+	if p.Witness != nil {
+		if err := p.Witness.Start(); err != nil {
+			return err
+		}
+	}
 	for _, s := range p.Sites {
 		if s.Cluster == nil {
 			continue
@@ -208,7 +219,16 @@ func (p *Pair) configure() error {
 		}
 		spec.Sites = append(spec.Sites, site)
 	}
+	if p.opts.Sync {
+		var err error
+		if spec.Witness, err = freeAddress(); err != nil {
+			return err
+		}
+	}
 	if err := config.InitCluster(spec); err != nil {
+		return err
+	}
+	if err := p.addWitness(spec.Out); err != nil {
 		return err
 	}
 	for i, s := range p.Sites {
@@ -221,6 +241,9 @@ func (p *Pair) configure() error {
 	}
 	for i, s := range p.Sites {
 		if err := s.EditConfig(func(text string) string { return p.siteConfig(i, spec.Sites, text) }); err != nil {
+			return err
+		}
+		if err := p.openDoor(s); err != nil {
 			return err
 		}
 	}
@@ -262,11 +285,7 @@ func (p *Pair) siteConfig(i int, sites []config.InitSite, text string) string {
 
 // EditConfig changes the site's configuration file; the agent reads it when it starts.
 func (s *Site) EditConfig(edit func(text string) string) error {
-	b, err := os.ReadFile(s.ConfigFile)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(s.ConfigFile, []byte(edit(string(b))), 0o600)
+	return rewrite(s.ConfigFile, edit)
 }
 
 func freeAddress() (string, error) {
@@ -289,7 +308,9 @@ func (s *Site) StartAgent() error {
 func (s *Site) SignalAgent(sig syscall.Signal) error { return s.agent.signal(sig) }
 
 // AgentEnd waits until the agent has ended and gives its exit code, -1 when a signal ended it.
-func (s *Site) AgentEnd(ctx context.Context) (code int, err error) { return s.agent.end(ctx, "agent "+s.Name) }
+func (s *Site) AgentEnd(ctx context.Context) (code int, err error) {
+	return s.agent.end(ctx, "agent "+s.Name)
+}
 
 // AgentPID is the agent's process id, for measuring its CPU time.
 func (s *Site) AgentPID() int { return s.agent.pid() }
@@ -427,6 +448,9 @@ func lacks(links []server.LinkStatus, self string, marks map[string]wal.LSN) str
 // Close ends the agents and removes everything but the caller's own clusters.
 func (p *Pair) Close() error {
 	var errs []error
+	if p.Witness != nil {
+		errs = append(errs, p.Witness.Signal(syscall.SIGKILL))
+	}
 	for _, s := range p.Sites {
 		errs = append(errs, s.SignalAgent(syscall.SIGKILL))
 		errs = append(errs, s.Relay.close())

@@ -92,6 +92,9 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	if err := c.settled(ready); err != nil {
 		return res, err
 	}
+	if err := p.HoldCommits(ready); err != nil {
+		return res, err
+	}
 	for n := range o.Rounds {
 		r, err := c.round(ctx, n+1)
 		res.Rounds = append(res.Rounds, r)
@@ -158,7 +161,7 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	sleep(ctx, load)
 	stop()
 	wg.Wait()
-	r.Stall = c.stall(c.l.all()[first:], at, f)
+	r.Stall = stall(c.l.all()[first:], at)
 	if err := c.p.WaitApplied(wait); err != nil {
 		return r, fmt.Errorf("round %d, seed %d: after %s: %w", n, c.o.Seed, f, err)
 	}
@@ -211,7 +214,7 @@ func (c *campaign) settled(ctx context.Context) error {
 
 // stall is for how long the best of the sites did not acknowledge anything from the fault on: the longest gap in which no
 // site did.
-func (c *campaign) stall(attempts []attempt, at time.Time, _ *fault) time.Duration {
+func stall(attempts []attempt, at time.Time) time.Duration {
 	var ends []time.Time
 	for _, a := range attempts {
 		if a.outcome == acked {

@@ -1,0 +1,135 @@
+package pair
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/server"
+)
+
+// Witness is the third voter of the register, a process of its own.
+type Witness struct {
+	binary, configFile string
+	process            process
+}
+
+// Start starts it; it dies with this process.
+func (w *Witness) Start() error {
+	if err := w.process.start(w.binary, "witness", "-c", w.configFile); err != nil {
+		return fmt.Errorf("start the witness: %w", err)
+	}
+	return nil
+}
+
+// Signal sends it a signal; with SIGKILL or SIGTERM it waits until the process is gone.
+func (w *Witness) Signal(sig syscall.Signal) error { return w.process.signal(sig) }
+
+// Log returns the end of its log.
+func (w *Witness) Log() string { return w.process.log() }
+
+// addWitness finds free addresses for all voters, because `duri init` gives them ports near those of the agents, which may
+// be taken here, and writes them into the witness's file.
+func (p *Pair) addWitness(out string) error {
+	if !p.opts.Sync {
+		return nil
+	}
+	dir := filepath.Join(out, config.WitnessFolder)
+	p.Witness = &Witness{binary: p.opts.Binary, configFile: filepath.Join(dir, config.FileName)}
+	p.Witness.process.logFile = filepath.Join(dir, "witness.log")
+	c, err := config.Load(p.Witness.configFile)
+	if err != nil {
+		return err
+	}
+	for _, v := range c.Quorum.Members {
+		for _, address := range []string{v.Peer, v.Client} {
+			free, err := freeAddress()
+			if err != nil {
+				return err
+			}
+			p.replaced = append(p.replaced, fmt.Sprintf("%q", address), fmt.Sprintf("%q", free))
+		}
+	}
+	return rewrite(p.Witness.configFile, strings.NewReplacer(p.replaced...).Replace)
+}
+
+// openDoor lets clients of a site in through its agent.
+func (p *Pair) openDoor(s *Site) error {
+	if !p.opts.Sync {
+		return nil
+	}
+	var err error
+	if s.Door, err = freeAddress(); err != nil {
+		return err
+	}
+	rearm := ""
+	if p.opts.Rearm > 0 {
+		rearm = fmt.Sprintf("  rearm: %s\n", p.opts.Rearm)
+	}
+	return s.EditConfig(func(text string) string {
+		text = strings.NewReplacer(p.replaced...).Replace(text)
+		text = strings.Replace(text, "\ndurability:\n", "\ndurability:\n"+rearm, 1)
+		return text + fmt.Sprintf("\ngateway:\n  listen: %q\n", s.Door)
+	})
+}
+
+// HoldCommits lets commits of all sites' clients wait for their agents, as a DBA sets it up: every database's agent is
+// named, and must have what it reports as flushed.
+func (p *Pair) HoldCommits(ctx context.Context) error {
+	var names []string
+	for _, db := range p.databases() {
+		names = append(names, server.Slot(db))
+	}
+	value := fmt.Sprintf("%d (%s)", len(names), strings.Join(names, ", "))
+	for _, s := range p.Sites {
+		for _, sql := range []string{"ALTER SYSTEM SET synchronous_standby_names = " + pg.QuoteLiteral(value), "SELECT pg_reload_conf()"} {
+			if err := s.Cluster.Exec(ctx, "postgres", sql); err != nil {
+				return fmt.Errorf("hold commits at %s: %w", s.Name, err)
+			}
+		}
+	}
+	return p.Wait(ctx, "the servers know their synchronous standbys", func(ctx context.Context) (bool, error) {
+		for _, s := range p.Sites {
+			rows, err := s.Cluster.QueryText(ctx, "postgres", "SELECT count(*) FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')")
+			if err != nil || rows[0][0] != fmt.Sprint(len(names)) {
+				return false, errors.Join(err, fmt.Errorf("site %s: %v", s.Name, rows))
+			}
+		}
+		return true, nil
+	})
+}
+
+// Dir is where everything is kept.
+func (p *Pair) Dir() string { return p.dir }
+
+// Leave ends all processes and leaves everything on disk.
+func (p *Pair) Leave() error {
+	var errs []error
+	if p.Witness != nil {
+		errs = append(errs, p.Witness.Signal(syscall.SIGKILL))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	for _, s := range p.Sites {
+		errs = append(errs, s.SignalAgent(syscall.SIGKILL), s.Relay.close())
+		if p.opts.Clusters == nil {
+			errs = append(errs, s.Cluster.Stop(ctx, "fast"))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func rewrite(file string, change func(string) string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, []byte(change(string(b))), 0o600)
+}
