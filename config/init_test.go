@@ -199,7 +199,7 @@ func TestInitRefusesAndLeavesNothing(t *testing.T) {
 		{"site name twice", func(s *InitSpec) { s.Sites[1].Name = "seoul" }, "sites[1].name: seoul is given twice"},
 		{"site called ca", func(s *InitSpec) { s.Sites[1].Name = "ca" }, `a site cannot be called "ca"`},
 		{"site called as the witness", func(s *InitSpec) { s.Sites[1].Name, s.Witness = "witness", "h" }, `a site cannot be called "witness" beside a witness`},
-		{"witness without host", func(s *InitSpec) { s.Witness = ":7480" }, `quorum.members[2].peer ":7480" has no host`},
+		{"witness without host", func(s *InitSpec) { s.Witness = ":7480" }, "quorum.members[2].peer \":7480\" has no host\nquorum.members[2].client \":7481\" has no host"},
 		{"path as name", func(s *InitSpec) { s.Sites[1].Name = "../x" }, `sites[1].name "../x" is not a name`},
 		{"address", func(s *InitSpec) { s.Sites[0].Address = "x" }, `sites[0].address "x" is not host:port`},
 		{"cluster name", func(s *InitSpec) { s.Name = "Demo" }, `cluster.name "Demo" is not a name`},

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"net/url"
 	"slices"
@@ -81,14 +82,13 @@ func (c *Config) WitnessName() string {
 	return ""
 }
 
+// Name is that of the own site, or of the witness: the name in the certificate.
+func (c *Config) Name() string { return cmp.Or(c.Site, c.Witness) }
+
 // Voter is the voter that runs here, in the agent or as the witness; false when none does.
 func (c *Config) Voter() (Voter, bool) {
-	own := c.Site
-	if c.Witness != "" {
-		own = c.Witness
-	}
 	for _, v := range c.Quorum.Members {
-		if v.Name == own {
+		if v.Name == c.Name() {
 			return v, true
 		}
 	}

@@ -76,8 +76,12 @@ func configCheck(ctx context.Context, a *app) error {
 	if a.json() {
 		return nil
 	}
-	_, err = fmt.Fprintf(a.stdout, "%s is valid: site %s of cluster %s (%d sites, %d databases)\n",
-		path, c.Site, c.Cluster.Name, len(c.Sites), len(c.Databases))
+	who := "site " + c.Site
+	if c.Witness != "" {
+		who = "witness " + c.Witness
+	}
+	_, err = fmt.Fprintf(a.stdout, "%s is valid: %s of cluster %s (%d sites, %d databases)\n",
+		path, who, c.Cluster.Name, len(c.Sites), len(c.Databases))
 	for _, n := range notes {
 		if err == nil {
 			_, err = fmt.Fprintln(a.stdout, "note: "+term.Clean(n))
@@ -148,7 +152,7 @@ func checkFiles(c *config.Config) []*config.Problem {
 		}
 		found = append(found, p)
 	}
-	if _, _, err := pki.TLS(pki.Files(c.TLS), c.Cluster.ID, c.Site); err != nil {
+	if _, _, err := pki.TLS(pki.Files(c.TLS), c.Cluster.ID, c.Name()); err != nil {
 		add("tls", err)
 	} else if end, err := pki.NotAfter(c.TLS.Cert); err == nil && time.Until(end) < expirySoon {
 		add("tls", fmt.Errorf("the certificate ends on %s", end.UTC().Format(time.DateOnly)))
@@ -175,7 +179,7 @@ func newConfigShowCmd(a *app) *cobra.Command {
 			"variable or the default that it came from.",
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
-			c, err := a.config()
+			c, err := a.anyConfig()
 			if err != nil {
 				return err
 			}

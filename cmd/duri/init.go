@@ -16,6 +16,7 @@ import (
 // initFlags are the flags of duri init as given.
 type initFlags struct {
 	name, out, seed      string
+	witness              string
 	sites, dsns, schemas []string
 	databases            []string
 	dryRun               bool
@@ -30,10 +31,13 @@ func newInitCmd(a *app) *cobra.Command {
 		Short: "Make the configuration and certificates of a new cluster",
 		Example: `  duri init --site seoul=10.1.0.5:7400 --site busan=10.2.0.5:7400 --database app --out demo
   duri init --name demo --site seoul=10.1.0.5:7400 --site busan=10.2.0.5:7400 --database app \
-      --dsn seoul="host=/var/run/postgresql user=duri" --seed busan --out demo --dry-run`,
+      --dsn seoul="host=/var/run/postgresql user=duri" --seed busan --out demo --dry-run
+  duri init --site seoul=10.1.0.5:7400 --site busan=10.2.0.5:7400 --database app --witness 10.3.0.5 --out demo`,
 		Long: "Makes a folder with the cluster's certificate authority and one folder per site (duri.yaml, certificate, key)\n" +
 			"that is copied to the site. The databases of the seed site keep their content; those of the other sites start\n" +
-			"empty and are copied from it. Nothing is overwritten, and nothing is contacted.",
+			"empty and are copied from it. Nothing is overwritten, and nothing is contacted.\n\n" +
+			"With --witness there is one more folder, for a machine in a third place: it, and the agents of the first two sites,\n" +
+			"vote on who goes on when sites lose each other. Commits then wait until another site holds them.",
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error { return runInit(a, f) },
 	}
@@ -44,6 +48,7 @@ func newInitCmd(a *app) *cobra.Command {
 	flags.StringSliceVar(&f.schemas, "schemas", nil, "`schemas` to replicate in each database (default: all user schemas)")
 	flags.StringArrayVar(&f.dsns, "dsn", nil, "a site's connection to its own PostgreSQL, `NAME=STRING`, without database and password (default: \""+config.DefaultDSN+"\")")
 	flags.StringVar(&f.seed, "seed", "", "`site` whose content all begin with (default: the first)")
+	flags.StringVar(&f.witness, "witness", "", "`HOST[:PORT]` of a witness; it uses PORT (default 7480) and the next one, the sites the ports 80 above theirs")
 	flags.StringVar(&f.out, "out", "", "`folder` to make (default: the cluster's name)")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "only say what would be made")
 	return cmd
@@ -70,7 +75,7 @@ func runInit(a *app, f initFlags) error {
 
 // spec reads the flags; all its errors are usage errors.
 func (f initFlags) spec() (config.InitSpec, error) {
-	spec := config.InitSpec{Name: f.name, Seed: f.seed, Out: f.out}
+	spec := config.InitSpec{Name: f.name, Seed: f.seed, Out: f.out, Witness: f.witness}
 	if spec.Out == "" {
 		spec.Out = f.name
 	}
@@ -144,6 +149,9 @@ func printInit(w io.Writer, spec config.InitSpec, dryRun bool) error {
 	if !dryRun {
 		fmt.Fprintf(&b, nextSteps, spec.SeedSite(), filepath.Join(spec.Out, "ca"))
 	}
+	if !dryRun && spec.Witness != "" {
+		b.WriteString(witnessSteps)
+	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
@@ -155,4 +163,9 @@ Next steps:
   3. At every site, as superuser in each replicated database:  duri grants -c duri.yaml | psql -d DATABASE
   4. Start the agents, the seed's first:  duri agent -c duri.yaml
   5. Keep %[2]s offline: it is needed only to add sites, and who has it can join the cluster.
+`
+
+const witnessSteps = `
+The witness: copy its folder to a machine in a third place, which needs no PostgreSQL, and start it there:
+  duri witness -c duri.yaml
 `

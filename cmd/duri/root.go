@@ -20,6 +20,7 @@ import (
 var commands = []entry{
 	{"everyday", newDemoCmd},
 	{"everyday", newAgentCmd},
+	{"everyday", newWitnessCmd},
 	{"everyday", newStatusCmd},
 	{"everyday", newVerifyCmd},
 	{"everyday", newRepairCmd},
@@ -66,8 +67,17 @@ func (a *app) json() bool { return a.output == "json" }
 // style is for what is printed to stdout.
 func (a *app) style() term.Style { return term.StyleFor(a.stdout, a.noColour) }
 
-// config finds and loads the configuration.
+// config finds and loads the configuration of a site.
 func (a *app) config() (*config.Config, error) {
+	c, err := a.anyConfig()
+	if err == nil && c.Witness != "" {
+		return nil, term.Usage(c.Path()+" is the configuration of a witness, not of a site", "run it with: duri witness")
+	}
+	return c, err
+}
+
+// anyConfig finds and loads the configuration of a site or a witness.
+func (a *app) anyConfig() (*config.Config, error) {
 	path, err := config.Find(a.configFile)
 	if err != nil {
 		return nil, err

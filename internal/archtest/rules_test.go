@@ -39,7 +39,18 @@ var rules = []rule{
 		breach: [2]string{"policy", "catalog"},
 	},
 	{
-		from: []string{"wal", "conflict", "topology", "policy"}, forbid: []string{"net/...", "os/...", "database/...", "log/..."},
+		from: []string{"quorum"}, forbid: []string{"*"}, allow: []string{"std", "wal"},
+		reason: "the rules of the register are values in, value out; quorum/etcdstore keeps the value",
+		breach: [2]string{"quorum", "quorum/etcdstore"},
+	},
+	{
+		from: []string{"..."}, unless: []string{"quorum/etcdstore"}, tests: true,
+		forbid: []string{"go.etcd.io/...", "go.uber.org/zap/..."},
+		reason: "etcd and its logger stay behind quorum.Store",
+		breach: [2]string{"server", "go.etcd.io/etcd/client/v3"},
+	},
+	{
+		from: []string{"wal", "conflict", "topology", "policy", "quorum"}, forbid: []string{"net/...", "os/...", "database/...", "log/..."},
 		reason: "the vocabulary and the decisions do no I/O",
 		breach: [2]string{"conflict", "os"},
 	},
@@ -110,7 +121,7 @@ var rules = []rule{
 		forbid: []string{
 			"gopkg.in/yaml.v2/...", "gopkg.in/yaml.v3/...", "github.com/lib/pq/...", "gorm.io/...",
 			"github.com/mattn/go-sqlite3/...", "modernc.org/...", "go.etcd.io/bbolt/...", "github.com/pkg/errors/...",
-			"go.uber.org/zap/...", "github.com/sirupsen/logrus/...", "github.com/urfave/cli/...",
+			"github.com/sirupsen/logrus/...", "github.com/urfave/cli/...",
 		},
 		reason: "one library per need, the one in CONTRIBUTING.md; control data live in PostgreSQL, logging is log/slog",
 		breach: [2]string{"config", "gopkg.in/yaml.v3"},
