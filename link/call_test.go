@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"io"
+	"net"
 	"testing"
 	"time"
 
@@ -242,4 +243,43 @@ func TestCopyEndsAtBothEndsHoweverItEnds(t *testing.T) {
 		t.Errorf("server stops: %v", err)
 	}
 	finish("server stopped")
+}
+
+func TestGoneIsWhoseAddressTakesNobody(t *testing.T) {
+	w := newWorld(t, nil)
+	if w.client(nil).Gone(t.Context()) {
+		t.Error("a peer that answers counts as gone")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := w.client(func(c *ClientConfig) { c.Address = l.Addr().String() })
+	go func() { // as a relay whose target refuses
+		c, err := l.Accept()
+		if err == nil {
+			c.Close()
+		}
+	}()
+	if !nobody.Gone(t.Context()) {
+		t.Error("a connection that ends before the handshake")
+	}
+	silent := make(chan struct{})
+	go func() {
+		defer close(silent)
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		_, _ = io.Copy(io.Discard, c)
+	}()
+	if nobody.Gone(t.Context()) {
+		t.Error("a peer that takes connections and says nothing counts as gone")
+	}
+	<-silent
+	l.Close()
+	if !nobody.Gone(t.Context()) {
+		t.Error("an address that refuses")
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -134,6 +135,23 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 		return 0, err
 	}
 	return c.Conn.Read(b)
+}
+
+// goneMax bounds how long Gone waits.
+const goneMax = 500 * time.Millisecond
+
+// Gone reports that no agent runs at the peer's address just now: connections are refused, or end before a handshake. A
+// peer that does not answer, or not in time, may be anything, and is not gone.
+func (c *Client) Gone(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, goneMax)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", c.c.Address)
+	if err != nil {
+		return errors.Is(err, syscall.ECONNREFUSED)
+	}
+	defer func() { _ = conn.Close() }() // it was only a look
+	err = tls.Client(conn, onlyPeer(c.c.TLS, c.c.Peer)).HandshakeContext(ctx)
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // Close ends the connection and all calls on it.

@@ -28,6 +28,7 @@ type capture struct {
 	foreign wal.Time // greatest commit time applied here
 
 	pending   wal.LSN // passed, but not yet in the journal as a position
+	waited    bool    // somebody may wait for it
 	positions time.Time
 
 	behind  atomic.Bool            // decoding is catching up
@@ -82,13 +83,14 @@ func (c *capture) Commit(m *decode.Commit) error {
 	}
 	c.mesh.Parking.Touched(t)
 	if len(t.Changes) == 0 { // a heartbeat: the index learns how late it is
+		c.waited = c.n.waits() // or of a client, who changed nothing that is replicated
 		return c.Advance(t.EndLSN)
 	}
 	if err := c.j.AppendTxn(t); err != nil {
 		return fmt.Errorf("journal transaction %s: %w", t.CommitLSN, err)
 	}
 	c.maxTime = max(c.maxTime, t.VersionTime) // only now: a transaction delivered again must get the same stamp
-	c.pending = 0
+	c.pending, c.waited = 0, false
 	return nil
 }
 
@@ -145,11 +147,11 @@ const positionEvery = 200 * time.Millisecond
 
 // Idle wakes the flusher, and now and then writes down how far the stream has been read.
 func (c *capture) Idle() error {
-	if c.pending > c.j.End() && time.Since(c.positions) >= positionEvery {
+	if c.pending > c.j.End() && (c.waited || time.Since(c.positions) >= positionEvery) {
 		if err := c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.n.clock.Now()); err != nil {
 			return fmt.Errorf("journal position %s: %w", c.pending, err)
 		}
-		c.positions, c.pending = time.Now(), 0
+		c.positions, c.pending, c.waited = time.Now(), 0, false
 	}
 	wake(c.flush)
 	return nil

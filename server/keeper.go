@@ -34,7 +34,7 @@ type keeper struct {
 	door  *gateway.Door // nil: clients reach PostgreSQL some other way
 	wake  chan struct{} // something changed that Decide should know
 
-	mu      sync.Mutex // guards the rest
+	mu      sync.Mutex // guards the rest; never held while a report is computed or waited for
 	reg     quorum.Register
 	known   bool      // reg was read since the agent began
 	doubt   bool      // a swap was sent and its answer is not known
@@ -500,7 +500,20 @@ func (k *keeper) guardDoor() {
 	k.door.Open()
 }
 
+// shutOut says why clients must stay out; empty: they need not.
 func (k *keeper) shutOut() string {
+	if why := k.unfit(); why != "" {
+		return why
+	}
+	for _, n := range k.a.nodes { // without k.mu: a report holds its own lock while it asks for the standing
+		if why := n.unreceipted(); why != "" {
+			return why
+		}
+	}
+	return ""
+}
+
+func (k *keeper) unfit() string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
@@ -514,11 +527,6 @@ func (k *keeper) shutOut() string {
 		return "this site leaves the register: " + k.last.Why
 	case k.server.Down > 0:
 		return "PostgreSQL here is down"
-	}
-	for _, n := range k.a.nodes {
-		if why := n.unreceipted(); why != "" {
-			return why
-		}
 	}
 	return ""
 }

@@ -2,10 +2,7 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
-	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -124,20 +121,14 @@ func (p *peer) seenBy(now time.Time) (s seenPeer) {
 	return s
 }
 
-// probe looks whether the peer's process has ended, after a stream to it has: its address then refuses connections. One
-// refusal may be a moment between two processes, so that it takes two.
+// probe looks whether the peer's process has ended, after a stream to it has: then its address refuses connections, or
+// something in between takes them and ends them. Once may be a moment between two processes, so that it takes two.
 func (p *peer) probe(ctx context.Context) {
 	if p.n.keeper == nil {
 		return
 	}
 	for range 2 {
-		d := net.Dialer{Timeout: 200 * time.Millisecond}
-		c, err := d.DialContext(ctx, "tcp", p.site.Address)
-		if err == nil {
-			_ = c.Close() // only to see whether somebody listens
-			return
-		}
-		if !errors.Is(err, syscall.ECONNREFUSED) {
+		if !p.client.Gone(ctx) {
 			return
 		}
 	}
