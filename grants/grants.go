@@ -131,8 +131,9 @@ END
 {{.Tag}};
 
 -- pg_monitor: see lag, slots, and who blocks apply. pg_read_all_data: copy and compare tables.
--- pg_write_all_data: apply the other sites' changes (INSERT, UPDATE, DELETE).
-GRANT pg_monitor, pg_read_all_data, pg_write_all_data TO {{id .Role}};
+-- pg_write_all_data: apply the other sites' changes (INSERT, UPDATE, DELETE). pg_signal_backend: at a site that the
+-- register has left out, end sessions whose COMMIT waits for the other sites, as they keep their rows locked.
+GRANT pg_monitor, pg_read_all_data, pg_write_all_data, pg_signal_backend TO {{id .Role}};
 
 -- Replication origins: give an applied row the origin and the commit time it had at its own site, and remember how far
 -- each other site has been applied, in the same transaction as the rows. pg_logical_emit_message: heartbeats and marks

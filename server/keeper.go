@@ -548,8 +548,10 @@ func (k *keeper) watchServer(ctx context.Context) {
 		go k.watchStall(begun, ended)
 		probeCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
 		err := s.do(probeCtx, func(c *pgconn.PgConn) error {
-			_, err := pg.Rows(probeCtx, c, "SELECT pg_catalog.pg_logical_emit_message(true, 'duri.probe', '')")
-			return err
+			if _, err := pg.Rows(probeCtx, c, "SELECT pg_catalog.pg_logical_emit_message(true, 'duri.probe', '')"); err != nil {
+				return err
+			}
+			return k.endWaiters(probeCtx, c)
 		})
 		cancel()
 		close(ended)
@@ -585,6 +587,28 @@ func (k *keeper) watchServer(ctx context.Context) {
 		case <-time.After(every):
 		}
 	}
+}
+
+// waitersSQL ends the sessions of clients whose COMMIT waits for other sites.
+const waitersSQL = `SELECT pid, pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+WHERE backend_type = 'client backend' AND wait_event = 'SyncRep' AND pid <> pg_catalog.pg_backend_pid()`
+
+// endWaiters ends, at a site that was left out, the sessions whose COMMIT waits: it will not be acknowledged here, the door
+// has ended their connections, which a waiting session does not notice, and the rows that they keep locked are needed to
+// catch up. Their transactions are committed, and go to the other sites as the site's tail.
+func (k *keeper) endWaiters(ctx context.Context, c *pgconn.PgConn) error {
+	if st := k.standing(); st.Member || st.Epoch == 0 {
+		return nil
+	}
+	rows, err := pg.Rows(ctx, c, waitersSQL)
+	if pg.SQLState(err) == "42501" { // of a superuser, whom only a superuser may end
+		k.fail("end sessions whose commits wait", err)
+		return nil
+	}
+	if err == nil && len(rows) > 0 {
+		k.log.Warn("sessions were ended whose commits waited for other sites", "sessions", len(rows))
+	}
+	return err
 }
 
 // watchStall counts for how long a probe has not ended.

@@ -53,6 +53,9 @@ func (r *Result) Failed() bool {
 	return slices.ContainsFunc(r.Rounds, func(one Round) bool { return len(one.Violations) > 0 })
 }
 
+// role is the clients'.
+const role = "app"
+
 // load is how long clients write before a fault, and after it has ended.
 const load = 700 * time.Millisecond
 
@@ -84,6 +87,11 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		}
 		err = errors.Join(err, p.Close())
 	}()
+	for _, s := range p.Sites {
+		if err := s.Cluster.Exec(ctx, "postgres", "CREATE ROLE "+role+" LOGIN; GRANT pg_read_all_data, pg_write_all_data TO "+role); err != nil {
+			return res, err
+		}
+	}
 	ready, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := p.WaitReady(ready); err != nil {
@@ -137,7 +145,7 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 		for i := range c.o.Clients {
 			cl := &client{
 				site: s.Name, name: fmt.Sprintf("%d-%d", n, i), l: c.l, pause: time.Duration(1+c.rng.IntN(10)) * time.Millisecond,
-				dsn: fmt.Sprintf("postgres://postgres@%s/%s?sslmode=disable", s.Door, s.Database),
+				dsn: fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", role, s.Door, s.Database),
 			}
 			wg.Go(func() { cl.run(clientsCtx) })
 		}
@@ -192,7 +200,11 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 
 // settled waits until both sites are members, let clients in, and stream.
 func (c *campaign) settled(ctx context.Context) error {
+	begun := time.Now()
 	err := c.p.Wait(ctx, "both sites serve as before", func(ctx context.Context) (bool, error) {
+		if time.Since(begun) > c.o.patience() {
+			c.rearm(ctx)
+		}
 		for _, s := range c.p.Sites {
 			ask, cancel := context.WithTimeout(ctx, time.Second)
 			d, err := s.Control.Register(ask)
@@ -210,6 +222,18 @@ func (c *campaign) settled(ctx context.Context) error {
 		return err
 	}
 	return c.p.WaitReady(ctx)
+}
+
+// patience is how long a site is left to come back by itself: that takes the longer the more have been lost lately.
+func (o Options) patience() time.Duration { return o.Rearm + 2*time.Second }
+
+// rearm asks each site to take the other one back, as a person would.
+func (c *campaign) rearm(ctx context.Context) {
+	for i, s := range c.p.Sites {
+		ask, cancel := context.WithTimeout(ctx, time.Second)
+		_, _ = s.Control.Rearm(ask, c.p.Sites[1-i].Name) // refused unless it is due
+		cancel()
+	}
 }
 
 // stall is for how long the best of the sites did not acknowledge anything from the fault on: the longest gap in which no
