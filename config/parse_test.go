@@ -176,11 +176,12 @@ const voters = `quorum:
 `
 
 func TestQuorumProblems(t *testing.T) {
-	in := func(old, new string) string {
-		if !strings.Contains(minimal+voters, old) {
-			t.Fatalf("there is no %q", old)
+	full := minimal + voters
+	in := func(from, to string) string {
+		if !strings.Contains(full, from) {
+			t.Fatalf("there is no %q", from)
 		}
-		return strings.Replace(minimal+voters, old, new, 1)
+		return strings.Replace(full, from, to, 1)
 	}
 	for _, c := range []struct{ name, text, want string }{
 		{"sync without a quorum", minimal + "durability: {level: sync}\n", `duri.yaml:9: durability.level is sync, but there is no quorum`},

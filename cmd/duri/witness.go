@@ -73,7 +73,7 @@ func runWitness(ctx context.Context, a *app, c *config.Config, replace bool) err
 		return m.Err()
 	}
 	log.Info("the witness ends")
-	return m.Close()
+	return nil
 }
 
 // replaceVoter asks the others.

@@ -66,7 +66,7 @@ func startVoter(t *testing.T, dir, site string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = m.Close() })
+	t.Cleanup(m.Close)
 }
 
 // witness runs duri witness until the function that it gives is called, which returns the exit code and what was

@@ -281,7 +281,7 @@ func (m *Member) follows(ctx context.Context) bool {
 	if err != nil {
 		return false
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	try, cancel := context.WithTimeout(ctx, election)
 	defer cancel()
 	status, err := c.Status(try, m.prefer.Client)
@@ -289,14 +289,14 @@ func (m *Member) follows(ctx context.Context) bool {
 }
 
 // Close ends the voter and waits for it. The others go on when they are a majority.
-func (m *Member) Close() error {
+func (m *Member) Close() {
 	m.mu.Lock()
 	again := m.closed
 	m.closed = true
 	m.mu.Unlock()
 	if again {
 		<-m.done
-		return nil
+		return
 	}
 	m.stop()
 	select {
@@ -307,7 +307,6 @@ func (m *Member) Close() error {
 	}
 	m.etcd.Close()
 	m.wg.Wait()
-	return nil
 }
 
 // Replace takes a voter whose data directory is lost out of the voters and adds it anew, through the others, a majority
@@ -317,7 +316,7 @@ func Replace(ctx context.Context, c Config, v Voter) error {
 	if err != nil {
 		return err
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }()
 	members, err := s.client.MemberList(ctx)
 	if err != nil {
 		return fmt.Errorf("replace voter %s: %w", v.Name, err)

@@ -22,9 +22,11 @@ import (
 )
 
 const (
-	// tryTime bounds one request to one voter: one that hangs answers no more than one that is dead, so the next is
-	// asked. Enough for a round trip to the leader of another continent, and two fsyncs.
-	tryTime = time.Second
+	// A request to one voter is given up after firstTry, and asked of the next: one that hangs answers no more than one
+	// that is dead, and what was under way to a leader that died is lost. Enough for a round trip to another continent
+	// and two fsyncs; where it is not, the time doubles with each try, up to tryTime.
+	firstTry = 400 * time.Millisecond
+	tryTime  = 2 * time.Second
 	// pause stands between tries that fail at once.
 	pause = 50 * time.Millisecond
 	// watchRead bounds how late a watcher learns a change when the voter that it watches hangs.
@@ -67,8 +69,8 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		// gRPC takes no shorter time for pings; the timeout is the kernel's TCP_USER_TIMEOUT as well, and so ends a
 		// connection on which something is under way much sooner.
 		DialKeepAliveTime:    10 * time.Second,
-		DialKeepAliveTimeout: tryTime,
-		DialTimeout:          tryTime,
+		DialKeepAliveTimeout: time.Second,
+		DialTimeout:          time.Second,
 		BackoffWaitBetween:   pause,
 		Logger:               newZap(c.Log),
 	})
@@ -88,8 +90,8 @@ func (s *Store) Get(ctx context.Context) (quorum.Register, error) {
 }
 
 func (s *Store) get(ctx context.Context) (quorum.Register, at, error) {
-	for {
-		try, cancel := context.WithTimeout(ctx, tryTime)
+	for t := firstTry; ; t = min(2*t, tryTime) {
+		try, cancel := context.WithTimeout(ctx, t)
 		resp, err := s.client.Get(try, s.key)
 		cancel()
 		if err == nil {
@@ -149,8 +151,8 @@ func (s *Store) Swap(ctx context.Context, next quorum.Register) (quorum.Register
 		}
 		where = found
 	}
-	for {
-		r, err := s.try(ctx, where, value, next)
+	for t := firstTry; ; t = min(2*t, tryTime) {
+		r, err := s.try(ctx, t, where, value, next)
 		if err == nil || errors.Is(err, quorum.ErrChanged) {
 			return r, err
 		}
@@ -164,8 +166,8 @@ func (s *Store) Swap(ctx context.Context, next quorum.Register) (quorum.Register
 }
 
 // try is one request of a swap.
-func (s *Store) try(ctx context.Context, where at, value []byte, next quorum.Register) (quorum.Register, error) {
-	ctx, cancel := context.WithTimeout(ctx, tryTime)
+func (s *Store) try(ctx context.Context, t time.Duration, where at, value []byte, next quorum.Register) (quorum.Register, error) {
+	ctx, cancel := context.WithTimeout(ctx, t)
 	defer cancel()
 	resp, err := s.client.Txn(ctx).
 		If(clientv3.Compare(clientv3.ModRevision(s.key), "=", where.revision)).
@@ -280,7 +282,7 @@ func (w *watcher) once(ctx context.Context) {
 
 // read delivers the present value; false when it cannot be read now.
 func (w *watcher) read(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, 2*tryTime)
+	ctx, cancel := context.WithTimeout(ctx, tryTime)
 	defer cancel()
 	r, err := w.s.Get(ctx)
 	if errors.Is(err, quorum.ErrAbsent) {

@@ -16,6 +16,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/duri-io/duri/internal/faultnet"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/quorum"
 )
@@ -119,9 +120,7 @@ func (v *voters) stop(name string) {
 	v.t.Helper()
 	m := v.running[name]
 	delete(v.running, name)
-	if err := m.Close(); err != nil {
-		v.t.Fatal(err)
-	}
+	m.Close()
 	select {
 	case <-m.Done():
 	default:
@@ -152,6 +151,22 @@ func clientTLS(t *testing.T, ca *pki.CA, site string) *tls.Config {
 func (v *voters) open(site string) *Store {
 	v.t.Helper()
 	return open(v.t, Config{ClusterID: clusterX, Endpoints: v.endpoints(), TLS: clientTLS(v.t, v.ca, site)})
+}
+
+// relayed opens a store that reaches the voters through relays.
+func (v *voters) relayed(site string) ([]*faultnet.Relay, *Store) {
+	v.t.Helper()
+	var relays []*faultnet.Relay
+	var addresses []string
+	for _, e := range v.endpoints() {
+		r, err := faultnet.New(e)
+		if err != nil {
+			v.t.Fatal(err)
+		}
+		v.t.Cleanup(func() { _ = r.Close() })
+		relays, addresses = append(relays, r), append(addresses, r.Addr())
+	}
+	return relays, open(v.t, Config{ClusterID: clusterX, Endpoints: addresses, TLS: clientTLS(v.t, v.ca, site)})
 }
 
 func open(t *testing.T, c Config) *Store {
@@ -254,6 +269,42 @@ func TestThreeVoters(t *testing.T) {
 		if all := seen(); !slices.IsSortedFunc(all, func(x, y quorum.Register) int { return int(x.Epoch) - int(y.Epoch) }) {
 			t.Errorf("epochs out of order: %v", all)
 		}
+	})
+
+	relays, far := v.relayed("b")
+	t.Run("a voter that hangs is passed over", func(t *testing.T) {
+		delivered := watch(t, far)
+		// With each relay cut in turn, one of them is that which the store or the watch has used.
+		for i, r := range relays {
+			must(t)(far.Get(within(t, patience)))
+			r.Cut()
+			began := time.Now()
+			value = must(t)(far.Swap(within(t, patience), renewed(t, value, "b")))
+			if took := time.Since(began); took > 2*tryTime {
+				t.Errorf("with voter %d hanging, a swap took %s", i, took)
+			}
+			eventually(t, "the change is delivered", func() bool { all := delivered(); return len(all) > 0 && all[len(all)-1].Equal(value) })
+			t.Logf("with voter %d hanging, a change is delivered after %s", i, time.Since(began))
+			r.Heal()
+		}
+	})
+
+	t.Run("an answer that is lost", func(t *testing.T) {
+		next := renewed(t, value, "b")
+		for _, r := range relays {
+			r.Drop(faultnet.ToClient)
+		}
+		if _, err := far.Swap(within(t, 700*time.Millisecond), next); !errors.Is(err, quorum.ErrUnknown) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		eventually(t, "the swap has arrived all the same", func() bool { r, err := a.Get(within(t, patience)); return err == nil && r.Equal(next) })
+		for _, r := range relays {
+			r.Heal()
+		}
+		if got := must(t)(far.Swap(within(t, patience), next)); !got.Equal(next) {
+			t.Errorf("the same swap again: %+v", got)
+		}
+		value = next
 	})
 
 	t.Run("the loss of one voter stops nothing", func(t *testing.T) {
@@ -433,9 +484,8 @@ func TestAVoterThatFindsNoMajorityEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	if err := errors.Join(m.Close(), m.Close()); err != nil {
-		t.Error(err)
-	}
+	m.Close()
+	m.Close()
 	if took := time.Since(began); took > 10*time.Second {
 		t.Errorf("ending took %s", took)
 	}
