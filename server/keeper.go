@@ -59,9 +59,33 @@ func newKeeper(a *Agent, store quorum.Store) *keeper {
 	}
 }
 
-// marker is the file that says that this site has frozen others: after a restart, a proposal of its former life may still
-// be under way.
-func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "frozen") }
+// marker is the file that says that this site has promised something that holds until the epoch changes: to give some
+// site no receipts, to wait for one that comes back, to acknowledge nothing because it leaves. After a restart, the
+// proposal that the promise was made for may still be under way (docs/adr/0006).
+func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "promised") }
+
+// promise writes the marker before anything is proposed. k.mu is held.
+func (k *keeper) promise(what string) bool {
+	f, err := os.OpenFile(k.marker(), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err == nil {
+		_, err = fmt.Fprintln(f, what)
+		err = errors.Join(err, f.Sync(), f.Close())
+	}
+	if err != nil {
+		k.note("write down a promise", err)
+	}
+	return err == nil
+}
+
+// released removes the marker when nothing is promised any more. k.mu is held.
+func (k *keeper) released() {
+	if len(k.frozen)+len(k.arming) > 0 || k.leaving || k.doubt {
+		return
+	}
+	if err := os.Remove(k.marker()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		k.note("remove the mark of a promise", err)
+	}
+}
 
 // epoch is what receipts carry: 0 as long as the register is not known.
 func (k *keeper) epoch() uint64 {
@@ -152,6 +176,7 @@ func (k *keeper) adopt(r quorum.Register) {
 			delete(k.arming, s)
 		}
 	}
+	k.released()
 	k.log.Warn("the register has changed", "epoch", r.Epoch, "mode", string(r.Mode(k.siteNames())), "members", strings.Join(r.Members, " "), "by", r.By, "reason", r.Reason)
 	if was.Epoch > 0 && len(r.Members) < len(was.Members) {
 		k.losses = append(k.losses, time.Now())
@@ -183,11 +208,6 @@ func (k *keeper) note(what string, err error) {
 // thaw gives receipts to a site again. k.mu is held.
 func (k *keeper) thaw(site string) {
 	delete(k.frozen, site)
-	if len(k.frozen) == 0 {
-		if err := os.Remove(k.marker()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			k.note("remove the mark of a freeze", err)
-		}
-	}
 	for _, p := range k.peersOf(site) {
 		if in := p.live.Load(); in != nil {
 			in.copy.Thaw()
@@ -286,6 +306,7 @@ func (k *keeper) act(ctx context.Context, a durability.Action) {
 		for _, s := range a.Sites {
 			k.thaw(s)
 		}
+		k.released()
 		k.mu.Unlock()
 		k.kickAll()
 	case durability.Arm:
@@ -295,6 +316,7 @@ func (k *keeper) act(ctx context.Context, a durability.Action) {
 		for _, s := range a.Sites {
 			delete(k.arming, s)
 		}
+		k.released()
 		k.mu.Unlock()
 		k.kickAll()
 	case durability.TakeOver, durability.Leave, durability.Return:
@@ -320,9 +342,7 @@ func (k *keeper) freeze(sites []string) {
 	defer k.afterReports()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	// On disk before anything is proposed: see marker.
-	if err := os.WriteFile(k.marker(), []byte(strings.Join(sites, "\n")+"\n"), 0o600); err != nil {
-		k.note("mark a freeze", err)
+	if !k.promise("frozen: " + strings.Join(sites, " ")) {
 		return
 	}
 	for _, s := range sites {
@@ -356,6 +376,10 @@ func (k *keeper) cuts(sites []string) quorum.Cuts {
 // arm lets reports wait for sites that are about to be members again.
 func (k *keeper) arm(sites []string) {
 	k.mu.Lock()
+	if !k.promise("arming: " + strings.Join(sites, " ")) {
+		k.mu.Unlock()
+		return
+	}
 	for _, s := range sites {
 		k.arming[s] = nil // from now on nothing is acknowledged without it
 	}
@@ -428,7 +452,11 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	note := quorum.Note{Reason: a.Why, By: self, At: time.Now().UTC()}
 	k.mu.Lock()
 	if a.Kind == durability.Leave {
-		k.leaving = true
+		k.leaving = k.promise("leaving") || k.leaving
+		if !k.leaving {
+			k.mu.Unlock()
+			return
+		}
 	}
 	reg := k.reg
 	k.mu.Unlock()
@@ -444,8 +472,12 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	case durability.Return:
 		next, err = quorum.Rearm(reg, a.Sites[0], note)
 	}
-	if err != nil {
+	if err != nil { // nothing was asked for, so nothing is promised
 		k.fail("change the register", err)
+		k.mu.Lock()
+		k.leaving = false
+		k.released()
+		k.mu.Unlock()
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)

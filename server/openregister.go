@@ -2,57 +2,47 @@ package server
 
 import (
 	"context"
-	"errors"
-	"path/filepath"
 	"time"
 
-	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/quorum/etcdstore"
 )
 
 // openRegister starts this site's voter, if it is to have one, and the keeper. The returned function ends the voter and
 // the connections to the others. Without a register both are nothing.
-func (a *Agent) openRegister(ctx context.Context) (func() error, error) {
+func (a *Agent) openRegister(ctx context.Context) (end func() error, err error) {
 	if !a.cfg.HasRegister() {
 		return func() error { return nil }, nil
 	}
-	var member *etcdstore.Member
-	if v, ok := a.cfg.Voter(); ok {
-		var voters []etcdstore.Voter
-		for _, m := range a.cfg.Quorum.Members {
-			voters = append(voters, etcdstore.Voter{Name: m.Name, Peer: m.Peer, Client: m.Client})
+	endVoter := func() {}
+	if mc, ok := etcdstore.MemberOf(a.cfg, a.log); ok {
+		member, err := etcdstore.StartMember(ctx, mc)
+		if etcdstore.IsLost(err) {
+			return nil, &hinted{err.Error(), "if its data is lost for good, tell the other voters at another site: duri witness --replace does so for a witness, docs/guide/runbook.md tells how for a site"}
 		}
-		var err error
-		member, err = etcdstore.StartMember(ctx, etcdstore.MemberConfig{
-			ClusterID: a.cfg.Cluster.ID, Name: v.Name, DataDir: filepath.Join(a.cfg.DataDir, "register"), Voters: voters, Prefer: a.cfg.WitnessName(),
-			TLS: pki.Files{CA: a.cfg.TLS.CA, Cert: a.cfg.TLS.Cert, Key: a.cfg.TLS.Key}, Log: a.log,
-		})
 		if err != nil {
 			return nil, err
 		}
+		endVoter = member.Close
 	}
-	end := func() error {
-		if member == nil {
-			return nil
-		}
-		return member.Close()
-	}
-	tlsConfig := a.clientT
-	if q := a.cfg.Quorum.TLS; q.CA != "" {
-		var err error
-		if tlsConfig, err = etcdstore.ClientTLS(pki.Files{CA: q.CA, Cert: q.Cert, Key: q.Key}); err != nil {
-			return nil, errors.Join(err, end())
-		}
-	}
-	store, err := etcdstore.Open(ctx, etcdstore.Config{ClusterID: a.cfg.Cluster.ID, Endpoints: a.cfg.RegisterEndpoints(), TLS: tlsConfig, Log: a.log})
+	cc, err := etcdstore.ClientOf(a.cfg, a.log)
 	if err != nil {
-		return nil, errors.Join(err, end())
+		endVoter()
+		return nil, err
+	}
+	store, err := etcdstore.Open(ctx, cc)
+	if err != nil {
+		endVoter()
+		return nil, err
 	}
 	a.keeper = newKeeper(a, store)
 	for _, n := range a.nodes {
 		n.keeper = a.keeper
 	}
-	return func() error { return errors.Join(store.Close(), end()) }, nil
+	return func() error {
+		err := store.Close()
+		endVoter()
+		return err
+	}, nil
 }
 
 // registerTimeout bounds one question to the register.
