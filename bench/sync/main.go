@@ -28,7 +28,6 @@ func main() {
 	flag.Var(&b.clients, "clients", "numbers of clients at each site that has some")
 	flag.DurationVar(&b.time, "time", 5*time.Second, "what counts of a load, in whole seconds; one more comes before")
 	flag.IntVar(&b.runs, "runs", 3, "loads of each kind")
-	flag.StringVar(&b.level, "level", "", "duri's durability level, such as sync; empty: that of a duri.yaml without one")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -63,7 +62,6 @@ type bench struct {
 	rtts, clients list
 	time          time.Duration
 	runs          int
-	level         string
 
 	dir, script string
 	binDir      string // PostgreSQL's programs, the same ones for all
@@ -95,7 +93,6 @@ func (b *bench) run(ctx context.Context) (err error) {
 	}
 	fmt.Printf("PostgreSQL %d, %d CPUs, fsync on everywhere, %s a load, %d runs\n", major, runtime.NumCPU(), b.time, b.runs)
 	fmt.Printf("load: pgbench, INSERT of one row under a key that no other client uses; latencies from its log\n")
-	fmt.Printf("duri: %s\n", b.meaning())
 	results, fsyncs := map[cell][]sample{}, map[int]float64{}
 	for _, rtt := range b.rtts {
 		if fsyncs[rtt], err = b.measureRTT(ctx, rtt, results); err != nil {
@@ -103,7 +100,7 @@ func (b *bench) run(ctx context.Context) (err error) {
 		}
 	}
 	for _, rtt := range b.rtts {
-		fmt.Print(report(rtt, b.clients, fsyncs[rtt], b.level != "", results))
+		fmt.Print(report(rtt, b.clients, fsyncs[rtt], results))
 	}
 	return nil
 }

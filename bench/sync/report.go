@@ -6,9 +6,8 @@ import (
 	"strings"
 )
 
-// report is the table of one round trip and which aims hold in it. Without a durability level a commit of duri does not
-// wait for the second site: an aim that is met then tells nothing.
-func report(rtt int, clients []int, fsync float64, waits bool, results map[cell][]sample) string {
+// report is the table of one round trip and which aims hold in it.
+func report(rtt int, clients []int, fsync float64, results map[cell][]sample) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "\n### Round trip %d ms (fsync %.2f ms)\n\n", rtt, fsync)
 	fmt.Fprintln(&b, "| system | clients | p50 ms | p99 ms | tx/s | p50 - local p50, ms | tx/s by native logical | tx/s by physical |")
@@ -27,7 +26,7 @@ func report(rtt int, clients []int, fsync float64, waits bool, results map[cell]
 			fmt.Fprintf(&b, "| %s | %s | %.2f | %.2f | %.0f | %+.2f | %.2fx | %.2fx |\n", name, count, s.p50, s.p99, s.tps,
 				s.p50-m[local].p50, s.tps/m[native].tps, s.tps/m[physical].tps)
 		}
-		aims = append(aims, judge(rtt, n, fsync, waits, m)...)
+		aims = append(aims, judge(rtt, n, fsync, m)...)
 		aims = append(aims, unwaited(rtt, n, m)...)
 	}
 	fmt.Fprintf(&b, "\nAims, for %s:\n\n%s", oneWay, strings.Join(aims, ""))
@@ -38,16 +37,13 @@ func report(rtt int, clients []int, fsync float64, waits bool, results map[cell]
 const manyClients = 8
 
 // judge says which aims hold with n clients.
-func judge(rtt, n int, fsync float64, waits bool, m map[string]sample) []string {
+func judge(rtt, n int, fsync float64, m map[string]sample) []string {
 	const beyond, ofNative, ofPhysical = 1.0, 1.0, 0.8
 	var lines []string
 	say := func(holds bool, format string, args ...any) {
 		verdict := "**missed**"
-		switch {
-		case holds && waits:
+		if holds {
 			verdict = "holds"
-		case holds:
-			verdict = "not comparable, own journal only"
 		}
 		lines = append(lines, fmt.Sprintf("* %s, %d clients: ", verdict, n)+fmt.Sprintf(format, args...)+"\n")
 	}

@@ -13,7 +13,6 @@ import (
 	"github.com/duri-io/duri/internal/faultnet"
 	"github.com/duri-io/duri/internal/pair"
 	"github.com/duri-io/duri/internal/pgcluster"
-	"github.com/duri-io/duri/server"
 )
 
 // system is one way to have a second copy, with the clients in one place. It is closed also when its start failed.
@@ -170,8 +169,8 @@ func (b *bench) startDuri(ctx context.Context, s *system) error {
 	}
 	p, err := pair.Start(ctx, pair.Options{
 		Binary: binary, BinDir: b.binDir, Database: database, Settings: settings(), Relays: true,
-		Config: func(_, text string) string { return b.durability(text) },
-		Seed:   func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, database, table) },
+		Sync: true,
+		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, database, table) },
 	})
 	if err != nil {
 		return err
@@ -187,27 +186,8 @@ func (b *bench) startDuri(ctx context.Context, s *system) error {
 		for _, r := range site.Relay {
 			s.relays = append(s.relays, r)
 		}
-		if err := waitFor(ctx, site.Cluster, fmt.Sprintf("1 (%s)", server.Slot(database))); err != nil {
-			return err
-		}
 	}
-	return nil
-}
-
-// durability adds the durability level to a site's duri.yaml.
-func (b *bench) durability(text string) string {
-	if b.level == "" {
-		return text
-	}
-	return text + "\ndurability:\n  level: " + b.level + "\n"
-}
-
-// meaning is what a commit waits for, for the head of the output.
-func (b *bench) meaning() string {
-	if b.level == "" {
-		return "no durability level is set, so a commit waits for the journal of its own site only, NOT for the second site"
-	}
-	return "durability level " + b.level
+	return p.HoldCommits(wait)
 }
 
 // waitFor makes commits wait for a standby and returns when PostgreSQL counts on it.
