@@ -59,11 +59,14 @@ type Config struct {
 	// Clock is the local PostgreSQL server's clock (rule 1).
 	Clock func() wal.Time
 
-	BatchTransactions int           // default 2000
-	BatchBytes        int           // default 8 MiB
-	LockTimeout       time.Duration // default 200 ms; below deadlock_timeout, so that a client is never the victim
-	BarrierTimeout    time.Duration // how long rows stay locked for the capture barrier; default 500 ms
-	Logger            *slog.Logger
+	BatchTransactions int // default 2000
+	BatchBytes        int // default 8 MiB
+	// Pause is the least time between the starts of two batches. Each costs about as much whatever it merges, so that a
+	// short pause leaves the machine to commits that wait for receipts.
+	Pause          time.Duration
+	LockTimeout    time.Duration // default 200 ms; below deadlock_timeout, so that a client is never the victim
+	BarrierTimeout time.Duration // how long rows stay locked for the capture barrier; default 500 ms
+	Logger         *slog.Logger
 }
 
 func (c *Config) defaults() {
@@ -637,6 +640,7 @@ func (w *Worker) execute(ctx context.Context, in <-chan *planner) error {
 			if len(p.batch.txns) == 0 {
 				continue
 			}
+			begun := time.Now()
 			if err := w.applyBatch(ctx, p.batch); err != nil {
 				return err
 			}
@@ -644,6 +648,11 @@ func (w *Worker) execute(ctx context.Context, in <-chan *planner) error {
 			w.done++
 			w.takePosition()
 			w.mu.Unlock()
+			if rest := w.cfg.Pause - time.Since(begun); rest > 0 {
+				if err := pause(ctx, rest); err != nil {
+					return err
+				}
+			}
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -62,6 +63,8 @@ type Stream struct {
 	cfg  Config
 	conn *pgconn.PgConn
 	kick chan struct{}
+
+	sendMu sync.Mutex // held while a report is written
 }
 
 // Connect opens a replication connection to the database, for one whose commits nobody waits for: while it is busy, what
@@ -249,17 +252,31 @@ func (s *Stream) reportLoop(ctx context.Context) error {
 	}
 }
 
-// Report sends the positions at once, without waiting for the timer.
+// Report sends the positions at once, without waiting for the timer. While one is being written, another is left to the
+// timer's goroutine.
 func (s *Stream) Report() {
+	if s.sendMu.TryLock() {
+		err := s.write(s.cfg.Report())
+		s.sendMu.Unlock()
+		if err == nil {
+			return
+		}
+	}
 	select {
 	case s.kick <- struct{}{}:
 	default:
 	}
 }
 
-// send writes a standby status update as a raw CopyData message. It writes to the socket directly because the
-// receiving goroutine owns the pgconn; reading and writing a net.Conn side by side is allowed.
 func (s *Stream) send(p Positions) error {
+	s.sendMu.Lock()
+	defer s.sendMu.Unlock()
+	return s.write(p)
+}
+
+// write writes a standby status update as a raw CopyData message. It writes to the socket directly because the
+// receiving goroutine owns the pgconn; reading and writing a net.Conn side by side is allowed. s.sendMu is held.
+func (s *Stream) write(p Positions) error {
 	b := make([]byte, 0, 39)
 	b = append(b, 'd')
 	b = binary.BigEndian.AppendUint32(b, 38)

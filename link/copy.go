@@ -18,12 +18,15 @@ type CopyConfig struct {
 	Journal journal.Options
 	// From is the position from which on the journal is needed when there is no copy yet (a site that joined with the
 	// contents as of From); zero: everything that the origin keeps.
-	From   wal.LSN
+	From wal.LSN
+	// Prompt: commits wait for the receipts.
+	Prompt bool
 	Logger *slog.Logger // default none
 }
 
 // CopyWriter keeps a copy of a peer's journal: it is the Sink to Follow with. Records are handed to the file as they
-// come, and one goroutine fsyncs: as soon as one fsync has ended, the next takes all that came meanwhile.
+// come. With CopyConfig.Prompt they are fsynced then, and what comes meanwhile goes with the next; else one goroutine
+// fsyncs: as soon as one fsync has ended, the next takes all that came meanwhile.
 //
 // Methods may be called at any time, except that Close must come after Follow has returned.
 type CopyWriter struct {
@@ -157,7 +160,13 @@ func (w *CopyWriter) Frames(data []byte, from, to wal.LSN) error {
 	if ferr := j.Flush(); err == nil {
 		err = ferr
 	}
-	w.signal(w.kick)
+	if err == nil && w.c.Prompt {
+		if err := j.Sync(); err != nil {
+			return w.fail(err)
+		}
+	} else {
+		w.signal(w.kick)
+	}
 	w.signal(w.acks)
 	if err != nil {
 		return w.judge(j, err)

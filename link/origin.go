@@ -15,8 +15,8 @@ import (
 
 // A Follow at the origin is four goroutines:
 //
-//	journal --pump--> out --sender--> network        pump reads, cuts, compresses, and waits for the window;
-//	                                                 sender also puts the heartbeats in
+//	journal --pump--> network                        reads, cuts, compresses, and waits for the window
+//	heartbeats -----> network                        one of both at a time
 //	network --receiver--> requests --handler         the handler alone judges and decides when the stream ends
 //
 // The handler never sends, so it can end the stream while the sender hangs in a full connection: gRPC ends a Send or
@@ -35,6 +35,8 @@ type follower struct {
 	supersede chan struct{}
 	once      sync.Once
 	gone      chan struct{}
+
+	sending sync.Mutex // held while a message is sent
 
 	mu    sync.Mutex // guards the rest
 	ack   Ack
@@ -236,10 +238,12 @@ func (s *Server) ship(ctx context.Context, stream followStream, in *inbox, f *fo
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	out := make(chan *linkpb.Frames)
+	if err := stream.Send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Welcome{Welcome: w}}); err != nil {
+		return errors.Join(err, reader.Close())
+	}
 	failed := make(chan error, 2)
-	s.wg.Go(func() { failed <- pump(ctx, reader, pack, f.window, out) })
-	s.wg.Go(func() { failed <- s.send(ctx, stream, f, j, w, out) })
+	s.wg.Go(func() { failed <- pump(ctx, reader, pack, f, stream) })
+	s.wg.Go(func() { failed <- s.beat(ctx, stream, f, j) })
 
 	tick := time.NewTicker(s.c.Silence / 8)
 	defer tick.Stop()
@@ -308,10 +312,10 @@ func (s *Server) clockSample(site string, x exchange) {
 	s.clocks[site].add(c)
 }
 
-// pump reads the journal into messages. It owns the reader.
-func pump(ctx context.Context, reader *journal.Reader, pack *packer, w *window, out chan<- *linkpb.Frames) error {
+// pump reads the journal into messages and sends them. It owns the reader.
+func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower, stream followStream) error {
 	defer func() { _ = reader.Close() }() // what it read is all that matters
-	size := chunkFor(w.limit)
+	size := chunkFor(f.window.limit)
 	for {
 		fr, err := reader.NextFrames(ctx, size)
 		if ctx.Err() != nil {
@@ -325,29 +329,10 @@ func pump(ctx context.Context, reader *journal.Reader, pack *packer, w *window, 
 			data = data[len(chunk):]
 			m := &linkpb.Frames{From: uint64(fr.From), To: uint64(fr.To), More: len(data) > 0}
 			m.Data, m.Zstd = pack.pack(chunk)
-			if err := w.reserve(ctx, int64(len(m.Data))); err != nil {
+			if err := f.window.reserve(ctx, int64(len(m.Data))); err != nil {
 				return err
 			}
-			select {
-			case out <- m:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-	}
-}
-
-// send is the only goroutine that sends.
-func (s *Server) send(ctx context.Context, stream followStream, f *follower, j *journal.Journal, w *linkpb.Welcome, out <-chan *linkpb.Frames) error {
-	if err := stream.Send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Welcome{Welcome: w}}); err != nil {
-		return err
-	}
-	beat := time.NewTicker(s.c.Heartbeat)
-	defer beat.Stop()
-	for {
-		select {
-		case m := <-out:
-			if err := stream.Send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Frames{Frames: m}}); err != nil {
+			if err := f.send(stream, &linkpb.FollowReply{Message: &linkpb.FollowReply_Frames{Frames: m}}); err != nil {
 				return err
 			}
 			if !m.GetMore() {
@@ -355,12 +340,29 @@ func (s *Server) send(ctx context.Context, stream followStream, f *follower, j *
 				f.sent = wal.LSN(m.GetTo())
 				f.mu.Unlock()
 			}
+		}
+	}
+}
+
+// send is for one goroutine at a time, as gRPC wants it.
+func (f *follower) send(stream followStream, m *linkpb.FollowReply) error {
+	f.sending.Lock()
+	defer f.sending.Unlock()
+	return stream.Send(m)
+}
+
+// beat sends the heartbeats.
+func (s *Server) beat(ctx context.Context, stream followStream, f *follower, j *journal.Journal) error {
+	beat := time.NewTicker(s.c.Heartbeat)
+	defer beat.Stop()
+	for {
+		select {
 		case <-beat.C:
 			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable()), Epoch: s.c.Epoch()}
 			f.mu.Lock()
 			h.Clock = f.echo.say(s.c.Now())
 			f.mu.Unlock()
-			if err := stream.Send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Heartbeat{Heartbeat: h}}); err != nil {
+			if err := f.send(stream, &linkpb.FollowReply{Message: &linkpb.FollowReply_Heartbeat{Heartbeat: h}}); err != nil {
 				return err
 			}
 		case <-ctx.Done():

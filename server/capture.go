@@ -153,7 +153,19 @@ func (c *capture) Idle() error {
 		}
 		c.positions, c.pending, c.waited = time.Now(), 0, false
 	}
+	if c.n.waits() { // commits wait for it; what comes during the write goes with the next
+		return c.handOver()
+	}
 	wake(c.flush)
+	return nil
+}
+
+// handOver gives what was appended to the readers, that is to the link, and then to syncLoop.
+func (c *capture) handOver() error {
+	if err := c.j.Flush(); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	wake(c.dirty)
 	return nil
 }
 
@@ -172,7 +184,7 @@ const (
 	behindAfter  = 100 * time.Millisecond
 )
 
-// flushLoop hands what was appended to the readers, that is to the link, and then to syncLoop.
+// flushLoop hands over from time to time. Where commits wait, Idle does so itself.
 func (c *capture) flushLoop(ctx context.Context) error {
 	for {
 		select {
@@ -180,17 +192,14 @@ func (c *capture) flushLoop(ctx context.Context) error {
 			return ctx.Err()
 		case <-c.flush:
 		}
-		if err := c.j.Flush(); err != nil {
-			return fmt.Errorf("write journal: %w", err)
+		if err := c.handOver(); err != nil {
+			return err
 		}
-		wake(c.dirty)
-		switch {
-		case c.n.waits(): // commits wait for it; what comes during a write goes with the next
-		case c.behind.Load():
-			time.Sleep(flushCatchUp)
-		default:
-			time.Sleep(flushEvery)
+		pause := flushEvery
+		if c.behind.Load() {
+			pause = flushCatchUp
 		}
+		time.Sleep(pause)
 	}
 }
 

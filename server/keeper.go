@@ -155,15 +155,22 @@ func (k *keeper) stir() {
 // adopt takes a value of the register that is newer than the known one. It says nothing about a swap whose answer is
 // missing, unless the epoch has moved: then that swap can no longer succeed, or is the one that is read.
 func (k *keeper) adopt(r quorum.Register) {
+	if k.take(r) {
+		k.kickAll()
+		k.stir()
+	}
+}
+
+func (k *keeper) take(r quorum.Register) (news bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if r.Epoch <= k.reg.Epoch {
-		return
+		return false
 	}
 	if k.reg.Epoch > 0 && r.Epoch == k.reg.Epoch+1 {
 		if err := quorum.Check(k.reg, r, k.a.cfg.Durability.Receipts); err != nil {
 			k.note("the register was changed against its rules", err)
-			return
+			return false
 		}
 	}
 	was := k.reg
@@ -181,13 +188,10 @@ func (k *keeper) adopt(r quorum.Register) {
 	if was.Epoch > 0 && len(r.Members) < len(was.Members) {
 		k.losses = append(k.losses, time.Now())
 	}
-	for _, n := range k.a.nodes {
-		n.kickReport()
-	}
 	if !r.Has(k.a.self.Name) && k.door != nil { // at once, not with the next look around
 		k.door.Shut(k.fenceReason(r))
 	}
-	k.stir()
+	return true
 }
 
 func (k *keeper) siteNames() (names []string) {

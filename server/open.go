@@ -408,7 +408,7 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 		return err
 	}
 	for i, p := range n.peers {
-		copies[i], err = link.OpenCopy(link.CopyConfig{Dir: n.dir(p.site.Name), Journal: n.journalOptions(), Logger: p.log})
+		copies[i], err = link.OpenCopy(link.CopyConfig{Dir: n.dir(p.site.Name), Journal: n.journalOptions(), Prompt: n.waits(), Logger: p.log})
 		if err != nil {
 			return fmt.Errorf("open the copy of %s's journal: %w", p.site.Name, err)
 		}

@@ -170,6 +170,7 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 		Clock:             n.clock.Now,
 		BatchTransactions: n.cfg.Apply.BatchTransactions,
 		BatchBytes:        int(n.cfg.Apply.BatchBytes.Bytes()),
+		Pause:             n.applyPause(),
 		LockTimeout:       n.cfg.Apply.LockTimeout.Std(),
 		Logger:            p.log,
 	})

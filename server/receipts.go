@@ -18,6 +18,15 @@ import (
 // waits reports whether commits of this database wait for other sites.
 func (n *node) waits() bool { return n.keeper != nil && n.cfg.DurabilityOf(n.database.Name) == config.Sync && n.cfg.Durability.Policy != config.AvailabilityFirst }
 
+// applyPause leaves the machine to receipts where commits wait for them: what is applied a few milliseconds later is
+// applied in fewer transactions.
+func (n *node) applyPause() time.Duration {
+	if n.waits() {
+		return 10 * time.Millisecond
+	}
+	return 0
+}
+
 // receipts are what the other sites have acknowledged of this database's journal.
 func (n *node) receipts() (all []durability.Receipt) {
 	for _, p := range n.peers {
