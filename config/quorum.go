@@ -72,6 +72,11 @@ func (c *Config) DurabilityOf(database string) Level {
 	return c.Durability.Level
 }
 
+// Waits reports whether commits of a database may wait for other sites. Availability first waits for nobody.
+func (c *Config) Waits(database string) bool {
+	return c.DurabilityOf(database) == Sync && c.Durability.Policy != AvailabilityFirst
+}
+
 // WitnessName is the voter that is not a site; empty when there is none.
 func (c *Config) WitnessName() string {
 	for _, v := range c.Quorum.Members {

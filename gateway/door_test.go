@@ -111,8 +111,7 @@ func TestRefusalIsAnError(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		_, err := pgconn.Connect(ctx, "postgres://duri@"+addr+"/app?sslmode="+mode)
 		cancel()
-		var pgErr *pgconn.PgError
-		if errors.As(err, &pgErr) {
+		if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
 			if pgErr.Code != "57P03" || !strings.Contains(pgErr.Message, "no member") || pgErr.Hint == "" {
 				t.Errorf("sslmode %s: %+v", mode, pgErr)
 			}

@@ -117,13 +117,17 @@ func (k *keeper) standing() durability.Standing {
 	return s
 }
 
+// resume notes a promise of the agent's former life.
+func (k *keeper) resume() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	_, err := os.Stat(k.marker())
+	k.doubt = !errors.Is(err, fs.ErrNotExist)
+}
+
 // run reads the register and works until ctx ends.
 func (k *keeper) run(ctx context.Context) error {
-	if _, err := os.Stat(k.marker()); err == nil {
-		k.mu.Lock()
-		k.doubt = true
-		k.mu.Unlock()
-	}
+	k.resume()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
@@ -174,7 +178,8 @@ func (k *keeper) take(r quorum.Register) (news bool) {
 		}
 	}
 	was := k.reg
-	k.reg, k.doubt, k.leaving = r, false, false
+	k.doubt = k.doubt && was.Epoch == 0 // of a former life: what is read first proves nothing
+	k.reg, k.leaving = r, false
 	for s := range k.frozen { // in the new epoch, receipts of the old one count nowhere
 		k.thaw(s)
 	}

@@ -7,7 +7,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 
-	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/decode"
 	"github.com/duri-io/duri/durability"
 	"github.com/duri-io/duri/internal/pg"
@@ -16,7 +15,7 @@ import (
 )
 
 // waits reports whether commits of this database wait for other sites.
-func (n *node) waits() bool { return n.keeper != nil && n.cfg.DurabilityOf(n.database.Name) == config.Sync && n.cfg.Durability.Policy != config.AvailabilityFirst }
+func (n *node) waits() bool { return n.keeper != nil && n.cfg.Waits(n.database.Name) }
 
 // applyPause leaves the machine to receipts where commits wait for them: what is applied a few milliseconds later is
 // applied in fewer transactions.

@@ -62,7 +62,7 @@ func (k *keeper) status() *DurabilityStatus {
 		f := k.problem
 		d.Problem = &f
 	}
-	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.DurabilityOf(db.Name) == config.Sync && k.a.cfg.Durability.Policy != config.AvailabilityFirst })
+	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.Waits(db.Name) })
 	d.Guarantee = guarantee(d, k.a.self.Name, waits)
 	if k.door != nil {
 		shut, now, total := k.door.Status()
@@ -110,10 +110,10 @@ type LossReport struct {
 type PossibleLoss struct {
 	Site     string    `json:"site"`
 	Database string    `json:"database"`
-	Have     string    `json:"have"`            // this site has its transactions up to here
-	End      string    `json:"end,omitempty"`   // it said that they reach to here, when it was last heard
-	Bytes    int64     `json:"bytes"`           // of WAL between the two, at least
-	Heard    time.Time `json:"heard,omitempty"` // when that was
+	Have     string    `json:"have"`           // this site has its transactions up to here
+	End      string    `json:"end,omitempty"`  // it said that they reach to here, when it was last heard
+	Bytes    int64     `json:"bytes"`          // of WAL between the two, at least
+	Heard    time.Time `json:"heard,omitzero"` // when that was
 }
 
 var errNoRegister = &hinted{"this cluster has no register", "add quorum to duri.yaml, as docs/reference/config.md tells, or make the cluster with `duri init --witness`"}

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/duri-io/duri/internal/term"
+	"github.com/duri-io/duri/quorum"
 	"github.com/duri-io/duri/server"
 )
 
@@ -46,10 +47,33 @@ func newRegisterShowCmd(a *app) *cobra.Command {
 	}
 }
 
+// reassuring reports whether an acknowledged commit survives the loss of a site as configured, and nothing is going on.
+func reassuring(s server.DurabilityStatus) bool {
+	return s.Known && s.Member && s.Mode == quorum.Sync && len(s.Frozen) == 0 && s.Blocked == ""
+}
+
+// registerProblems are the lines about what keeps a site from acknowledging, or clients out.
+func registerProblems(site server.SiteStatus) (out []string) {
+	d := site.Durability
+	if d == nil {
+		return nil
+	}
+	if d.Blocked != "" {
+		out = append(out, problem(site.Site, "a person must decide: "+d.Blocked, "see what may be lost with `duri register force`, at the site that is to go on"))
+	}
+	if d.Problem != nil {
+		out = append(out, problem(site.Site, d.Problem.Text, d.Problem.Hint))
+	}
+	if d.Door != nil && !d.Door.Open {
+		out = append(out, problem(site.Site, "clients are shut out: "+d.Door.Shut, ""))
+	}
+	return out
+}
+
 // printRegister writes the guarantee first, then the value that it follows from.
 func printRegister(w io.Writer, site string, s server.DurabilityStatus, style term.Style) error {
 	text := s.Guarantee
-	if s.Member && s.Known && s.Receipts > 0 && len(s.Frozen) == 0 {
+	if reassuring(s) {
 		text = style.Good(text)
 	} else {
 		text = style.Bad(text)
@@ -103,7 +127,7 @@ func newRegisterRearmCmd(a *app) *cobra.Command {
 		Long: `A site that was left out comes back by itself when it has caught up and its link has been stable for durability.rearm.
 This does not wait for the latter. It is safe at any time: the site is a member only when it holds everything. Run it at
 a site that is a member.`,
-		Example: "  duri register rearm busan",
+		Example: "  duri register rearm busan\n  duri register rearm busan -o json",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := a.config()
@@ -203,11 +227,12 @@ func newSiteCmd(a *app) *cobra.Command {
 	})
 	var reason string
 	fence := &cobra.Command{
-		Use:     "fence",
-		Short:   "End the clients' connections here and let nobody in",
-		Long:    "Clients that come through the agent (gateway.listen) are told the reason and to use another site. Replication goes on.",
-		Example: `  duri site fence --reason "maintenance of the storage"`,
-		Args:    noArgs,
+		Use:   "fence",
+		Short: "End the clients' connections here and let nobody in",
+		Long:  "Clients that come through the agent (gateway.listen) are told the reason and to use another site. Replication goes on.",
+		Example: `  duri site fence --reason "maintenance of the storage"
+  duri site fence --reason "the fire brigade is here" -o json`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.fence(cmd, server.FenceRequest{Fence: true, Reason: reason})
 		},
@@ -216,7 +241,7 @@ func newSiteCmd(a *app) *cobra.Command {
 	unfence := &cobra.Command{
 		Use:     "unfence",
 		Short:   "Let clients in again, as far as the register allows",
-		Example: "  duri site unfence",
+		Example: "  duri site unfence\n  duri site unfence -o json",
 		Args:    noArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.fence(cmd, server.FenceRequest{}) },
 	}

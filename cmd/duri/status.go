@@ -88,6 +88,9 @@ func summary(s server.ClusterStatus) (string, bool) {
 	conflicts := int64(0)
 	worst := 0.0
 	for _, site := range s.Sites {
+		if d := site.Durability; d != nil && !reassuring(*d) {
+			bad = append(bad, fmt.Sprintf("%s: %s", site.Site, d.Guarantee))
+		}
 		for _, d := range site.Databases {
 			if d.Health != server.HealthOK {
 				why := d.State
@@ -126,9 +129,17 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 	if _, err := fmt.Fprintln(w, text); err != nil {
 		return err
 	}
+	for _, site := range s.Sites {
+		if d := site.Durability; d != nil {
+			if _, err := fmt.Fprintf(w, "%s: %s (epoch %d, %s)\n", site.Site, d.Guarantee, d.Register.Epoch, d.Mode); err != nil {
+				return err
+			}
+		}
+	}
 	t := term.NewTable("DATABASE", "FROM", "TO", "STATE", "LAG", "BEHIND", "APPLIED", "CONFLICTS", "JOURNAL").Right(4, 5, 6, 7, 8)
 	var problems []string
 	for _, site := range s.Sites {
+		problems = append(problems, registerProblems(site)...)
 		for _, d := range site.Databases {
 			if d.Problem != nil {
 				problems = append(problems, problem(d.Name+" at "+site.Site, d.Problem.Text, d.Problem.Hint))

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
@@ -325,7 +326,7 @@ func Replace(ctx context.Context, c Config, v Voter) error {
 	for _, old := range members.Members {
 		// One that was added and never started has no name yet.
 		if old.Name == v.Name || slices.Contains(old.PeerURLs, peer) {
-			if _, err := s.client.MemberRemove(ctx, old.ID); err != nil {
+			if err := s.remove(ctx, old.ID); err != nil {
 				return fmt.Errorf("replace voter %s: %w", v.Name, err)
 			}
 		}
@@ -334,6 +335,19 @@ func Replace(ctx context.Context, c Config, v Voter) error {
 		return fmt.Errorf("replace voter %s: %w", v.Name, err)
 	}
 	return nil
+}
+
+// remove repeats while the voters refuse because they have not seen each other for long enough.
+func (s *Store) remove(ctx context.Context, id uint64) error {
+	for {
+		_, err := s.client.MemberRemove(ctx, id)
+		if !errors.Is(err, rpctypes.ErrUnhealthy) {
+			return err
+		}
+		if !wait(ctx) {
+			return ended(ctx, err)
+		}
+	}
 }
 
 // add repeats while the voters refuse because they have only just removed one.

@@ -115,11 +115,11 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 }
 
 func (r Round) String() string {
-	s := fmt.Sprintf("%s; without service %s, as before %s after it", r.Fault, r.Stall.Round(time.Millisecond), r.Recovered.Round(time.Millisecond))
+	lines := []string{fmt.Sprintf("%s; without service %s, as before %s after it", r.Fault, r.Stall.Round(time.Millisecond), r.Recovered.Round(time.Millisecond))}
 	for _, v := range r.Violations {
-		s += "\n  VIOLATION: " + v
+		lines = append(lines, "  VIOLATION: "+v)
 	}
-	return s
+	return strings.Join(lines, "\n")
 }
 
 type campaign struct {

@@ -52,26 +52,14 @@ func (l *ledger) end(i int, o outcome) {
 	l.attempts[i].ended, l.attempts[i].outcome = time.Now(), o
 }
 
-// all is a copy, without the attempts that have no answer: their clients were stopped before they had asked anything.
+// all is a copy.
 func (l *ledger) all() []attempt {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.attempts)
 }
 
-// ackedSince counts a site's acknowledged attempts that were begun after a moment.
-func (l *ledger) ackedSince(site string, at time.Time) (n int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for i := len(l.attempts) - 1; i >= 0 && l.attempts[i].begun.After(at.Add(-time.Minute)); i-- {
-		if a := l.attempts[i]; a.site == site && a.outcome == acked && a.begun.After(at) {
-			n++
-		}
-	}
-	return n
-}
-
-// Schema is what the clients write: a row of the ledger by key, the same without a key, which shows what is applied
+// schema is what the clients write: a row of the ledger by key, the same without a key, which shows what is applied
 // twice, and rows that all clients of both sites update.
 const schema = `CREATE TABLE ledger (site text, client text, seq int, PRIMARY KEY (site, client, seq));
 CREATE TABLE log (entry text);

@@ -1,0 +1,158 @@
+package server
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/durability"
+	"github.com/duri-io/duri/internal/quorumtest"
+	"github.com/duri-io/duri/quorum"
+)
+
+// testKeeper is that of a site without databases.
+func testKeeper(t *testing.T, site string, store quorum.Store) *keeper {
+	t.Helper()
+	cfg := &config.Config{
+		Site: site, DataDir: t.TempDir(), Sites: []config.Site{{ID: 1, Name: "a", Address: "127.0.0.1:1"}, {ID: 2, Name: "b", Address: "127.0.0.1:2"}},
+		Databases:  []config.Database{{Name: "app"}},
+		Durability: config.Durability{Level: config.Sync, Receipts: 1, Policy: config.DurabilityFirst, Detect: 2 * config.Second, Rearm: config.Second},
+	}
+	return newKeeper(&Agent{cfg: cfg, self: cfg.Self(), log: slog.New(slog.DiscardHandler)}, store)
+}
+
+func (k *keeper) promised(t *testing.T) bool {
+	t.Helper()
+	_, err := os.Stat(k.marker())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
+func TestFirstValueIsWrittenOnce(t *testing.T) {
+	reg := quorumtest.New()
+	a, b := testKeeper(t, "a", reg.Client()), testKeeper(t, "b", reg.Client())
+	if a.epoch() != 0 || a.standing().Member {
+		t.Error("something may be acknowledged before the register was read")
+	}
+	a.read(t.Context())
+	b.read(t.Context())
+	for _, k := range []*keeper{a, b} {
+		if st := k.standing(); k.epoch() != 1 || !st.Member || st.Members != 2 || len(st.Others) != 1 {
+			t.Errorf("site %s: epoch %d, %+v", k.a.self.Name, k.epoch(), st)
+		}
+	}
+}
+
+// TestTakeOver goes the way of durability.md section 5: freeze, swap; the frozen site's receipts do not count in between.
+func TestTakeOver(t *testing.T) {
+	reg := quorumtest.New()
+	a, b := testKeeper(t, "a", reg.Client()), testKeeper(t, "b", reg.Client())
+	a.read(t.Context())
+	b.read(t.Context())
+	a.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"b"}, Why: "b is silent"})
+	if st := a.standing(); len(st.Others) != 0 || st.Members != 2 || !a.promised(t) {
+		t.Errorf("frozen: %+v, promised %t", st, a.promised(t))
+	}
+	a.act(t.Context(), durability.Action{Kind: durability.TakeOver, Sites: []string{"b"}, Why: "b is silent"})
+	if st := a.standing(); st.Epoch != 2 || st.Members != 1 || !st.Member || a.promised(t) {
+		t.Errorf("taken over: %+v, promised %t", st, a.promised(t))
+	}
+	b.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"a"}})
+	b.act(t.Context(), durability.Action{Kind: durability.TakeOver, Sites: []string{"a"}, Why: "a is silent"})
+	if st := b.standing(); st.Epoch != 2 || st.Member || b.promised(t) {
+		t.Errorf("the one that came second: %+v", st)
+	}
+	if s := b.status(); s.Mode != quorum.Solo || !strings.Contains(s.Guarantee, "b is left out") {
+		t.Errorf("it says %q", s.Guarantee)
+	}
+	a.act(t.Context(), durability.Action{Kind: durability.Arm, Sites: []string{"b"}})
+	if st := a.standing(); len(st.Arming) != 1 || !a.promised(t) {
+		t.Errorf("armed: %+v", st)
+	}
+	a.act(t.Context(), durability.Action{Kind: durability.Return, Sites: []string{"b"}, Why: "b has caught up"})
+	if st := a.standing(); st.Epoch != 3 || st.Members != 2 || len(st.Arming) != 0 || a.promised(t) {
+		t.Errorf("returned: %+v", st)
+	}
+}
+
+// TestPromiseOutlivesARestart: a proposal of the agent's former life may still arrive, which only a greater epoch rules out.
+func TestPromiseOutlivesARestart(t *testing.T) {
+	reg := quorumtest.New()
+	a := testKeeper(t, "a", reg.Client())
+	a.read(t.Context())
+	a.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"b"}})
+	again := newKeeper(a.a, reg.Client())
+	again.resume()
+	again.read(t.Context())
+	if again.epoch() != 2 || again.promised(t) || len(again.standing().Others) != 1 {
+		t.Errorf("epoch %d, promised %t, %+v", again.epoch(), again.promised(t), again.standing())
+	}
+}
+
+// TestUnknownAnswerKeepsTheFreeze: the swap was sent, and what became of it is not known.
+func TestUnknownAnswerKeepsTheFreeze(t *testing.T) {
+	reg := quorumtest.New()
+	client := reg.Client()
+	a := testKeeper(t, "a", client)
+	a.read(t.Context())
+	a.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"b"}})
+	client.LoseAnswer()
+	a.act(t.Context(), durability.Action{Kind: durability.TakeOver, Sites: []string{"b"}, Why: "b is silent"})
+	if v := a.view(time.Now()); v.Known || len(v.Frozen) != 1 || !a.promised(t) {
+		t.Errorf("in doubt: %+v", v)
+	}
+	a.act(t.Context(), durability.Decide(a.view(time.Now())))
+	if st := a.standing(); st.Members != 1 || !st.Member || a.promised(t) {
+		t.Errorf("after the register was read: %+v", st)
+	}
+}
+
+func TestForceTellsFirst(t *testing.T) {
+	reg := quorumtest.New()
+	a := testKeeper(t, "a", reg.Client())
+	a.read(t.Context())
+	req := ForceRequest{Keep: []string{"a"}, By: "Kim", Reason: "b has burnt down"}
+	r, err := a.force(t.Context(), req)
+	if err != nil || r.Done || r.Register.Epoch != 1 {
+		t.Errorf("told: %+v, %v", r, err)
+	}
+	for _, bad := range []ForceRequest{{Keep: []string{"c"}}, {Keep: []string{"b"}}, {Keep: []string{"a"}, AcceptLoss: true}} {
+		if _, err := a.force(t.Context(), bad); err == nil || hintOf(err) == "" {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+	req.AcceptLoss = true
+	if r, err = a.force(t.Context(), req); err != nil || !r.Done || !r.Register.Forced || r.Register.By != "Kim" || a.standing().Members != 1 {
+		t.Errorf("done: %+v, %v", r, err)
+	}
+}
+
+func TestRearmWaitsLongerAfterEachLoss(t *testing.T) {
+	now := time.Now()
+	ago := func(d ...time.Duration) (at []time.Time) {
+		for _, x := range d {
+			at = append(at, now.Add(-x))
+		}
+		return at
+	}
+	for _, c := range []struct {
+		losses []time.Time
+		want   time.Duration
+	}{
+		{nil, 10 * time.Second},
+		{ago(time.Minute), 10 * time.Second},
+		{ago(2*time.Minute, time.Minute), 20 * time.Second},
+		{ago(time.Hour, 2*time.Minute, time.Minute), 20 * time.Second},
+		{ago(5, 4, 3, 2, 1, 1, 1, 1, 1, 1), 10 * time.Minute},
+	} {
+		if got := rearmAfter(10*time.Second, c.losses, now); got != c.want {
+			t.Errorf("%d losses: %s, want %s", len(c.losses), got, c.want)
+		}
+	}
+}
