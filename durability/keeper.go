@@ -106,7 +106,11 @@ func Decide(v View) Action {
 	}
 	others := slices.DeleteFunc(slices.Clone(v.Members), func(s string) bool { return s == v.Self })
 	if why := v.unfit(); why != "" && len(others) > 0 {
-		return Action{Leave, []string{v.Self}, why}
+		// Only to somebody who is there; else whoever is back first goes on.
+		if slices.ContainsFunc(others, func(s string) bool { return v.gone(s) == "" }) {
+			return Action{Leave, []string{v.Self}, why}
+		}
+		return Action{Blocked, others, why + ", and no other member is there"}
 	}
 	if a := v.lose(others); a.Kind != Nothing {
 		return a

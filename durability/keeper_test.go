@@ -42,6 +42,9 @@ func TestDecide(t *testing.T) {
 		}, TakeOver, "b", ""},
 		{"the preferred one is the lost one", func(v *View) { v.Preferred, v.Frozen, v.Peers[0].Refused = "b", []string{"b"}, true }, TakeOver, "b", ""},
 		{"the own server has ended", func(v *View) { v.Server = Server{Refused: true, Down: time.Millisecond} }, Leave, "a", "has ended"},
+		{"it has ended, and so has the other site", func(v *View) {
+			v.Server, v.Peers[0].Refused = Server{Refused: true, Down: time.Millisecond}, true
+		}, Blocked, "b", "no other member"},
 		{"it restarts", func(v *View) { v.Server = Server{Restarting: true, Down: time.Second} }, Nothing, "", ""},
 		{"it restarts for too long", func(v *View) { v.Server = Server{Restarting: true, Down: 3 * time.Second} }, Leave, "a", ""},
 		{"it cannot fsync", func(v *View) { v.Server.Stalled = 3 * time.Second }, Leave, "a", "durable write"},

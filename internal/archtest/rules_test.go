@@ -44,6 +44,11 @@ var rules = []rule{
 		breach: [2]string{"quorum", "quorum/etcdstore"},
 	},
 	{
+		from: []string{"durability"}, forbid: []string{"*"}, allow: []string{"std", "wal"},
+		reason: "what may be acknowledged, and when to ask the register, is decided purely; package server acts",
+		breach: [2]string{"durability", "link"},
+	},
+	{
 		from: []string{"..."}, unless: []string{"quorum/etcdstore"}, tests: true,
 		forbid: []string{"go.etcd.io/...", "go.uber.org/zap/..."},
 		reason: "etcd and its logger stay behind quorum.Store",
