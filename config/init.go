@@ -32,6 +32,8 @@ type InitSpec struct {
 	// Witness is the host, or host:port, of a voter that holds no user data: the cluster then keeps a register, and
 	// commits wait for another site. Empty: neither.
 	Witness string
+	// Voters of the register, with a Witness; empty: the first two sites and the witness, on ports near those of the agents.
+	Voters []Voter
 }
 
 // WitnessFolder is the witness's folder, and its name.
@@ -50,6 +52,7 @@ type InitSite struct {
 	Listen   string // empty: the port of Address on all interfaces
 	DSN      string // empty: DefaultDSN
 	SetupDSN string // may be empty
+	Clients  string // gateway.listen; may be empty
 }
 
 // Files lists what InitCluster makes, relative to Out.
@@ -78,8 +81,8 @@ func (s InitSpec) folders() []string {
 // voters are the first two sites and the witness: three, in three places. Those of the sites have the hosts of their
 // agents and the next free ports from 80 above theirs.
 func (s InitSpec) voters() []Voter {
-	if s.Witness == "" {
-		return nil
+	if s.Witness == "" || len(s.Voters) > 0 {
+		return s.Voters
 	}
 	taken := map[string]bool{}
 	for _, site := range s.Sites {
@@ -456,6 +459,11 @@ gateway:   # the way of clients to PostgreSQL through the agent, which keeps the
 
 durability:
   level: sync   # a commit waits until another site holds it; async: it does not
+{{- end}}
+{{- if and .Site.Clients (not .Witness)}}
+
+gateway:
+  listen: {{q .Site.Clients}}   # clients connect here, and are kept out while the site may not serve
 {{- end}}
 {{- if not .Witness}}
 

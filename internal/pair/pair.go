@@ -58,7 +58,6 @@ type Pair struct {
 	Sites    []*Site  // in the order of Options.Names; the first is the seed
 	Database string
 	dir      string
-	replaced []string // addresses of voters in the files that duri init makes, and what stands there instead
 	opts     Options
 }
 
@@ -219,16 +218,10 @@ func (p *Pair) configure() error {
 		}
 		spec.Sites = append(spec.Sites, site)
 	}
-	if p.opts.Sync {
-		var err error
-		if spec.Witness, err = freeAddress(); err != nil {
-			return err
-		}
-	}
-	if err := config.InitCluster(spec); err != nil {
+	if err := p.addRegister(&spec); err != nil {
 		return err
 	}
-	if err := p.addWitness(spec.Out); err != nil {
+	if err := config.InitCluster(spec); err != nil {
 		return err
 	}
 	for i, s := range p.Sites {
@@ -241,9 +234,6 @@ func (p *Pair) configure() error {
 	}
 	for i, s := range p.Sites {
 		if err := s.EditConfig(func(text string) string { return p.siteConfig(i, spec.Sites, text) }); err != nil {
-			return err
-		}
-		if err := p.openDoor(s); err != nil {
 			return err
 		}
 	}
@@ -277,6 +267,7 @@ func (p *Pair) siteConfig(i int, sites []config.InitSite, text string) string {
 			text = strings.ReplaceAll(text, strconv.Quote(sites[j].Address), strconv.Quote(r.Addr()))
 		}
 	}
+	text = p.withRearm(text)
 	if p.opts.Config != nil {
 		text = p.opts.Config(name, text)
 	}
@@ -285,7 +276,11 @@ func (p *Pair) siteConfig(i int, sites []config.InitSite, text string) string {
 
 // EditConfig changes the site's configuration file; the agent reads it when it starts.
 func (s *Site) EditConfig(edit func(text string) string) error {
-	return rewrite(s.ConfigFile, edit)
+	b, err := os.ReadFile(s.ConfigFile)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(s.ConfigFile, []byte(edit(string(b))), 0o600)
 }
 
 func freeAddress() (string, error) {

@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,49 +35,41 @@ func (w *Witness) Signal(sig syscall.Signal) error { return w.process.signal(sig
 // Log returns the end of its log.
 func (w *Witness) Log() string { return w.process.log() }
 
-// addWitness finds free addresses for all voters, because `duri init` gives them ports near those of the agents, which may
-// be taken here, and writes them into the witness's file.
-func (p *Pair) addWitness(out string) error {
+// addRegister asks for a witness, voters on free ports, and doors.
+func (p *Pair) addRegister(spec *config.InitSpec) error {
 	if !p.opts.Sync {
 		return nil
 	}
-	dir := filepath.Join(out, config.WitnessFolder)
-	p.Witness = &Witness{binary: p.opts.Binary, configFile: filepath.Join(dir, config.FileName)}
-	p.Witness.process.logFile = filepath.Join(dir, "witness.log")
-	c, err := config.Load(p.Witness.configFile)
-	if err != nil {
-		return err
-	}
-	for _, v := range c.Quorum.Members {
-		for _, address := range []string{v.Peer, v.Client} {
-			free, err := freeAddress()
-			if err != nil {
+	spec.Witness = "127.0.0.1"
+	for _, name := range append(slices.Clone(p.opts.Names[:2]), config.WitnessFolder) {
+		v := config.Voter{Name: name}
+		for _, to := range []*string{&v.Peer, &v.Client} {
+			var err error
+			if *to, err = freeAddress(); err != nil {
 				return err
 			}
-			p.replaced = append(p.replaced, fmt.Sprintf("%q", address), fmt.Sprintf("%q", free))
 		}
+		spec.Voters = append(spec.Voters, v)
 	}
-	return rewrite(p.Witness.configFile, strings.NewReplacer(p.replaced...).Replace)
+	for i, s := range p.Sites {
+		var err error
+		if s.Door, err = freeAddress(); err != nil {
+			return err
+		}
+		spec.Sites[i].Clients = s.Door
+	}
+	dir := filepath.Join(spec.Out, config.WitnessFolder)
+	p.Witness = &Witness{binary: p.opts.Binary, configFile: filepath.Join(dir, config.FileName)}
+	p.Witness.process.logFile = filepath.Join(dir, "witness.log")
+	return nil
 }
 
-// openDoor lets clients of a site in through its agent.
-func (p *Pair) openDoor(s *Site) error {
-	if !p.opts.Sync {
-		return nil
+// withRearm sets durability.rearm.
+func (p *Pair) withRearm(text string) string {
+	if p.opts.Rearm == 0 {
+		return text
 	}
-	var err error
-	if s.Door, err = freeAddress(); err != nil {
-		return err
-	}
-	rearm := ""
-	if p.opts.Rearm > 0 {
-		rearm = fmt.Sprintf("  rearm: %s\n", p.opts.Rearm)
-	}
-	return s.EditConfig(func(text string) string {
-		text = strings.NewReplacer(p.replaced...).Replace(text)
-		text = strings.Replace(text, "\ndurability:\n", "\ndurability:\n"+rearm, 1)
-		return text + fmt.Sprintf("\ngateway:\n  listen: %q\n", s.Door)
-	})
+	return strings.Replace(text, "\ndurability:\n", fmt.Sprintf("\ndurability:\n  rearm: %s\n", p.opts.Rearm), 1)
 }
 
 // HoldCommits lets commits of all sites' clients wait for their agents, as a DBA sets it up: every database's agent is
@@ -124,12 +116,4 @@ func (p *Pair) Leave() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-func rewrite(file string, change func(string) string) error {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(file, []byte(change(string(b))), 0o600)
 }
