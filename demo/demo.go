@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -50,6 +51,7 @@ type demo struct {
 	binDir  string
 	dir     string
 	ports   ports
+	witness *process // with Options.RPO0
 	sites   [2]*site
 	state   state
 	screen  *screen
@@ -89,7 +91,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 // prepare checks everything that can be checked before anything is made, and makes the directory.
 func prepare(ctx context.Context, o Options) (*demo, error) {
 	o.defaults()
-	d := &demo{o: o, screen: newScreen(o.Out, o.NoColour), rep: Report{Seed: o.Seed, Problems: []string{}, FirstConflicts: []ConflictLine{}}}
+	d := &demo{o: o, screen: newScreen(o.Out, o.NoColour), rep: Report{RPO0: o.RPO0, Seed: o.Seed, Problems: []string{}, FirstConflicts: []ConflictLine{}}}
 	if err := o.check(); err != nil {
 		return nil, err
 	}
@@ -102,7 +104,7 @@ func prepare(ctx context.Context, o Options) (*demo, error) {
 	if d.binDir, d.rep.PostgreSQL, err = findPostgres(ctx, o.BinDir); err != nil {
 		return nil, err
 	}
-	if d.ports, err = choosePorts(o.PortBase); err != nil {
+	if d.ports, err = choosePorts(o.PortBase, o.portCount()); err != nil {
 		return nil, err
 	}
 	if d.state.Demo, err = identify(os.Getpid()); err != nil {
@@ -229,6 +231,9 @@ func (d *demo) join(ctx context.Context, g *errgroup.Group) error {
 	if err := d.makeCluster(ctx); err != nil {
 		return err
 	}
+	if err := d.startWitness(); err != nil {
+		return err
+	}
 	for _, s := range d.sites {
 		if err := d.startAgent(s); err != nil {
 			return err
@@ -243,7 +248,7 @@ func (d *demo) join(ctx context.Context, g *errgroup.Group) error {
 			return err
 		}
 	}
-	return nil
+	return d.holdCommits(ctx)
 }
 
 // makeCluster runs what `duri grants` prints and makes what `duri init` makes.
@@ -253,6 +258,9 @@ func (d *demo) makeCluster(ctx context.Context) error {
 		if err := s.cluster.Exec(ctx, database, grants.SQL(grants.Spec{Role: duriRole, Database: database})); err != nil {
 			return fmt.Errorf("run the grants at %s: %w", s.label(), err)
 		}
+		if d.o.RPO0 {
+			s.door = d.ports.door[i]
+		}
 		password := rand.Text()
 		if err := s.cluster.Exec(ctx, database, "ALTER ROLE "+duriRole+" PASSWORD "+pg.QuoteLiteral(password)); err != nil {
 			return fmt.Errorf("set the password of role %s at %s: %w", duriRole, s.label(), err)
@@ -261,14 +269,68 @@ func (d *demo) makeCluster(ctx context.Context) error {
 		spec.Sites = append(spec.Sites, config.InitSite{
 			Name: s.name, Address: address, Listen: address,
 			DSN:      fmt.Sprintf("host=127.0.0.1 port=%d user=%s password=%s sslmode=disable", s.cluster.Port(), duriRole, password),
-			SetupDSN: s.superDSN(),
+			SetupDSN: s.superDSN(), Clients: s.doorAddress(),
 		})
 		file := filepath.Join(spec.Out, s.name, config.FileName)
-		s.spec = agentSpec{program: d.o.Program, config: file, log: filepath.Join(d.dir, "agent-"+s.name+".log"), binDir: d.binDir, detach: d.o.Keep}
+		s.spec = agentSpec{program: d.o.Program, command: "agent", config: file, log: filepath.Join(d.dir, "agent-"+s.name+".log"), binDir: d.binDir, detach: d.o.Keep}
 		s.control = server.NewControl(dataDir(file))
 		s.watcher = &watcher{site: s.name, control: s.control}
 	}
+	if d.o.RPO0 {
+		spec.Witness = "127.0.0.1"
+		for i, name := range append(siteNames[:], config.WitnessFolder) {
+			spec.Voters = append(spec.Voters, config.Voter{Name: name, Peer: loopback(d.ports.voter[2*i]), Client: loopback(d.ports.voter[2*i+1])})
+		}
+	}
 	return config.InitCluster(spec)
+}
+
+func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
+
+// startWitness starts the third voter of the register and notes it for Stop.
+func (d *demo) startWitness() error {
+	if !d.o.RPO0 {
+		return nil
+	}
+	file := filepath.Join(d.dir, "cluster", config.WitnessFolder, config.FileName)
+	p, err := startAgent(agentSpec{program: d.o.Program, command: "witness", config: file, log: filepath.Join(d.dir, "witness.log"), binDir: d.binDir, detach: d.o.Keep})
+	if err != nil {
+		return fmt.Errorf("witness: %w", err)
+	}
+	d.witness = p
+	return d.note(p)
+}
+
+// holdCommits lets commits wait for the other site, as a DBA sets it up, and waits until both sites may acknowledge.
+func (d *demo) holdCommits(ctx context.Context) error {
+	if !d.o.RPO0 {
+		return nil
+	}
+	for _, s := range d.sites {
+		for _, sql := range []string{"ALTER SYSTEM SET synchronous_standby_names = '1 (" + server.Slot(database) + ")'", "SELECT pg_reload_conf()"} {
+			if err := s.cluster.Exec(ctx, "postgres", sql); err != nil {
+				return err
+			}
+		}
+	}
+	d.screen.say("RPO 0: commits wait until the other site has them on disk; a witness decides when the sites lose each other")
+	return d.admitted(ctx, d.sites[:])
+}
+
+// admitted waits until sites are members of the register and let clients in.
+func (d *demo) admitted(ctx context.Context, sites []*site) error {
+	for _, s := range sites {
+		err := d.until(ctx, catchupMax, s.label()+" may serve clients", func() bool {
+			ask, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			r, err := s.control.Register(ask)
+			return err == nil && r.Member && r.Door != nil && r.Door.Open
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // startAgent starts a site's agent and notes it for Stop.
@@ -276,7 +338,12 @@ func (d *demo) startAgent(s *site) error {
 	if err := s.startAgent(); err != nil {
 		return err
 	}
-	id, err := identify(s.agent.cmd.Process.Pid)
+	return d.note(s.agent)
+}
+
+// note lets Stop find a process.
+func (d *demo) note(p *process) error {
+	id, err := identify(p.cmd.Process.Pid)
 	if err != nil { // it ended at once: await says why
 		return nil //nolint:nilerr // see above
 	}
@@ -384,7 +451,14 @@ func (d *demo) returnA(ctx context.Context, _ *errgroup.Group) error {
 		return err
 	}
 	d.rep.CatchupMS = time.Since(d.rep.BackAt).Milliseconds()
-	d.screen.say("caught up both ways %s after A's return; A's clients go home", ms(d.rep.CatchupMS))
+	d.screen.say("caught up both ways %s after A's return", ms(d.rep.CatchupMS))
+	if d.o.RPO0 {
+		d.screen.say("the register takes A back when its link has been stable for a while")
+		if err := d.admitted(ctx, d.sites[:1]); err != nil {
+			return err
+		}
+	}
+	d.screen.say("A's clients go home")
 	d.load.ready[0].Store(true)
 	if err := d.until(ctx, failoverMax, "A's clients write at A again", func() bool { return d.load.allAt(0) }); err != nil {
 		return err
@@ -549,7 +623,7 @@ func (d *demo) remove() error {
 			errs = append(errs, s.cluster.Destroy())
 		}
 	}
-	errs = append(errs, os.RemoveAll(d.dir))
+	errs = append(errs, d.witness.kill(), os.RemoveAll(d.dir))
 	if err := errors.Join(errs...); err != nil {
 		return &Error{Msg: "remove the demo", Err: err, Hint: "end what is left with: duri demo --stop " + d.dir}
 	}

@@ -315,3 +315,22 @@ func TestPortInUseIsOneSentenceWithAHint(t *testing.T) {
 	}
 	r.wantNothingLeft(t)
 }
+
+// TestRPO0LosesNothingThatWasNotAtB: with a witness, all that A had acknowledged is at B when A dies, and A's clients go home
+// when the register has taken A back.
+func TestRPO0LosesNothingThatWasNotAtB(t *testing.T) {
+	r := startDemo(t, "--rpo0", "--duration", "8s", "--json")
+	if code := r.wait(); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	var rep Report
+	if err := json.Unmarshal(r.stdout.Bytes(), &rep); err != nil {
+		t.Fatal(err)
+	}
+	if !rep.OK || !rep.RPO0 || rep.NotYetAtB != 0 || rep.Acknowledged == 0 || rep.Lost != 0 {
+		t.Errorf("%+v", rep)
+	}
+	if !strings.Contains(r.progress(), "RPO 0") {
+		t.Error("it does not say that commits wait")
+	}
+}

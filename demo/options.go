@@ -30,9 +30,11 @@ type Options struct {
 	BinDir string
 	// Program is the duri binary that the agents run; empty: the running program.
 	Program string
-	// PortBase is the first of four consecutive ports on 127.0.0.1: PostgreSQL of A and B, agent of A and B. 0: four free
-	// ones.
+	// PortBase is the first of four consecutive ports on 127.0.0.1: PostgreSQL of A and B, agent of A and B. 0: free ones.
+	// With RPO0 there are twelve: voters of A, B and the witness (two each), doors of A and B.
 	PortBase int
+	// RPO0 adds a witness, and lets commits wait until the other site has them; clients come in through the agents.
+	RPO0 bool
 	// Clients per site; 0: 4. Rate is payments per second and site; 0: 200.
 	Clients, Rate int
 	// Seed of what the clients do; 0: a random one. The report names it. When clients meet is up to the machine.
@@ -81,8 +83,8 @@ func (o *Options) check() error {
 		return &Error{Msg: fmt.Sprintf("%d clients per site are not possible", o.Clients), Hint: fmt.Sprintf("give 1 to %d", clientsMax)}
 	case o.Rate < 1 || o.Rate > rateMax:
 		return &Error{Msg: fmt.Sprintf("%d payments per second are not possible", o.Rate), Hint: fmt.Sprintf("give 1 to %d", rateMax)}
-	case o.PortBase != 0 && (o.PortBase < 1024 || o.PortBase > 65535-portCount+1):
-		return &Error{Msg: fmt.Sprintf("port base %d is not possible", o.PortBase), Hint: fmt.Sprintf("give 1024 to %d", 65535-portCount+1)}
+	case o.PortBase != 0 && (o.PortBase < 1024 || o.PortBase > 65535-o.portCount()+1):
+		return &Error{Msg: fmt.Sprintf("port base %d is not possible", o.PortBase), Hint: fmt.Sprintf("give 1024 to %d", 65535-o.portCount()+1)}
 	}
 	return nil
 }
@@ -114,28 +116,40 @@ func checkVersion(dir, version string) error {
 	return nil
 }
 
-// ports are the demo's four, on 127.0.0.1.
+// ports are the demo's, on 127.0.0.1.
 type ports struct {
 	postgres, agent [2]int
+	voter           [6]int // peer and client of A, B and the witness
+	door            [2]int
 }
 
-const portCount = 4
+// portCount is how many of them are used.
+func (o Options) portCount() int {
+	if o.RPO0 {
+		return 12
+	}
+	return 4
+}
 
 func portsFrom(base int) ports {
-	return ports{postgres: [2]int{base, base + 1}, agent: [2]int{base + 2, base + 3}}
+	p := ports{postgres: [2]int{base, base + 1}, agent: [2]int{base + 2, base + 3}, door: [2]int{base + 10, base + 11}}
+	for i := range p.voter {
+		p.voter[i] = base + 4 + i
+	}
+	return p
 }
 
 // choosePorts takes the named block, or finds a free one. It looks below the ephemeral ports, which any outgoing
 // connection may take while a site is down, and below those that pgcluster chooses by itself.
-func choosePorts(base int) (ports, error) {
+func choosePorts(base, n int) (ports, error) {
 	if base != 0 {
-		return portsFrom(base), checkPorts(base)
+		return portsFrom(base), checkPorts(base, n)
 	}
 	const from, to, attempts = 10000, 19999, 200
 	var err error
 	for range attempts {
-		base = from + rand.IntN((to-from)/portCount)*portCount
-		if err = checkPorts(base); err == nil {
+		base = from + rand.IntN((to-from)/n)*n
+		if err = checkPorts(base, n); err == nil {
 			return portsFrom(base), nil
 		}
 	}
@@ -143,8 +157,8 @@ func choosePorts(base int) (ports, error) {
 }
 
 // checkPorts tries to listen on each port of a block.
-func checkPorts(base int) error {
-	for port := base; port < base+portCount; port++ {
+func checkPorts(base, n int) error {
+	for port := base; port < base+n; port++ {
 		l, err := net.Listen("tcp4", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 		switch {
 		case errors.Is(err, syscall.EADDRINUSE):

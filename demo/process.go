@@ -24,20 +24,21 @@ type process struct {
 // agentSpec is what an agent is started with.
 type agentSpec struct {
 	program string // the duri binary
+	command string // agent or witness
 	config  string // its duri.yaml
 	log     string // file that its messages are appended to
 	binDir  string // of PostgreSQL's programs, for pg_dump
 	detach  bool   // survive this program
 }
 
-// startAgent starts `duri agent`. Unless it is detached it ends with this program, even when that is killed.
+// startAgent starts `duri agent`, or `duri witness`. Unless it is detached it ends with this program, even when that is killed.
 func startAgent(s agentSpec) (*process, error) {
 	log, err := os.OpenFile(s.log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("start agent: %w", err)
 	}
 	defer log.Close()
-	cmd := exec.Command(s.program, "agent", "-c", s.config)
+	cmd := exec.Command(s.program, s.command, "-c", s.config)
 	cmd.Env = agentEnvironment(os.Environ(), s.binDir)
 	cmd.Stdout, cmd.Stderr = log, log
 	// A process group or session of its own: Ctrl-C at the terminal must reach the demo only.

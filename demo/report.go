@@ -50,6 +50,7 @@ type Report struct {
 	FailoverMS int64     `json:"failover_ms"` // from kill_at until every client of A had a payment acknowledged at B
 	CatchupMS  int64     `json:"catchup_ms"`  // from back_at until A had applied what B had, and B had A's last payments
 
+	RPO0        bool  `json:"rpo0"`            // commits waited for the other site
 	NotYetAtB   int   `json:"not_yet_at_b"`    // acknowledged by A, and not yet at B when A died
 	NotYetAtBMS int64 `json:"not_yet_at_b_ms"` // for how long after kill_at
 
@@ -122,6 +123,7 @@ func (r *Report) conclude(settled bool) {
 		{len(r.Tables) == 0, "no table was compared"},
 		{r.Acknowledged == 0, "no payment was acknowledged"},
 		{r.Lost > 0, fmt.Sprintf("%d acknowledged payments are lost", r.Lost)},
+		{r.RPO0 && r.NotYetAtB > 0, fmt.Sprintf("%d acknowledged payments were not at B when A died, with RPO 0", r.NotYetAtB)},
 		{r.Doubled > 0, fmt.Sprintf("%d payments are doubled", r.Doubled)},
 		{r.Unexpected > 0, fmt.Sprintf("%d payments are there that nobody committed as they are", r.Unexpected)},
 		{r.InDoubtSplit > 0, fmt.Sprintf("%d payments in doubt are at one site only", r.InDoubtSplit)},

@@ -1,6 +1,7 @@
 package demo
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,7 @@ type site struct {
 	control  *server.Control
 	watcher  *watcher
 	password string // of the clients' role
+	door     int    // port at which clients come in through the agent; 0: they do not
 }
 
 // label names the site for people.
@@ -36,7 +38,15 @@ func (s *site) label() string { return s.letter + " (" + s.name + ")" }
 
 // clientDSN is how the ledger's clients connect: over TCP, with a password, as from another machine.
 func (s *site) clientDSN() string {
-	return fmt.Sprintf("host=127.0.0.1 port=%d user=%s password=%s sslmode=disable", s.cluster.Port(), appRole, s.password)
+	return fmt.Sprintf("host=127.0.0.1 port=%d user=%s password=%s sslmode=disable", cmp.Or(s.door, s.cluster.Port()), appRole, s.password)
+}
+
+// doorAddress is where the agent takes clients; empty: it does not.
+func (s *site) doorAddress() string {
+	if s.door == 0 {
+		return ""
+	}
+	return loopback(s.door)
 }
 
 // superDSN is for what the demo itself does, over the Unix-domain socket; it holds no password.
