@@ -104,7 +104,7 @@ func TestInitWithAWitness(t *testing.T) {
 		"fd00::9":       {Name: "witness", Peer: "[fd00::9]:7480", Client: "[fd00::9]:7481"},
 	} {
 		spec := demoSpec(filepath.Join(t.TempDir(), "demo"))
-		spec.Witness = given
+		spec.Witness, spec.Sites = given, spec.Sites[:2]
 		if err := InitCluster(spec); err != nil {
 			t.Fatal(err)
 		}
@@ -199,7 +199,7 @@ func TestInitRefusesAndLeavesNothing(t *testing.T) {
 		{"site name twice", func(s *InitSpec) { s.Sites[1].Name = "seoul" }, "sites[1].name: seoul is given twice"},
 		{"site called ca", func(s *InitSpec) { s.Sites[1].Name = "ca" }, `a site cannot be called "ca"`},
 		{"site called as the witness", func(s *InitSpec) { s.Sites[1].Name, s.Witness = "witness", "h" }, `a site cannot be called "witness" beside a witness`},
-		{"witness without host", func(s *InitSpec) { s.Witness = ":7480" }, "quorum.members[2].peer \":7480\" has no host\nquorum.members[2].client \":7481\" has no host"},
+		{"witness without host", func(s *InitSpec) { s.Witness, s.Sites = ":7480", s.Sites[:2] }, "quorum.members[2].peer \":7480\" has no host\nquorum.members[2].client \":7481\" has no host"},
 		{"path as name", func(s *InitSpec) { s.Sites[1].Name = "../x" }, `sites[1].name "../x" is not a name`},
 		{"address", func(s *InitSpec) { s.Sites[0].Address = "x" }, `sites[0].address "x" is not host:port`},
 		{"cluster name", func(s *InitSpec) { s.Name = "Demo" }, `cluster.name "Demo" is not a name`},

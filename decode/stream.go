@@ -241,12 +241,14 @@ func (s *Stream) reportLoop(ctx context.Context) error {
 			asked = true
 		case <-t.C:
 		}
-		pos := s.cfg.Report()
-		if !asked && pos == last && time.Since(sent) < time.Second {
-			continue
+		s.sendMu.Lock()
+		pos, err := s.cfg.Report(), error(nil)
+		if asked || pos != last || time.Since(sent) >= time.Second {
+			last, sent = pos, time.Now()
+			err = s.write(pos)
 		}
-		last, sent = pos, time.Now()
-		if err := s.send(pos); err != nil {
+		s.sendMu.Unlock()
+		if err != nil {
 			return fmt.Errorf("report to PostgreSQL: %w", err)
 		}
 	}
@@ -266,12 +268,6 @@ func (s *Stream) Report() {
 	case s.kick <- struct{}{}:
 	default:
 	}
-}
-
-func (s *Stream) send(p Positions) error {
-	s.sendMu.Lock()
-	defer s.sendMu.Unlock()
-	return s.write(p)
 }
 
 // write writes a standby status update as a raw CopyData message. It writes to the socket directly because the

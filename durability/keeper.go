@@ -51,12 +51,17 @@ type Server struct {
 	Refused    bool          // connections are refused: the process has ended
 	Restarting bool          // it answers that it is starting up
 	Stalled    time.Duration // since when a small durable write has not ended; 0: they do
+	// Unable is why this site cannot receive from some other one, on its own side: a copy that failed, a disk budget that is
+	// used up. Empty: it can.
+	Unable string
 }
 
 // View is all that Decide takes into account.
 type View struct {
 	Self      string
 	Known     bool // the register was read since this agent began, and its answer to the last change is known
+	Open      bool // every database whose commits wait takes part; before, nobody can be heard
+	Epoch     uint64
 	Members   []string
 	Settled   bool
 	Required  int // receipts
@@ -93,11 +98,22 @@ type Action struct {
 	Kind  Kind
 	Sites []string
 	Why   string
+	Epoch uint64 // in which it was decided, and is to be done
+}
+
+func do(kind Kind, sites []string, why string) Action {
+	return Action{Kind: kind, Sites: sites, Why: why}
 }
 
 // Decide says what this site should do next. It is called again whenever something has changed, and several times a
 // second.
 func Decide(v View) Action {
+	a := decide(v)
+	a.Epoch = v.Epoch
+	return a
+}
+
+func decide(v View) Action {
 	if !v.Known {
 		return Action{Kind: Read, Why: "the register has not been read"}
 	}
@@ -108,9 +124,12 @@ func Decide(v View) Action {
 	if why := v.unfit(); why != "" && len(others) > 0 {
 		// Only to somebody who is there; else whoever is back first goes on.
 		if slices.ContainsFunc(others, func(s string) bool { return v.gone(s) == "" }) {
-			return Action{Leave, []string{v.Self}, why}
+			return do(Leave, []string{v.Self}, why)
 		}
-		return Action{Blocked, others, why + ", and no other member is there"}
+		return do(Blocked, others, why+", and no other member is there")
+	}
+	if !v.Open {
+		return Action{}
 	}
 	if a := v.lose(others); a.Kind != Nothing {
 		return a
@@ -129,6 +148,8 @@ func (v View) unfit() string {
 		return fmt.Sprintf("PostgreSQL here cannot be reached for %s", s.Down.Round(100*time.Millisecond))
 	case s.Stalled > v.Detect:
 		return fmt.Sprintf("a small durable write here has not ended for %s", s.Stalled.Round(100*time.Millisecond))
+	case s.Unable != "":
+		return "this site cannot receive: " + s.Unable
 	}
 	return ""
 }
@@ -147,7 +168,7 @@ func (v View) lose(others []string) Action {
 		gone, whys = append(gone, name), append(whys, why)
 	}
 	if len(frozen) > 0 {
-		return Action{Thaw, frozen, "heard again"}
+		return do(Thaw, frozen, "heard again")
 	}
 	why := strings.Join(whys, "; ")
 	fresh := slices.DeleteFunc(slices.Clone(gone), func(s string) bool { return slices.Contains(v.Frozen, s) })
@@ -156,17 +177,17 @@ func (v View) lose(others []string) Action {
 	case len(gone) == 0:
 		return Action{}
 	case len(fresh) > 0:
-		return Action{Freeze, fresh, why}
+		return do(Freeze, fresh, why)
 	case v.Policy == ReadOnly, v.Policy == PreferredSite && v.Preferred != v.Self:
-		return Action{Blocked, gone, why + fmt.Sprintf("; policy %s leaves it to a person", v.Policy)}
+		return do(Blocked, gone, why+fmt.Sprintf("; policy %s leaves it to a person", v.Policy))
 	case !v.Settled:
-		return Action{Blocked, gone, why + "; the last take-over is not settled"}
+		return do(Blocked, gone, why+"; the last take-over is not settled")
 	case len(gone) > limit:
-		return Action{Blocked, gone, why + fmt.Sprintf("; with %d of %d members gone, what they acknowledged may be nowhere else", len(gone), len(v.Members))}
+		return do(Blocked, gone, why+fmt.Sprintf("; with %d of %d members gone, what they acknowledged may be nowhere else", len(gone), len(v.Members)))
 	case v.Preferred != "" && v.Preferred != v.Self && !slices.Contains(gone, v.Preferred) && v.FrozenFor < preferenceDelay:
 		return Action{} // it asks first
 	}
-	return Action{TakeOver, gone, why}
+	return do(TakeOver, gone, why)
 }
 
 // gone says why a site counts as lost.
@@ -195,11 +216,11 @@ func (v View) rejoin() Action {
 		armed := slices.Contains(v.Arming, p.Name)
 		switch {
 		case armed && (v.gone(p.Name) != "" || !p.CaughtUp):
-			return Action{Disarm, []string{p.Name}, "it fell behind or is gone again"}
+			return do(Disarm, []string{p.Name}, "it fell behind or is gone again")
 		case armed && p.Passed:
-			return Action{Return, []string{p.Name}, p.Name + " has caught up"}
+			return do(Return, []string{p.Name}, p.Name+" has caught up")
 		case !armed && p.CaughtUp && v.gone(p.Name) == "" && p.Stable >= v.Rearm:
-			return Action{Arm, []string{p.Name}, p.Name + " has caught up"}
+			return do(Arm, []string{p.Name}, p.Name+" has caught up")
 		}
 	}
 	return Action{}

@@ -13,7 +13,7 @@ import (
 func TestDecide(t *testing.T) {
 	well := func(name string) Peer { return Peer{Name: name, Silent: 100 * time.Millisecond, Stable: time.Minute} }
 	two := View{
-		Self: "a", Known: true, Members: []string{"a", "b"}, Settled: true, Required: 1, Policy: DurabilityFirst, Detect: 2 * time.Second,
+		Self: "a", Known: true, Open: true, Members: []string{"a", "b"}, Settled: true, Required: 1, Policy: DurabilityFirst, Detect: 2 * time.Second,
 		Peers: []Peer{well("b")}, Rearm: 10 * time.Second,
 	}
 	cases := []struct {
@@ -48,6 +48,8 @@ func TestDecide(t *testing.T) {
 		{"it restarts", func(v *View) { v.Server = Server{Restarting: true, Down: time.Second} }, Nothing, "", ""},
 		{"it restarts for too long", func(v *View) { v.Server = Server{Restarting: true, Down: 3 * time.Second} }, Leave, "a", ""},
 		{"it cannot fsync", func(v *View) { v.Server.Stalled = 3 * time.Second }, Leave, "a", "durable write"},
+		{"it cannot receive", func(v *View) { v.Server.Unable = "the copy of b's journal failed" }, Leave, "a", "cannot receive"},
+		{"before its databases are open", func(v *View) { v.Open, v.Peers[0].Refused = false, true }, Nothing, "", ""},
 		{"alone, it cannot leave", func(v *View) { v.Members, v.Server = []string{"a"}, Server{Refused: true, Down: time.Hour} }, Nothing, "", ""},
 		{"back, and not caught up", func(v *View) { v.Members = []string{"a"} }, Nothing, "", ""},
 		{"back and caught up", func(v *View) { v.Members, v.Peers[0].CaughtUp = []string{"a"}, true }, Arm, "b", ""},
@@ -100,7 +102,7 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 		duration := rapid.Map(rapid.IntRange(0, 60), func(n int) time.Duration { return time.Duration(n) * 100 * time.Millisecond })
 		some := rapid.Map(rapid.SliceOfNDistinct(rapid.SampledFrom(sites), 0, 4, rapid.ID), func(s []string) []string { slices.Sort(s); return s })
 		v := View{
-			Self: "a", Known: rapid.Bool().Draw(t, "known"), Members: some.Draw(t, "members"), Settled: rapid.Bool().Draw(t, "settled"),
+			Self: "a", Known: rapid.Bool().Draw(t, "known"), Open: rapid.Bool().Draw(t, "open"), Members: some.Draw(t, "members"), Settled: rapid.Bool().Draw(t, "settled"),
 			Required: rapid.IntRange(1, 2).Draw(t, "required"), Policy: rapid.SampledFrom([]Policy{DurabilityFirst, PreferredSite, ReadOnly}).Draw(t, "policy"),
 			Preferred: rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "preferred"), Detect: 2 * time.Second,
 			Server: Server{Down: duration.Draw(t, "down"), Refused: rapid.Bool().Draw(t, "refused"), Restarting: rapid.Bool().Draw(t, "restarting"), Stalled: duration.Draw(t, "stalled")},
@@ -124,7 +126,7 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 					t.Fatalf("%+v: %s is this site, no member, or not frozen", a, s)
 				}
 			}
-			if !v.Known || !v.Settled || len(a.Sites) > min(v.Required, len(v.Members)-1) || v.Policy == ReadOnly {
+			if !v.Known || !v.Open || !v.Settled || len(a.Sites) > min(v.Required, len(v.Members)-1) || v.Policy == ReadOnly {
 				t.Fatalf("%+v is against the rules", a)
 			}
 		case Leave:

@@ -137,6 +137,8 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
+func noEpoch() uint64 { return 0 }
+
 // goneMax bounds how long Gone waits.
 const goneMax = 500 * time.Millisecond
 

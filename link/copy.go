@@ -46,6 +46,7 @@ type CopyWriter struct {
 	err     error // sticky: held, or the journal failed
 	beat    Heartbeat
 	beatAt  time.Time
+	deaf    time.Duration // as the latest heartbeat says, see Heartbeat.Heard
 	closed  bool
 }
 
@@ -276,7 +277,10 @@ func (w *CopyWriter) Acks() <-chan struct{} { return w.acks }
 func (w *CopyWriter) Heartbeat(h Heartbeat) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.beat, w.beatAt = h, time.Now()
+	// By the origin's clock, which may step: what two heartbeats say is so.
+	deaf := h.Heard
+	h.Heard = min(h.Heard, w.deaf)
+	w.beat, w.beatAt, w.deaf = h, time.Now(), deaf
 }
 
 // Heard is the origin's latest heartbeat and when it came, the zero time when none did.

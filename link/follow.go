@@ -175,7 +175,7 @@ func (f *following) heartbeat(m *linkpb.Heartbeat) {
 	if ok {
 		f.c.clockSample(x)
 	}
-	h := Heartbeat{Sent: wal.Time(m.GetClock().GetSent()), End: wal.LSN(m.GetEnd()), Durable: wal.LSN(m.GetDurable()), Epoch: m.GetEpoch()}
+	h := Heartbeat{Sent: wal.Time(m.GetClock().GetSent()), End: wal.LSN(m.GetEnd()), Durable: wal.LSN(m.GetDurable())}
 	if at := wal.Time(m.GetClock().GetEchoReceived()); at != 0 {
 		h.Heard = max(h.Sent.Sub(at), 0)
 	}
@@ -267,6 +267,9 @@ func (f *following) acknowledge(ctx context.Context) error {
 		f.mu.Unlock()
 		epoch := f.c.c.Epoch() // before the positions: a change in between makes them count less
 		now.ack = f.sink.Ack()
+		if f.c.c.Epoch() != epoch { // a receipt belongs to one epoch
+			continue
+		}
 		now.ack.Epoch = epoch
 		if wait := last.due(now, f.c.c.Heartbeat); wait > 0 {
 			timer.Reset(wait)

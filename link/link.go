@@ -84,7 +84,6 @@ type Heartbeat struct {
 	// to the origin is cut. Zero when nothing was heard yet.
 	Heard time.Duration
 	Clock Clock // of the origin, as estimated here
-	Epoch uint64
 }
 
 // Database is what a site offers to its peers for one database. Implementations are safe for concurrent use.

@@ -36,7 +36,8 @@ type follower struct {
 	once      sync.Once
 	gone      chan struct{}
 
-	sending sync.Mutex // held while a message is sent
+	sending  sync.Mutex    // held while a message is sent
+	welcomed chan struct{} // closed when the welcome was sent
 
 	mu    sync.Mutex // guards the rest
 	ack   Ack
@@ -198,7 +199,7 @@ func incarnation(i *linkpb.Incarnation) journal.Incarnation {
 func (s *Server) enter(ctx context.Context, key followKey, limit int64) (*follower, error) {
 	f := &follower{
 		key: key, since: s.c.Now(), window: newWindow(limit), heard: time.Now(),
-		supersede: make(chan struct{}), gone: make(chan struct{}),
+		supersede: make(chan struct{}), gone: make(chan struct{}), welcomed: make(chan struct{}),
 	}
 	for {
 		s.mu.Lock()
@@ -238,11 +239,8 @@ func (s *Server) ship(ctx context.Context, stream followStream, in *inbox, f *fo
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if err := stream.Send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Welcome{Welcome: w}}); err != nil {
-		return errors.Join(err, reader.Close())
-	}
 	failed := make(chan error, 2)
-	s.wg.Go(func() { failed <- pump(ctx, reader, pack, f, stream) })
+	s.wg.Go(func() { failed <- pump(ctx, reader, pack, f, stream, w) })
 	s.wg.Go(func() { failed <- s.beat(ctx, stream, f, j) })
 
 	tick := time.NewTicker(s.c.Silence / 8)
@@ -312,9 +310,13 @@ func (s *Server) clockSample(site string, x exchange) {
 	s.clocks[site].add(c)
 }
 
-// pump reads the journal into messages and sends them. It owns the reader.
-func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower, stream followStream) error {
+// pump sends the welcome, then reads the journal into messages and sends them. It owns the reader.
+func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower, stream followStream, w *linkpb.Welcome) error {
 	defer func() { _ = reader.Close() }() // what it read is all that matters
+	if err := f.send(stream, &linkpb.FollowReply{Message: &linkpb.FollowReply_Welcome{Welcome: w}}); err != nil {
+		return err
+	}
+	close(f.welcomed)
 	size := chunkFor(f.window.limit)
 	for {
 		fr, err := reader.NextFrames(ctx, size)
@@ -351,14 +353,19 @@ func (f *follower) send(stream followStream, m *linkpb.FollowReply) error {
 	return stream.Send(m)
 }
 
-// beat sends the heartbeats.
+// beat sends the heartbeats, after the welcome.
 func (s *Server) beat(ctx context.Context, stream followStream, f *follower, j *journal.Journal) error {
+	select {
+	case <-f.welcomed:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	beat := time.NewTicker(s.c.Heartbeat)
 	defer beat.Stop()
 	for {
 		select {
 		case <-beat.C:
-			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable()), Epoch: s.c.Epoch()}
+			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable())}
 			f.mu.Lock()
 			h.Clock = f.echo.say(s.c.Now())
 			f.mu.Unlock()

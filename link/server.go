@@ -41,7 +41,6 @@ type ServerConfig struct {
 	Status func(ctx context.Context) ([]byte, error)
 
 	Now    func() wal.Time // the site's clock; default the system's
-	Epoch  func() uint64   // of the cluster's register; default none
 	Logger *slog.Logger    // default none
 	// Versions, Window, Silence and Heartbeat replace the constants of the package, for tests.
 	Versions  Versions
@@ -55,9 +54,6 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	if c.Now == nil {
 		c.Now = systemNow
 	}
-	if c.Epoch == nil {
-		c.Epoch = noEpoch
-	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -68,8 +64,6 @@ func (c ServerConfig) withDefaults() ServerConfig {
 }
 
 func systemNow() wal.Time { return wal.TimeOf(time.Now()) }
-
-func noEpoch() uint64 { return 0 }
 
 func setDefault[T ~int64](p *T, v T) {
 	if *p <= 0 {

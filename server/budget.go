@@ -62,6 +62,13 @@ func (g *gate) enter(ctx context.Context) (context.Context, context.CancelFunc, 
 	return inner, func() { stop(context.Canceled) }, nil
 }
 
+// reason is why the gate is shut; nil: it is not.
+func (g *gate) reason() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.why
+}
+
 // set shuts the gate for a reason, or opens it with nil.
 func (g *gate) set(why error) {
 	g.mu.Lock()

@@ -65,7 +65,7 @@ func (c *capture) Commit(m *decode.Commit) error {
 			c.see(site, m.OriginLSN)
 		}
 		c.foreign = max(c.foreign, t.CommitTime)
-		return c.Advance(t.EndLSN)
+		return c.advance(t.EndLSN)
 	}
 	t.Changes = slices.DeleteFunc(t.Changes, func(ch wal.Change) bool { return ch.Relation.Namespace == "duri" })
 	t.Origin, t.Seen, t.Received = c.n.self.ID, slices.Clone(c.seen), c.n.clock.Now()
@@ -83,8 +83,7 @@ func (c *capture) Commit(m *decode.Commit) error {
 	}
 	c.mesh.Parking.Touched(t)
 	if len(t.Changes) == 0 { // a heartbeat: the index learns how late it is
-		c.waited = c.n.waits() // or of a client, who changed nothing that is replicated
-		return c.Advance(t.EndLSN)
+		return c.Advance(t.EndLSN) // or of a client, who changed nothing that is replicated
 	}
 	if err := c.j.AppendTxn(t); err != nil {
 		return fmt.Errorf("journal transaction %s: %w", t.CommitLSN, err)
@@ -135,8 +134,14 @@ func (c *capture) see(site wal.SiteID, lsn wal.LSN) {
 	}
 }
 
-// Advance notes a position that nothing lies before.
+// Advance notes a position that nothing lies before. Commits that are not replicated, of this database or of another one of
+// the server, wait for it as well.
 func (c *capture) Advance(to wal.LSN) error {
+	c.waited = c.n.waits()
+	return c.advance(to)
+}
+
+func (c *capture) advance(to wal.LSN) error {
 	c.pending = max(c.pending, to)
 	c.local.Advance(to)
 	return nil

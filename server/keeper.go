@@ -1,7 +1,9 @@
 package server
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,13 +36,15 @@ type keeper struct {
 	door  *gateway.Door // nil: clients reach PostgreSQL some other way
 	wake  chan struct{} // something changed that Decide should know
 
+	promiseMu sync.Mutex // held while the marker is written or removed, before mu
+
 	mu      sync.Mutex // guards the rest; never held while a report is computed or waited for
 	reg     quorum.Register
-	known   bool      // reg was read since the agent began
-	doubt   bool      // a swap was sent and its answer is not known
+	doubt   bool      // a swap was sent and its answer is not known, or was sent in a former life of the agent
 	leaving bool      // this site has proposed to leave, or is about to
-	began   time.Time // when the register was first read
-	frozen  map[string]time.Time
+	began   time.Time // when the register was first read without doubt; zero: nothing may be acknowledged yet
+	frozen  map[string]freeze
+	owed    bool                         // the marker may be there although nothing is promised any more
 	arming  map[string]map[*node]wal.LSN // what had been acknowledged without the site, by database
 	losses  []time.Time                  // take-overs
 	server  durability.Server            // health of PostgreSQL here
@@ -49,13 +53,19 @@ type keeper struct {
 	fence   string // a person's reason to keep clients out; empty: none
 }
 
+// freeze is since when a site gets no receipts, and up to where it has some, by database.
+type freeze struct {
+	since time.Time
+	at    map[*node]wal.LSN
+}
+
 // decideEvery is how often the keeper looks around when nothing wakes it.
 const decideEvery = 50 * time.Millisecond
 
 func newKeeper(a *Agent, store quorum.Store) *keeper {
 	return &keeper{
 		a: a, store: store, log: a.log, wake: make(chan struct{}, 1),
-		frozen: map[string]time.Time{}, arming: map[string]map[*node]wal.LSN{},
+		frozen: map[string]freeze{}, arming: map[string]map[*node]wal.LSN{},
 	}
 }
 
@@ -64,26 +74,79 @@ func newKeeper(a *Agent, store quorum.Store) *keeper {
 // proposal that the promise was made for may still be under way (docs/adr/0006).
 func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "promised") }
 
-// promise writes the marker before anything is proposed. k.mu is held.
+// promise writes the marker before anything is promised. k.mu is not held: the disk may be what fails.
 func (k *keeper) promise(what string) bool {
-	f, err := os.OpenFile(k.marker(), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err == nil {
-		_, err = fmt.Fprintln(f, what)
-		err = errors.Join(err, f.Sync(), f.Close())
-	}
+	k.promiseMu.Lock()
+	defer k.promiseMu.Unlock()
+	k.mu.Lock()
+	k.owed = true
+	k.mu.Unlock()
+	err := writeDurably(k.marker(), []byte(what+"\n"))
 	if err != nil {
-		k.note("write down a promise", err)
+		k.fail("write down a promise", err)
 	}
 	return err == nil
 }
 
-// released removes the marker when nothing is promised any more. k.mu is held.
-func (k *keeper) released() {
-	if len(k.frozen)+len(k.arming) > 0 || k.leaving || k.doubt {
+// tidy removes the marker when nothing is promised any more.
+func (k *keeper) tidy() {
+	k.promiseMu.Lock()
+	defer k.promiseMu.Unlock()
+	k.mu.Lock()
+	due := k.owed && len(k.frozen)+len(k.arming) == 0 && !k.leaving && !k.doubt
+	k.owed = k.owed && !due
+	k.mu.Unlock()
+	if !due {
 		return
 	}
 	if err := os.Remove(k.marker()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		k.note("remove the mark of a promise", err)
+		k.fail("remove the mark of a promise", err)
+	}
+}
+
+// writeDurably makes a file with a content that survives a loss of power.
+func writeDurably(path string, content []byte) error {
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// seenFile holds the greatest value of the register that this site has seen: should the register be lost and begin anew,
+// its first value would make members of all.
+func (k *keeper) seenFile() string { return filepath.Join(k.a.cfg.DataDir, "register.json") }
+
+// lostRegister reports that the register is older than what this site has seen.
+func (k *keeper) lostRegister(epoch uint64) error {
+	b, err := os.ReadFile(k.seenFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var seen quorum.Register
+	if err == nil {
+		err = json.Unmarshal(b, &seen)
+	}
+	if err != nil {
+		return fmt.Errorf("read what this site has seen of the register: %w", err)
+	}
+	if epoch >= seen.Epoch {
+		return nil
+	}
+	return &hinted{
+		fmt.Sprintf("the register is at epoch %d, but this site has seen epoch %d (members %s): it was lost, or put back", epoch, seen.Epoch, strings.Join(seen.Members, " ")),
+		"bring its voters' data back. If it is lost for good: stop all agents, remove " + k.seenFile() + " at the site that was a member last, start that one alone, and let the others join again",
 	}
 }
 
@@ -94,7 +157,7 @@ func (k *keeper) epoch() uint64 {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if !k.known {
+	if k.began.IsZero() || !k.reg.Has(k.a.self.Name) && k.server.Down > 0 { // no receipts from a site that cannot come back yet
 		return 0
 	}
 	return k.reg.Epoch
@@ -123,6 +186,7 @@ func (k *keeper) resume() {
 	defer k.mu.Unlock()
 	_, err := os.Stat(k.marker())
 	k.doubt = !errors.Is(err, fs.ErrNotExist)
+	k.owed = k.doubt
 }
 
 // run reads the register and works until ctx ends.
@@ -146,6 +210,7 @@ func (k *keeper) run(ctx context.Context) error {
 		case <-k.wake:
 		}
 		k.act(ctx, durability.Decide(k.view(time.Now())))
+		k.tidy()
 		k.guardDoor()
 	}
 }
@@ -159,10 +224,18 @@ func (k *keeper) stir() {
 // adopt takes a value of the register that is newer than the known one. It says nothing about a swap whose answer is
 // missing, unless the epoch has moved: then that swap can no longer succeed, or is the one that is read.
 func (k *keeper) adopt(r quorum.Register) {
-	if k.take(r) {
-		k.kickAll()
-		k.stir()
+	if !k.take(r) {
+		return
 	}
+	b, err := json.Marshal(r)
+	if err == nil {
+		err = writeDurably(k.seenFile(), b)
+	}
+	if err != nil {
+		k.fail("write down what was seen of the register", err)
+	}
+	k.kickAll()
+	k.stir()
 }
 
 func (k *keeper) take(r quorum.Register) (news bool) {
@@ -180,15 +253,14 @@ func (k *keeper) take(r quorum.Register) (news bool) {
 	was := k.reg
 	k.doubt = k.doubt && was.Epoch == 0 // of a former life: what is read first proves nothing
 	k.reg, k.leaving = r, false
-	for s := range k.frozen { // in the new epoch, receipts of the old one count nowhere
-		k.thaw(s)
+	for _, s := range k.a.cfg.Peers() { // in the new epoch, receipts of the old one count nowhere; and all hear of it
+		k.thaw(s.Name)
 	}
 	for s := range k.arming {
 		if r.Has(s) {
 			delete(k.arming, s)
 		}
 	}
-	k.released()
 	k.log.Warn("the register has changed", "epoch", r.Epoch, "mode", string(r.Mode(k.siteNames())), "members", strings.Join(r.Members, " "), "by", r.By, "reason", r.Reason)
 	if was.Epoch > 0 && len(r.Members) < len(was.Members) {
 		k.losses = append(k.losses, time.Now())
@@ -255,13 +327,19 @@ func (k *keeper) view(now time.Time) durability.View {
 	defer k.mu.Unlock()
 	d := k.a.cfg.Durability
 	v := durability.View{
-		Self: k.a.self.Name, Known: k.known && !k.doubt, Members: k.reg.Members, Settled: k.reg.Settled, Required: d.Receipts,
+		Self: k.a.self.Name, Known: !k.began.IsZero() && !k.doubt, Open: true, Epoch: k.reg.Epoch, Members: k.reg.Members, Settled: k.reg.Settled, Required: d.Receipts,
 		Policy: durability.Policy(d.Policy), Preferred: d.Preferred, Detect: d.Detect.Std(), Server: k.server,
 		Rearm: rearmAfter(d.Rearm.Std(), k.losses, now), Arming: slices.Sorted(maps.Keys(k.arming)),
 	}
-	for s, at := range k.frozen {
+	for _, n := range k.a.nodes {
+		if n.waits() {
+			v.Open = v.Open && n.ready.Load() != nil
+			v.Server.Unable = cmp.Or(v.Server.Unable, n.unable())
+		}
+	}
+	for s, f := range k.frozen {
 		v.Frozen = append(v.Frozen, s)
-		v.FrozenFor = max(v.FrozenFor, now.Sub(at))
+		v.FrozenFor = max(v.FrozenFor, now.Sub(f.since))
 	}
 	slices.Sort(v.Frozen)
 	for _, s := range k.a.cfg.Peers() {
@@ -293,6 +371,9 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 	}
 	out.Silent = now.Sub(heard)
 	out.CaughtUp = out.CaughtUp && len(links) > 0
+	if n := len(k.losses); n > 0 {
+		out.Stable = min(out.Stable, now.Sub(k.losses[n-1]))
+	}
 	return out
 }
 
@@ -309,23 +390,21 @@ func (k *keeper) act(ctx context.Context, a durability.Action) {
 	case durability.Read:
 		k.read(ctx)
 	case durability.Freeze:
-		k.freeze(a.Sites)
+		k.freeze(a.Sites, a.Epoch)
 	case durability.Thaw:
 		k.mu.Lock()
 		for _, s := range a.Sites {
 			k.thaw(s)
 		}
-		k.released()
 		k.mu.Unlock()
 		k.kickAll()
 	case durability.Arm:
-		k.arm(a.Sites)
+		k.arm(a.Sites, a.Epoch)
 	case durability.Disarm:
 		k.mu.Lock()
 		for _, s := range a.Sites {
 			delete(k.arming, s)
 		}
-		k.released()
 		k.mu.Unlock()
 		k.kickAll()
 	case durability.TakeOver, durability.Leave, durability.Return:
@@ -346,46 +425,47 @@ func (k *keeper) kickAll() {
 	}
 }
 
-// freeze stops receipts to sites; those of theirs count no more.
-func (k *keeper) freeze(sites []string) {
-	defer k.afterReports()
-	k.mu.Lock()
-	defer k.mu.Unlock()
+// freeze stops receipts to sites; those of theirs count no more. It does nothing when the epoch is another one by now.
+func (k *keeper) freeze(sites []string, epoch uint64) {
 	if !k.promise("frozen: " + strings.Join(sites, " ")) {
 		return
 	}
+	defer k.afterReports()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.reg.Epoch != epoch {
+		return
+	}
 	for _, s := range sites {
-		k.frozen[s] = time.Now()
+		f := freeze{time.Now(), map[*node]wal.LSN{}}
 		for _, p := range k.peersOf(s) {
 			if in := p.live.Load(); in != nil {
-				in.copy.Freeze()
+				f.at[p.n] = in.copy.Freeze()
 			}
 		}
+		k.frozen[s] = f
 	}
 }
 
-// cuts are the positions up to which this site holds the transactions of sites that are left out.
+// cuts are the positions up to which this site has given receipts to the frozen sites. k.mu is held.
 func (k *keeper) cuts(sites []string) quorum.Cuts {
 	cuts := quorum.Cuts{}
-	for _, s := range sites {
-		for _, p := range k.peersOf(s) {
-			at := wal.LSN(0)
-			if in := p.live.Load(); in != nil {
-				at = in.copy.Freeze()
-			}
-			if cuts[p.n.database.Name] == nil {
-				cuts[p.n.database.Name] = map[string]wal.LSN{}
-			}
-			cuts[p.n.database.Name][s] = at
+	for _, n := range k.a.nodes {
+		cuts[n.database.Name] = map[string]wal.LSN{}
+		for _, s := range sites {
+			cuts[n.database.Name][s] = k.frozen[s].at[n]
 		}
 	}
 	return cuts
 }
 
 // arm lets reports wait for sites that are about to be members again.
-func (k *keeper) arm(sites []string) {
-	k.mu.Lock()
+func (k *keeper) arm(sites []string, epoch uint64) {
 	if !k.promise("arming: " + strings.Join(sites, " ")) {
+		return
+	}
+	k.mu.Lock()
+	if k.reg.Epoch != epoch {
 		k.mu.Unlock()
 		return
 	}
@@ -393,9 +473,13 @@ func (k *keeper) arm(sites []string) {
 		k.arming[s] = nil // from now on nothing is acknowledged without it
 	}
 	k.mu.Unlock()
-	alone := map[*node]wal.LSN{} // so that what was reported up to here is all
+	alone := map[*node]wal.LSN{} // so that what was reported up to here, in this life of the agent or before, is all
 	for _, n := range k.a.nodes {
-		alone[n] = n.reported().Flush
+		c := n.ready.Load()
+		if c == nil {
+			return // Decide disarms, or a person asks again
+		}
+		alone[n] = max(n.reported().Flush, c.journal.End())
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -413,16 +497,22 @@ func (k *keeper) afterReports() {
 	}
 }
 
-// read learns the register, writes the first value when there is none, and renews the epoch when a swap is in doubt.
+// read learns the register, writes the first value when there is none, and renews the epoch when a swap is in doubt: until
+// that is answered, nothing that the doubt concerns may be relied on.
 func (k *keeper) read(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
 	r, err := k.store.Get(ctx)
 	if errors.Is(err, quorum.ErrAbsent) {
-		r, err = k.store.Swap(ctx, quorum.Initial(k.siteNames(), k.a.self.Name, time.Now().UTC()))
+		if err = k.lostRegister(0); err == nil {
+			r, err = k.store.Swap(ctx, quorum.Initial(k.siteNames(), k.a.self.Name, time.Now().UTC()))
+		}
 		if errors.Is(err, quorum.ErrChanged) {
 			err = nil
 		}
+	}
+	if err == nil {
+		err = k.lostRegister(r.Epoch)
 	}
 	if err != nil {
 		k.fail("read the register", err)
@@ -430,20 +520,23 @@ func (k *keeper) read(ctx context.Context) {
 	}
 	k.adopt(r)
 	k.mu.Lock()
-	k.known, k.problem = true, fault{}
-	if k.began.IsZero() {
-		k.began = time.Now()
-	}
 	doubt, reg := k.doubt, k.reg
 	k.mu.Unlock()
-	if !doubt {
-		k.kickAll()
-		return
+	if doubt {
+		next, err := quorum.Renew(reg, quorum.Note{Reason: "what became of a proposal is not known", By: k.a.self.Name, At: time.Now().UTC()})
+		if err == nil {
+			_, _ = k.swap(ctx, next) // it is told, and tried again
+		}
 	}
-	next, err := quorum.Renew(reg, quorum.Note{Reason: "what became of a proposal is not known", By: k.a.self.Name, At: time.Now().UTC()})
-	if err == nil {
-		k.swap(ctx, next)
+	k.mu.Lock()
+	if !k.doubt {
+		k.problem = fault{}
+		if k.began.IsZero() {
+			k.began = time.Now()
+		}
 	}
+	k.mu.Unlock()
+	k.kickAll()
 }
 
 func (k *keeper) fail(what string, err error) {
@@ -455,43 +548,48 @@ func (k *keeper) fail(what string, err error) {
 	k.note(what, err)
 }
 
-// propose makes the next value and asks for it.
+// propose makes the next value and asks for it, in the epoch in which that was decided.
 func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	self := k.a.self.Name
 	note := quorum.Note{Reason: a.Why, By: self, At: time.Now().UTC()}
-	k.mu.Lock()
 	if a.Kind == durability.Leave {
-		k.leaving = k.promise("leaving") || k.leaving
-		if !k.leaving {
-			k.mu.Unlock()
+		if !k.promise("leaving") {
 			return
 		}
+		k.mu.Lock()
+		k.leaving = k.reg.Epoch == a.Epoch
+		k.mu.Unlock()
+		k.afterReports()
 	}
-	reg := k.reg
-	k.mu.Unlock()
-	k.afterReports()
+	own := k.ownCuts()
+	k.mu.Lock()
+	if k.reg.Epoch != a.Epoch {
+		k.mu.Unlock()
+		return
+	}
+	reg, receipts := k.reg, k.a.cfg.Durability.Receipts
 	var next quorum.Register
 	var err error
 	switch a.Kind {
 	case durability.TakeOver:
 		keep := slices.DeleteFunc(slices.Clone(reg.Members), func(s string) bool { return slices.Contains(a.Sites, s) })
-		next, err = quorum.TakeOver(reg, keep, k.a.cfg.Durability.Receipts, k.cuts(a.Sites), note)
+		next, err = quorum.TakeOver(reg, keep, receipts, k.cuts(a.Sites), note)
 	case durability.Leave:
-		next, err = quorum.Leave(reg, self, k.a.cfg.Durability.Receipts, k.ownCuts(), note)
+		next, err = quorum.Leave(reg, self, receipts, own, note)
 	case durability.Return:
 		next, err = quorum.Rearm(reg, a.Sites[0], note)
 	}
 	if err != nil { // nothing was asked for, so nothing is promised
-		k.fail("change the register", err)
-		k.mu.Lock()
 		k.leaving = false
-		k.released()
-		k.mu.Unlock()
+		k.note("change the register", err)
+	}
+	k.mu.Unlock()
+	if err != nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
-	k.swap(ctx, next)
+	_, _ = k.swap(ctx, next) // it is told, and decided anew
 }
 
 // ownCuts are where this site's journals end.
@@ -505,7 +603,8 @@ func (k *keeper) ownCuts() quorum.Cuts {
 	return cuts
 }
 
-func (k *keeper) swap(ctx context.Context, next quorum.Register) {
+// swap asks for a value and gives the one that stands, with an error when that is another one or is not known.
+func (k *keeper) swap(ctx context.Context, next quorum.Register) (quorum.Register, error) {
 	k.mu.Lock()
 	k.doubt = true // until the answer is here
 	k.mu.Unlock()
@@ -513,15 +612,16 @@ func (k *keeper) swap(ctx context.Context, next quorum.Register) {
 	stands, err := k.store.Swap(ctx, next)
 	if err != nil && !errors.Is(err, quorum.ErrChanged) {
 		k.fail("change the register", err)
-		return
+		return stands, err
 	}
 	k.log.Info("the register was asked", "epoch", stands.Epoch, "by", stands.By, "took", time.Since(begun).Round(time.Microsecond).String())
 	k.adopt(stands)
 	k.mu.Lock()
-	if k.reg.Epoch >= stands.Epoch { // adopted, now or before
+	if stands.Epoch >= next.Epoch && k.reg.Epoch >= stands.Epoch { // adopted, now or before
 		k.doubt, k.problem = false, fault{}
 	}
 	k.mu.Unlock()
+	return stands, err
 }
 
 // fenceReason says why clients are kept out by a register without this site.
@@ -638,7 +738,10 @@ WHERE backend_type = 'client backend' AND wait_event = 'SyncRep' AND pid <> pg_c
 // has ended their connections, which a waiting session does not notice, and the rows that they keep locked are needed to
 // catch up. Their transactions are committed, and go to the other sites as the site's tail.
 func (k *keeper) endWaiters(ctx context.Context, c *pgconn.PgConn) error {
-	if st := k.standing(); st.Member || st.Epoch == 0 {
+	k.mu.Lock()
+	out := !k.began.IsZero() && !k.doubt && !k.reg.Has(k.a.self.Name)
+	k.mu.Unlock()
+	if !out {
 		return nil
 	}
 	rows, err := pg.Rows(ctx, c, waitersSQL)

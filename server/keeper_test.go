@@ -34,6 +34,13 @@ func (k *keeper) promised(t *testing.T) bool {
 	return err == nil
 }
 
+// do acts on a decision of the present epoch.
+func (k *keeper) do(t *testing.T, kind durability.Kind, site, why string) {
+	t.Helper()
+	k.act(t.Context(), durability.Action{Kind: kind, Sites: []string{site}, Why: why, Epoch: k.epoch()})
+	k.tidy()
+}
+
 func TestFirstValueIsWrittenOnce(t *testing.T) {
 	reg := quorumtest.New()
 	a, b := testKeeper(t, "a", reg.Client()), testKeeper(t, "b", reg.Client())
@@ -55,27 +62,27 @@ func TestTakeOver(t *testing.T) {
 	a, b := testKeeper(t, "a", reg.Client()), testKeeper(t, "b", reg.Client())
 	a.read(t.Context())
 	b.read(t.Context())
-	a.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"b"}, Why: "b is silent"})
+	a.do(t, durability.Freeze, "b", "b is silent")
 	if st := a.standing(); len(st.Others) != 0 || st.Members != 2 || !a.promised(t) {
 		t.Errorf("frozen: %+v, promised %t", st, a.promised(t))
 	}
-	a.act(t.Context(), durability.Action{Kind: durability.TakeOver, Sites: []string{"b"}, Why: "b is silent"})
+	a.do(t, durability.TakeOver, "b", "b is silent")
 	if st := a.standing(); st.Epoch != 2 || st.Members != 1 || !st.Member || a.promised(t) {
 		t.Errorf("taken over: %+v, promised %t", st, a.promised(t))
 	}
-	b.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"a"}})
-	b.act(t.Context(), durability.Action{Kind: durability.TakeOver, Sites: []string{"a"}, Why: "a is silent"})
+	b.do(t, durability.Freeze, "a", "tested")
+	b.do(t, durability.TakeOver, "a", "a is silent")
 	if st := b.standing(); st.Epoch != 2 || st.Member || b.promised(t) {
 		t.Errorf("the one that came second: %+v", st)
 	}
 	if s := b.status(); s.Mode != quorum.Solo || !strings.Contains(s.Guarantee, "b is left out") {
 		t.Errorf("it says %q", s.Guarantee)
 	}
-	a.act(t.Context(), durability.Action{Kind: durability.Arm, Sites: []string{"b"}})
+	a.do(t, durability.Arm, "b", "tested")
 	if st := a.standing(); len(st.Arming) != 1 || !a.promised(t) {
 		t.Errorf("armed: %+v", st)
 	}
-	a.act(t.Context(), durability.Action{Kind: durability.Return, Sites: []string{"b"}, Why: "b has caught up"})
+	a.do(t, durability.Return, "b", "b has caught up")
 	if st := a.standing(); st.Epoch != 3 || st.Members != 2 || len(st.Arming) != 0 || a.promised(t) {
 		t.Errorf("returned: %+v", st)
 	}
@@ -86,11 +93,19 @@ func TestPromiseOutlivesARestart(t *testing.T) {
 	reg := quorumtest.New()
 	a := testKeeper(t, "a", reg.Client())
 	a.read(t.Context())
-	a.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"b"}})
+	a.do(t, durability.Freeze, "b", "tested")
 	again := newKeeper(a.a, reg.Client())
 	again.resume()
+	client := reg.Client()
+	again.store = client
+	client.LoseAnswer()
+	again.read(t.Context()) // the renewal has no answer yet
+	if again.epoch() != 0 || again.standing().Member {
+		t.Errorf("before the doubt is over: epoch %d, %+v", again.epoch(), again.standing())
+	}
 	again.read(t.Context())
-	if again.epoch() != 2 || again.promised(t) || len(again.standing().Others) != 1 {
+	again.tidy()
+	if again.epoch() < 2 || again.promised(t) || len(again.standing().Others) != 1 {
 		t.Errorf("epoch %d, promised %t, %+v", again.epoch(), again.promised(t), again.standing())
 	}
 }
@@ -101,15 +116,51 @@ func TestUnknownAnswerKeepsTheFreeze(t *testing.T) {
 	client := reg.Client()
 	a := testKeeper(t, "a", client)
 	a.read(t.Context())
-	a.act(t.Context(), durability.Action{Kind: durability.Freeze, Sites: []string{"b"}})
+	a.do(t, durability.Freeze, "b", "tested")
 	client.LoseAnswer()
-	a.act(t.Context(), durability.Action{Kind: durability.TakeOver, Sites: []string{"b"}, Why: "b is silent"})
+	a.do(t, durability.TakeOver, "b", "b is silent")
 	if v := a.view(time.Now()); v.Known || len(v.Frozen) != 1 || !a.promised(t) {
 		t.Errorf("in doubt: %+v", v)
 	}
 	a.act(t.Context(), durability.Decide(a.view(time.Now())))
+	a.tidy()
 	if st := a.standing(); st.Members != 1 || !st.Member || a.promised(t) {
 		t.Errorf("after the register was read: %+v", st)
+	}
+}
+
+// TestStaleDecisionIsNotCarriedOut: the register has moved on between the decision and the deed.
+func TestStaleDecisionIsNotCarriedOut(t *testing.T) {
+	reg := quorumtest.New()
+	a, b := testKeeper(t, "a", reg.Client()), testKeeper(t, "b", reg.Client())
+	a.read(t.Context())
+	b.read(t.Context())
+	stale := a.epoch()
+	b.do(t, durability.Freeze, "a", "a is silent")
+	b.do(t, durability.TakeOver, "a", "a is silent")
+	a.read(t.Context())
+	for _, kind := range []durability.Kind{durability.Freeze, durability.TakeOver, durability.Leave, durability.Arm} {
+		a.act(t.Context(), durability.Action{Kind: kind, Sites: []string{"b"}, Epoch: stale})
+		a.tidy()
+	}
+	if v := a.view(time.Now()); len(v.Frozen)+len(v.Arming) > 0 || a.promised(t) || a.epoch() != 2 {
+		t.Errorf("%+v, promised %t", v, a.promised(t))
+	}
+}
+
+// TestLostRegisterIsNotBegunAnew: all sites would be members of a first value, also those that lack what was acknowledged.
+func TestLostRegisterIsNotBegunAnew(t *testing.T) {
+	reg := quorumtest.New()
+	a, b := testKeeper(t, "a", reg.Client()), testKeeper(t, "b", reg.Client())
+	a.read(t.Context())
+	b.read(t.Context())
+	a.do(t, durability.Freeze, "b", "b is silent")
+	a.do(t, durability.TakeOver, "b", "b is silent")
+	empty := quorumtest.New()
+	again := newKeeper(a.a, empty.Client())
+	again.read(t.Context())
+	if _, err := empty.Client().Get(t.Context()); !errors.Is(err, quorum.ErrAbsent) || again.epoch() != 0 || !strings.Contains(again.problem.Text, "seen epoch 2") || again.problem.Hint == "" {
+		t.Errorf("%v, epoch %d, %+v", err, again.epoch(), again.problem)
 	}
 }
 

@@ -305,7 +305,12 @@ func permanent(err error) bool {
 // captureLoop keeps the decode stream running.
 func (n *node) captureLoop(ctx context.Context, c *captured) error {
 	for {
-		err := retry(ctx, n.failed, "decode", longestPause, func() error { return n.stream(ctx, c) })
+		err := retry(ctx, n.failed, "decode", longestPause, func() error {
+			err := n.stream(ctx, c)
+			n.recover.Store(0) // what the server has committed until the next stream begins is not known
+			n.keeper.stir()
+			return err
+		})
 		if err != nil {
 			return err
 		}

@@ -85,6 +85,19 @@ func (n *node) noteRecovered(ctx context.Context, conn *pgconn.PgConn) error {
 	return nil
 }
 
+// unable says why this site cannot receive some other one's journal of this database, on its own side.
+func (n *node) unable() string {
+	for _, p := range n.peers {
+		if why := p.gate.reason(); why != nil {
+			return fmt.Sprintf("database %s from %s: %v", n.database.Name, p.site.Name, why)
+		}
+		if in := p.live.Load(); in != nil && in.copy.Err() != nil {
+			return fmt.Sprintf("database %s from %s: %v", n.database.Name, p.site.Name, in.copy.Err())
+		}
+	}
+	return ""
+}
+
 // seenPeer is what a link tells of the peer.
 type seenPeer struct {
 	heard    time.Time

@@ -48,7 +48,7 @@ func (k *keeper) status() *DurabilityStatus {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	d := &DurabilityStatus{
-		Mode: k.reg.Mode(k.siteNames()), Known: k.known && !k.doubt, Member: st.Member, Register: k.reg.Clone(),
+		Mode: k.reg.Mode(k.siteNames()), Known: !k.began.IsZero() && !k.doubt, Member: st.Member, Register: k.reg.Clone(),
 		Receipts: quorum.Receipts(k.a.cfg.Durability.Receipts, len(k.reg.Members)), Policy: string(k.a.cfg.Durability.Policy), Arming: st.Arming,
 	}
 	for s := range k.frozen {
@@ -77,8 +77,10 @@ func guarantee(d *DurabilityStatus, self string, waits bool) string {
 	switch {
 	case !waits:
 		return "commits wait for no other site: what is not shipped yet is lost with the site"
-	case !d.Known:
+	case !d.Known && !d.Member:
 		return "the register is not known here: nothing is acknowledged"
+	case !d.Known:
+		return "what the register says now is not known here; commits that need its answer wait"
 	case !d.Member:
 		return fmt.Sprintf("%s is left out since %s and acknowledges nothing: %s", self, since(), d.Register.Reason)
 	case len(d.Frozen) > 0:
@@ -166,16 +168,16 @@ func (k *keeper) force(ctx context.Context, req ForceRequest) (LossReport, error
 	if !req.AcceptLoss {
 		return out, nil
 	}
-	k.freeze(gone)
+	k.freeze(gone, reg.Epoch)
+	k.mu.Lock()
 	next, err := quorum.Force(reg, req.Keep, k.cuts(gone), quorum.Note{Reason: req.Reason, By: req.By, At: time.Now().UTC()})
+	k.mu.Unlock()
 	if err != nil {
 		return out, err
 	}
-	out.Register, err = k.store.Swap(ctx, next)
-	if err != nil {
+	if out.Register, err = k.swap(ctx, next); err != nil {
 		return out, fmt.Errorf("change the register: %w", err)
 	}
-	k.adopt(out.Register)
 	out.Done = true
 	for _, n := range k.a.nodes {
 		n.event("register", fmt.Sprintf("forced by %s: members %s; %s", req.By, strings.Join(next.Members, " "), req.Reason))
@@ -244,7 +246,7 @@ func (k *keeper) rearm(site string) error {
 	case !v.Peers[i].CaughtUp:
 		return &hinted{site + " has not caught up", "see with `duri status` how far it is; it comes back by itself"}
 	}
-	k.arm([]string{site})
+	k.arm([]string{site}, v.Epoch)
 	k.stir()
 	return nil
 }
