@@ -64,6 +64,7 @@ type node struct {
 	parked  []ParkedTable
 
 	emitted time.Time       // last heartbeat message; used by the heartbeat loop alone
+	counted atomic.Bool     // PostgreSQL lets commits wait for this agent
 	recover atomic.Uint64   // what the server had flushed when the stream was last opened
 	ages    []age           // used by the maintenance loop alone
 	told    map[string]bool // findings that are in the log; used by open alone
@@ -472,8 +473,10 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 		if err := n.measureClock(ctx, conn); err != nil {
 			return err
 		}
-		rows, err := pg.Rows(ctx, conn, "SELECT pg_catalog.pg_current_wal_flush_lsn()")
+		rows, err := pg.Query(ctx, conn, `SELECT pg_catalog.pg_current_wal_flush_lsn(),
+			(SELECT bool_or(sync_state IN ('sync', 'quorum'))::text FROM pg_catalog.pg_stat_replication WHERE application_name = $1)`, Slot(n.database.Name))
 		if err == nil {
+			n.counted.Store(rows[0][1] == "true")
 			flush, err = wal.ParseLSN(rows[0][0])
 		}
 		return err

@@ -27,8 +27,10 @@ type DurabilityStatus struct {
 	Frozen    []string        `json:"frozen,omitempty"` // sites whose receipts do not count just now
 	Arming    []string        `json:"arming,omitempty"` // sites that come back
 	Blocked   string          `json:"blocked,omitempty"`
-	Problem   *fault          `json:"problem,omitempty"`
-	Door      *DoorStatus     `json:"door,omitempty"`
+	// Unheeded are databases whose commits do not wait, because synchronous_standby_names does not name their agent.
+	Unheeded []string    `json:"unheeded,omitempty"`
+	Problem  *fault      `json:"problem,omitempty"`
+	Door     *DoorStatus `json:"door,omitempty"`
 }
 
 // DoorStatus is about the way of clients through the agent.
@@ -62,6 +64,11 @@ func (k *keeper) status() *DurabilityStatus {
 		f := k.problem
 		d.Problem = &f
 	}
+	for _, n := range k.a.nodes {
+		if n.waits() && n.ready.Load() != nil && !n.counted.Load() {
+			d.Unheeded = append(d.Unheeded, n.database.Name)
+		}
+	}
 	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.Waits(db.Name) })
 	d.Guarantee = guarantee(d, k.a.self.Name, waits)
 	if k.door != nil {
@@ -83,6 +90,8 @@ func guarantee(d *DurabilityStatus, self string, waits bool) string {
 		return "what the register says now is not known here; commits that need its answer wait"
 	case !d.Member:
 		return fmt.Sprintf("%s is left out since %s and acknowledges nothing: %s", self, since(), d.Register.Reason)
+	case len(d.Unheeded) > 0:
+		return fmt.Sprintf("commits in %s do not wait: PostgreSQL does not name its agent in synchronous_standby_names", strings.Join(d.Unheeded, ", "))
 	case len(d.Frozen) > 0:
 		return fmt.Sprintf("commits wait: %s does not answer, and the register has not decided yet", strings.Join(d.Frozen, " and "))
 	case d.Receipts == 0:

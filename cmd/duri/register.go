@@ -49,7 +49,7 @@ func newRegisterShowCmd(a *app) *cobra.Command {
 
 // reassuring reports whether an acknowledged commit survives the loss of a site as configured, and nothing is going on.
 func reassuring(s server.DurabilityStatus) bool {
-	return s.Known && s.Member && s.Mode == quorum.Sync && len(s.Frozen) == 0 && s.Blocked == ""
+	return s.Known && s.Member && s.Mode == quorum.Sync && len(s.Frozen)+len(s.Unheeded) == 0 && s.Blocked == ""
 }
 
 // registerProblems are the lines about what keeps a site from acknowledging, or clients out.
@@ -57,6 +57,10 @@ func registerProblems(site server.SiteStatus) (out []string) {
 	d := site.Durability
 	if d == nil {
 		return nil
+	}
+	if len(d.Unheeded) > 0 {
+		out = append(out, problem(site.Site, "commits do not wait in "+strings.Join(d.Unheeded, ", "),
+			"when all agents run: ALTER SYSTEM SET synchronous_standby_names = 'N (duri_DATABASE, ...)', and reload (docs/concepts/durability.md)"))
 	}
 	if d.Blocked != "" {
 		out = append(out, problem(site.Site, "a person must decide: "+d.Blocked, "see what may be lost with `duri register force`, at the site that is to go on"))

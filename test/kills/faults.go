@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -16,6 +17,7 @@ import (
 // Kinds of faults.
 const (
 	killServer  = "kill -9 of PostgreSQL"
+	killBackend = "kill -9 of one session" // the server then restarts all by itself
 	stopServer  = "SIGSTOP of PostgreSQL"
 	killAgent   = "kill -9 of the agent"
 	stopAgent   = "SIGSTOP of the agent"
@@ -29,7 +31,7 @@ const (
 
 // Kinds lists them all.
 func Kinds() []string {
-	return []string{killServer, stopServer, killAgent, stopAgent, killSite, stopSite, cutLink, cutOneWay, resetLink, killWitness}
+	return []string{killServer, killBackend, stopServer, killAgent, stopAgent, killSite, stopSite, cutLink, cutOneWay, resetLink, killWitness}
 }
 
 // fault is one of them, at a site (its number; of no meaning for the link and the witness), for a while.
@@ -57,12 +59,14 @@ func (c *campaign) choose() *fault {
 	return f
 }
 
-func (f *fault) begin(_ context.Context, p *pair.Pair) error {
+func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
 	s := p.Sites[f.site]
 	there, back := p.Link(p.Sites[0].Name, p.Sites[1].Name), p.Link(p.Sites[1].Name, p.Sites[0].Name)
 	switch f.kind {
 	case killServer:
 		return s.Cluster.Kill()
+	case killBackend:
+		return killSession(ctx, s)
 	case stopServer:
 		return s.Cluster.Signal(syscall.SIGSTOP)
 	case killAgent:
@@ -109,6 +113,22 @@ func (f *fault) end(ctx context.Context, p *pair.Pair) error {
 		p.Link(p.Sites[1].Name, p.Sites[0].Name).Heal()
 	case killWitness:
 		return p.Witness.Start()
+	}
+	return nil
+}
+
+// killSession kills a client's session, one that is in the midst of something if there is one.
+func killSession(ctx context.Context, s *pair.Site) error {
+	rows, err := s.Cluster.QueryText(ctx, s.Database, "SELECT pid FROM pg_stat_activity WHERE usename = '"+role+"' ORDER BY wait_event = 'SyncRep' DESC NULLS LAST, state = 'active' DESC LIMIT 1")
+	if err != nil || len(rows) == 0 {
+		return err
+	}
+	pid, err := strconv.Atoi(rows[0][0])
+	if err != nil {
+		return err
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return err
 	}
 	return nil
 }

@@ -44,8 +44,26 @@ func syncPair(t *testing.T) *pair.Pair {
 	})
 	within(t, time.Minute, func(ctx context.Context) error { return p.WaitReady(ctx) })
 	settledPair(t, p)
+	unheeded(t, p, 1) // and the agents say that nothing waits yet
 	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
+	unheeded(t, p, 0)
 	return p
+}
+
+// unheeded waits until each agent says of so many databases that their commits do not wait.
+func unheeded(t *testing.T, p *pair.Pair, databases int) {
+	t.Helper()
+	within(t, 20*time.Second, func(ctx context.Context) error {
+		return p.Wait(ctx, "the agents know whether PostgreSQL counts on them", func(ctx context.Context) (bool, error) {
+			for _, s := range p.Sites {
+				d, err := s.Control.Register(ctx)
+				if err != nil || len(d.Unheeded) != databases {
+					return false, errors.Join(err, fmt.Errorf("site %s: %s", s.Name, d.Guarantee))
+				}
+			}
+			return true, nil
+		})
+	})
 }
 
 func within(t *testing.T, d time.Duration, f func(context.Context) error) {
