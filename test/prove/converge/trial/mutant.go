@@ -42,9 +42,6 @@ var mutants = []Mutant{
 		"apply/resolve.go", "func (x *execution) barrier(ctx context.Context) error {\n",
 		"func (x *execution) barrier(ctx context.Context) error {\n\tif ctx != nil {\n\t\treturn nil\n\t}\n",
 	}}},
-	{"decoded", "what is committed and not decoded yet counts as seen by everybody (rule 5)", []edit{{
-		"apply/table.go", "CASE WHEN pg_catalog.age(t.xmin) <=", "CASE WHEN false AND pg_catalog.age(t.xmin) <=",
-	}}},
 	{"full-images", "values that PostgreSQL did not send are taken from whatever row is there (rule 9)", []edit{{
 		"apply/judge.go", "if r.op == wal.Update && !r.blind && d.Kind == conflict.None && h.image != nil {", "if h.image != nil {",
 	}}},
