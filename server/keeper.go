@@ -36,7 +36,7 @@ type keeper struct {
 	door  *gateway.Door // nil: clients reach PostgreSQL some other way
 	wake  chan struct{} // something changed that Decide should know
 
-	promiseMu sync.Mutex // held while the marker is written or removed, before mu
+	filesMu sync.Mutex // held while files in data_dir are written or removed and what they say begins or ends; before mu
 
 	mu      sync.Mutex // guards the rest; never held while a report is computed or waited for
 	reg     quorum.Register
@@ -74,10 +74,9 @@ func newKeeper(a *Agent, store quorum.Store) *keeper {
 // proposal that the promise was made for may still be under way (docs/adr/0006).
 func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "promised") }
 
-// promise writes the marker before anything is promised. k.mu is not held: the disk may be what fails.
+// promise writes the marker before anything is promised. k.filesMu is held until it is, and k.mu is not: the disk may be what
+// fails.
 func (k *keeper) promise(what string) bool {
-	k.promiseMu.Lock()
-	defer k.promiseMu.Unlock()
 	k.mu.Lock()
 	k.owed = true
 	k.mu.Unlock()
@@ -90,8 +89,8 @@ func (k *keeper) promise(what string) bool {
 
 // tidy removes the marker when nothing is promised any more.
 func (k *keeper) tidy() {
-	k.promiseMu.Lock()
-	defer k.promiseMu.Unlock()
+	k.filesMu.Lock()
+	defer k.filesMu.Unlock()
 	k.mu.Lock()
 	due := k.owed && len(k.frozen)+len(k.arming) == 0 && !k.leaving && !k.doubt
 	k.owed = k.owed && !due
@@ -227,15 +226,28 @@ func (k *keeper) adopt(r quorum.Register) {
 	if !k.take(r) {
 		return
 	}
-	b, err := json.Marshal(r)
-	if err == nil {
-		err = writeDurably(k.seenFile(), b)
-	}
-	if err != nil {
+	if err := k.remember(r); err != nil {
 		k.fail("write down what was seen of the register", err)
 	}
 	k.kickAll()
 	k.stir()
+}
+
+// remember writes down a value that was taken, unless another one has been taken since.
+func (k *keeper) remember(r quorum.Register) error {
+	k.filesMu.Lock()
+	defer k.filesMu.Unlock()
+	k.mu.Lock()
+	latest := k.reg.Epoch == r.Epoch
+	k.mu.Unlock()
+	if !latest {
+		return nil
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return writeDurably(k.seenFile(), b)
 }
 
 func (k *keeper) take(r quorum.Register) (news bool) {
@@ -427,6 +439,8 @@ func (k *keeper) kickAll() {
 
 // freeze stops receipts to sites; those of theirs count no more. It does nothing when the epoch is another one by now.
 func (k *keeper) freeze(sites []string, epoch uint64) {
+	k.filesMu.Lock()
+	defer k.filesMu.Unlock()
 	if !k.promise("frozen: " + strings.Join(sites, " ")) {
 		return
 	}
@@ -461,6 +475,8 @@ func (k *keeper) cuts(sites []string) quorum.Cuts {
 
 // arm lets reports wait for sites that are about to be members again.
 func (k *keeper) arm(sites []string, epoch uint64) {
+	k.filesMu.Lock()
+	defer k.filesMu.Unlock()
 	if !k.promise("arming: " + strings.Join(sites, " ")) {
 		return
 	}
@@ -552,14 +568,8 @@ func (k *keeper) fail(what string, err error) {
 func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	self := k.a.self.Name
 	note := quorum.Note{Reason: a.Why, By: self, At: time.Now().UTC()}
-	if a.Kind == durability.Leave {
-		if !k.promise("leaving") {
-			return
-		}
-		k.mu.Lock()
-		k.leaving = k.reg.Epoch == a.Epoch
-		k.mu.Unlock()
-		k.afterReports()
+	if a.Kind == durability.Leave && !k.stepBack(a.Epoch) {
+		return
 	}
 	own := k.ownCuts()
 	k.mu.Lock()
@@ -590,6 +600,20 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
 	_, _ = k.swap(ctx, next) // it is told, and decided anew
+}
+
+// stepBack promises to acknowledge nothing any more.
+func (k *keeper) stepBack(epoch uint64) bool {
+	k.filesMu.Lock()
+	defer k.filesMu.Unlock()
+	if !k.promise("leaving") {
+		return false
+	}
+	k.mu.Lock()
+	k.leaving = k.reg.Epoch == epoch
+	k.mu.Unlock()
+	k.afterReports()
+	return true
 }
 
 // ownCuts are where this site's journals end.
@@ -638,12 +662,19 @@ func (k *keeper) guardDoor() {
 		k.door.Shut(why)
 		return
 	}
-	k.door.Open()
+	k.mu.Lock() // under which take shuts it
+	defer k.mu.Unlock()
+	if k.unfit() == "" {
+		k.door.Open()
+	}
 }
 
 // shutOut says why clients must stay out; empty: they need not.
 func (k *keeper) shutOut() string {
-	if why := k.unfit(); why != "" {
+	k.mu.Lock()
+	why := k.unfit()
+	k.mu.Unlock()
+	if why != "" {
 		return why
 	}
 	for _, n := range k.a.nodes { // without k.mu: a report holds its own lock while it asks for the standing
@@ -654,9 +685,8 @@ func (k *keeper) shutOut() string {
 	return ""
 }
 
+// unfit says why this site may not serve clients, as far as the register and the server tell. k.mu is held.
 func (k *keeper) unfit() string {
-	k.mu.Lock()
-	defer k.mu.Unlock()
 	switch {
 	case k.fence != "":
 		return k.fence
