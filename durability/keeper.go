@@ -51,8 +51,8 @@ type Server struct {
 	Refused    bool          // connections are refused: the process has ended
 	Restarting bool          // it answers that it is starting up
 	Stalled    time.Duration // since when a small durable write has not ended; 0: they do
-	// Unable is why this site cannot receive from some other one, on its own side: a copy that failed, a disk budget that is
-	// used up. Empty: it can.
+	// Unable is why this site cannot decode its own changes or receive those of another one, on its own side: a copy that
+	// failed, a disk budget that is used up. Empty: it can.
 	Unable string
 }
 
@@ -149,7 +149,7 @@ func (v View) unfit() string {
 	case s.Stalled > v.Detect:
 		return fmt.Sprintf("a small durable write here has not ended for %s", s.Stalled.Round(100*time.Millisecond))
 	case s.Unable != "":
-		return "this site cannot receive: " + s.Unable
+		return "this site cannot do its part: " + s.Unable
 	}
 	return ""
 }

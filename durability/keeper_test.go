@@ -48,7 +48,7 @@ func TestDecide(t *testing.T) {
 		{"it restarts", func(v *View) { v.Server = Server{Restarting: true, Down: time.Second} }, Nothing, "", ""},
 		{"it restarts for too long", func(v *View) { v.Server = Server{Restarting: true, Down: 3 * time.Second} }, Leave, "a", ""},
 		{"it cannot fsync", func(v *View) { v.Server.Stalled = 3 * time.Second }, Leave, "a", "durable write"},
-		{"it cannot receive", func(v *View) { v.Server.Unable = "the copy of b's journal failed" }, Leave, "a", "cannot receive"},
+		{"it cannot receive", func(v *View) { v.Server.Unable = "the copy of b's journal failed" }, Leave, "a", "cannot do its part: the copy of b's journal failed"},
 		{"before its databases are open", func(v *View) { v.Open, v.Peers[0].Refused = false, true }, Nothing, "", ""},
 		{"alone, it cannot leave", func(v *View) { v.Members, v.Server = []string{"a"}, Server{Refused: true, Down: time.Hour} }, Nothing, "", ""},
 		{"back, and not caught up", func(v *View) { v.Members = []string{"a"} }, Nothing, "", ""},

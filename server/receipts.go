@@ -85,8 +85,12 @@ func (n *node) noteRecovered(ctx context.Context, conn *pgconn.PgConn) error {
 	return nil
 }
 
-// unable says why this site cannot receive some other one's journal of this database, on its own side.
+// unable says why this site cannot decode this database, so that nothing is acknowledged, or cannot receive some other
+// one's journal of it, on its own side.
 func (n *node) unable() string {
+	if why := n.gate.reason(); why != nil {
+		return fmt.Sprintf("database %s: %v", n.database.Name, why)
+	}
 	for _, p := range n.peers {
 		if why := p.gate.reason(); why != nil {
 			return fmt.Sprintf("database %s from %s: %v", n.database.Name, p.site.Name, why)

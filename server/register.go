@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -69,8 +70,16 @@ func (k *keeper) status() *DurabilityStatus {
 			d.Unheeded = append(d.Unheeded, n.database.Name)
 		}
 	}
+	stopped := ""
+	for _, n := range k.a.nodes {
+		if n.waits() {
+			stopped = cmp.Or(stopped, n.unable())
+		}
+	}
 	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.Waits(db.Name) })
-	d.Guarantee = guarantee(d, k.a.self.Name, waits)
+	if d.Guarantee = guarantee(d, k.a.self.Name, waits); waits && d.Member && stopped != "" {
+		d.Guarantee = "commits wait: " + stopped
+	}
 	if k.door != nil {
 		shut, now, total := k.door.Status()
 		d.Door = &DoorStatus{shut == "", shut, now, total}

@@ -38,7 +38,6 @@ type Agent struct {
 	hooks   Hooks
 	keeper  *keeper // nil without a register
 	door    *gateway.Door
-	clientT *tls.Config
 }
 
 // Hooks let tests reach in. The zero value changes nothing.
@@ -47,9 +46,6 @@ type Hooks struct {
 	// as this site's own.
 	Clock func() time.Duration
 }
-
-// registerEpoch is what links carry.
-func (a *Agent) registerEpoch() uint64 { return a.keeper.epoch() }
 
 // New composes the agent. It reads the certificates and touches nothing else.
 func New(cfg *config.Config, version string, log *slog.Logger) (*Agent, error) {
@@ -62,11 +58,11 @@ func NewHooked(cfg *config.Config, version string, log *slog.Logger, hooks Hooks
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, clientT: client, version: version, hooks: hooks}
+	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, version: version, hooks: hooks}
 	for _, s := range cfg.Peers() {
 		c, err := link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
-			Now: now, Epoch: a.registerEpoch, Logger: log.With("peer", s.Name),
+			Now: now, Epoch: func() uint64 { return a.keeper.epoch() }, Logger: log.With("peer", s.Name),
 		})
 		if err != nil {
 			return nil, err

@@ -12,9 +12,6 @@ import (
 
 // TestTwentyRounds is the short form of `make prove CASE=kills`.
 func TestTwentyRounds(t *testing.T) {
-	if testing.Short() {
-		t.Skip("needs PostgreSQL and two minutes")
-	}
 	binary, err := pair.Build(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)

@@ -21,9 +21,6 @@ import (
 // syncPair starts two sites and a witness with a table, whose commits wait for each other.
 func syncPair(t *testing.T) *pair.Pair {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("needs PostgreSQL")
-	}
 	binary, err := pair.Build(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
