@@ -195,7 +195,7 @@ func (k *keeper) run(ctx context.Context) error {
 	defer wg.Wait()
 	wg.Go(func() {
 		for r := range k.store.Watch(ctx) {
-			k.adopt(r)
+			k.watched(r)
 		}
 	})
 	wg.Go(func() { k.watchServer(ctx) })
@@ -212,6 +212,18 @@ func (k *keeper) run(ctx context.Context) error {
 		k.tidy()
 		k.guardDoor()
 	}
+}
+
+// watched takes a value that the register was changed to. What comes before the first reading is left to that, which
+// compares with what this site has seen in its former life.
+func (k *keeper) watched(r quorum.Register) {
+	k.mu.Lock()
+	begun := !k.began.IsZero()
+	k.mu.Unlock()
+	if begun {
+		k.adopt(r)
+	}
+	k.stir()
 }
 
 func (k *keeper) stir() {
@@ -477,7 +489,7 @@ func (k *keeper) cuts(sites []string) quorum.Cuts {
 func (k *keeper) arm(sites []string, epoch uint64) {
 	k.filesMu.Lock()
 	defer k.filesMu.Unlock()
-	if !k.promise("arming: " + strings.Join(sites, " ")) {
+	if slices.ContainsFunc(k.a.nodes, func(n *node) bool { return n.ready.Load() == nil }) || !k.promise("arming: "+strings.Join(sites, " ")) {
 		return
 	}
 	k.mu.Lock()
@@ -491,11 +503,7 @@ func (k *keeper) arm(sites []string, epoch uint64) {
 	k.mu.Unlock()
 	alone := map[*node]wal.LSN{} // so that what was reported up to here, in this life of the agent or before, is all
 	for _, n := range k.a.nodes {
-		c := n.ready.Load()
-		if c == nil {
-			return // Decide disarms, or a person asks again
-		}
-		alone[n] = max(n.reported().Flush, c.journal.End())
+		alone[n] = max(n.reported().Flush, n.ready.Load().journal.End())
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -158,6 +158,7 @@ func TestLostRegisterIsNotBegunAnew(t *testing.T) {
 	a.do(t, durability.TakeOver, "b", "b is silent")
 	empty := quorumtest.New()
 	again := newKeeper(a.a, empty.Client())
+	again.watched(quorum.Initial([]string{"a", "b"}, "b", time.Now())) // some other site has begun anew
 	again.read(t.Context())
 	if _, err := empty.Client().Get(t.Context()); !errors.Is(err, quorum.ErrAbsent) || again.epoch() != 0 || !strings.Contains(again.problem.Text, "seen epoch 2") || again.problem.Hint == "" {
 		t.Errorf("%v, epoch %d, %+v", err, again.epoch(), again.problem)
