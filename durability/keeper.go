@@ -33,6 +33,8 @@ type Peer struct {
 	// Deaf is how long ago, by its own word, it last heard this site: a link that is cut in one direction counts at both
 	// ends.
 	Deaf time.Duration
+	// Unfit is why it cannot do its part, by its own word; empty: it can.
+	Unfit string
 	// Refused: its agent's address refuses connections, so its process has ended (or something rejects for it, which is
 	// safe all the same).
 	Refused bool
@@ -47,12 +49,13 @@ type Peer struct {
 
 // Server is the health of this site's own PostgreSQL and journals.
 type Server struct {
-	Down       time.Duration // since when it cannot be connected to; 0: it can
-	Refused    bool          // connections are refused: the process has ended
-	Restarting bool          // it answers that it is starting up
-	Stalled    time.Duration // since when a small durable write has not ended; 0: they do
+	Down        time.Duration // since when it cannot be connected to; 0: it can
+	Refused     bool          // connections are refused: the process has ended
+	Restarting  bool          // it answers that it is starting up
+	Stalled     time.Duration // since when a small durable write has not ended; 0: they do
+	DiskStalled time.Duration // the same of the disk with the journals, on which promises are written as well
 	// Unable is why this site cannot decode its own changes or receive those of another one, on its own side: a copy that
-	// failed, a disk budget that is used up. Empty: it can.
+	// failed, a disk that is full, a budget that is used up. Empty: it can.
 	Unable string
 }
 
@@ -121,7 +124,10 @@ func decide(v View) Action {
 		return Action{}
 	}
 	others := slices.DeleteFunc(slices.Clone(v.Members), func(s string) bool { return s == v.Self })
-	if why := v.unfit(); why != "" && len(others) > 0 {
+	if why := v.Server.Unfit(v.Detect); why != "" && len(others) > 0 {
+		if v.Server.DiskStalled > v.Detect {
+			return do(Blocked, others, why+", so that not even a promise can be written: the others are told to go on without this site")
+		}
 		// Only to somebody who is there; else whoever is back first goes on.
 		if slices.ContainsFunc(others, func(s string) bool { return v.gone(s) == "" }) {
 			return do(Leave, []string{v.Self}, why)
@@ -137,16 +143,18 @@ func decide(v View) Action {
 	return v.rejoin()
 }
 
-// unfit says why this site cannot do its part.
-func (v View) unfit() string {
-	switch s := v.Server; {
+// Unfit says why this site cannot do its part; empty: it can. detect is how long something may be silent.
+func (s Server) Unfit(detect time.Duration) string {
+	switch {
+	case s.DiskStalled > detect:
+		return fmt.Sprintf("a small durable write to the journals' disk here has not ended for %s", s.DiskStalled.Round(100*time.Millisecond))
 	case s.Restarting && s.Down < restartPatience:
 		return ""
 	case s.Refused:
 		return "PostgreSQL here has ended"
-	case s.Down > v.Detect:
+	case s.Down > detect:
 		return fmt.Sprintf("PostgreSQL here cannot be reached for %s", s.Down.Round(100*time.Millisecond))
-	case s.Stalled > v.Detect:
+	case s.Stalled > detect:
 		return fmt.Sprintf("a small durable write here has not ended for %s", s.Stalled.Round(100*time.Millisecond))
 	case s.Unable != "":
 		return "this site cannot do its part: " + s.Unable
@@ -199,6 +207,8 @@ func (v View) gone(name string) string {
 	switch p := v.Peers[i]; {
 	case p.Refused:
 		return fmt.Sprintf("the agent of %s refuses connections", name)
+	case p.Unfit != "":
+		return fmt.Sprintf("%s says of itself: %s", name, p.Unfit)
 	case p.Silent > v.Detect:
 		return fmt.Sprintf("%s is silent for %s", name, p.Silent.Round(100*time.Millisecond))
 	case p.Deaf > v.Detect:

@@ -49,6 +49,14 @@ func TestDecide(t *testing.T) {
 		{"it restarts for too long", func(v *View) { v.Server = Server{Restarting: true, Down: 3 * time.Second} }, Leave, "a", ""},
 		{"it cannot fsync", func(v *View) { v.Server.Stalled = 3 * time.Second }, Leave, "a", "durable write"},
 		{"it cannot receive", func(v *View) { v.Server.Unable = "the copy of b's journal failed" }, Leave, "a", "cannot do its part: the copy of b's journal failed"},
+		{"its disk hangs", func(v *View) { v.Server.DiskStalled = 3 * time.Second }, Blocked, "b", "not even a promise"},
+		{"its disk is slow", func(v *View) { v.Server.DiskStalled = time.Second }, Nothing, "", ""},
+		{"alone, with a disk that hangs", func(v *View) { v.Members, v.Server.DiskStalled = []string{"a"}, time.Hour }, Nothing, "", ""},
+		{"the other one says that it cannot", func(v *View) { v.Peers[0].Unfit, v.Frozen = "no disk", []string{"b"} }, TakeOver, "b", "b says of itself: no disk"},
+		{"neither can", func(v *View) { v.Peers[0].Unfit, v.Server.Unable = "no disk", "none here" }, Blocked, "b", "no other member"},
+		{"back, and it says that it cannot", func(v *View) {
+			v.Members, v.Peers[0].CaughtUp, v.Peers[0].Unfit = []string{"a"}, true, "no disk"
+		}, Nothing, "", ""},
 		{"before its databases are open", func(v *View) { v.Open, v.Peers[0].Refused = false, true }, Nothing, "", ""},
 		{"alone, it cannot leave", func(v *View) { v.Members, v.Server = []string{"a"}, Server{Refused: true, Down: time.Hour} }, Nothing, "", ""},
 		{"back, and not caught up", func(v *View) { v.Members = []string{"a"} }, Nothing, "", ""},
@@ -105,12 +113,12 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 			Self: "a", Known: rapid.Bool().Draw(t, "known"), Open: rapid.Bool().Draw(t, "open"), Members: some.Draw(t, "members"), Settled: rapid.Bool().Draw(t, "settled"),
 			Required: rapid.IntRange(1, 2).Draw(t, "required"), Policy: rapid.SampledFrom([]Policy{DurabilityFirst, PreferredSite, ReadOnly}).Draw(t, "policy"),
 			Preferred: rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "preferred"), Detect: 2 * time.Second,
-			Server: Server{Down: duration.Draw(t, "down"), Refused: rapid.Bool().Draw(t, "refused"), Restarting: rapid.Bool().Draw(t, "restarting"), Stalled: duration.Draw(t, "stalled")},
+			Server: Server{Down: duration.Draw(t, "down"), Refused: rapid.Bool().Draw(t, "refused"), Restarting: rapid.Bool().Draw(t, "restarting"), Stalled: duration.Draw(t, "stalled"), DiskStalled: duration.Draw(t, "disk stalled")},
 			Frozen: some.Draw(t, "frozen"), FrozenFor: duration.Draw(t, "frozen for"), Arming: some.Draw(t, "arming"), Rearm: duration.Draw(t, "rearm"),
 		}
 		for _, s := range sites[1:] {
 			v.Peers = append(v.Peers, Peer{
-				s, duration.Draw(t, "silent"), duration.Draw(t, "deaf"), rapid.Bool().Draw(t, "refuses"), rapid.Bool().Draw(t, "caught up"),
+				s, duration.Draw(t, "silent"), duration.Draw(t, "deaf"), rapid.SampledFrom([]string{"", "no disk"}).Draw(t, "unfit"), rapid.Bool().Draw(t, "refuses"), rapid.Bool().Draw(t, "caught up"),
 				duration.Draw(t, "stable"), rapid.Bool().Draw(t, "passed"),
 			})
 		}

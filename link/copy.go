@@ -44,6 +44,7 @@ type CopyWriter struct {
 	j       *journal.Journal
 	applied wal.LSN
 	err     error // sticky: held, or the journal failed
+	stuck   error // what came last could not be written, and is tried again: a full disk
 	beat    Heartbeat
 	beatAt  time.Time
 	deaf    time.Duration // as the latest heartbeat says, see Heartbeat.Heard
@@ -98,6 +99,13 @@ func (w *CopyWriter) Err() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.err
+}
+
+// Stuck is why what came last could not be written, though it is tried again: a full disk. nil: it was.
+func (w *CopyWriter) Stuck() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.stuck
 }
 
 // fail keeps the first error.
@@ -169,6 +177,9 @@ func (w *CopyWriter) Frames(data []byte, from, to wal.LSN) error {
 		w.signal(w.kick)
 	}
 	w.signal(w.acks)
+	w.mu.Lock()
+	w.stuck = err
+	w.mu.Unlock()
 	if err != nil {
 		return w.judge(j, err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -205,7 +206,8 @@ func TestCopyLivesOnAfterReopening(t *testing.T) {
 // badDisk fails fsyncs on demand.
 type badDisk struct {
 	journal.OSFS
-	bad chan struct{} // closed: fsync fails
+	bad  chan struct{} // closed: fsync fails
+	full atomic.Bool   // a new file finds no room
 }
 
 type badFile struct {
@@ -219,6 +221,13 @@ func (d *badDisk) Open(name string, create bool) (journal.File, error) {
 		return nil, err
 	}
 	return badFile{f, d}, nil
+}
+
+func (f badFile) Allocate(size int64) error {
+	if f.d.full.Load() {
+		return syscall.ENOSPC
+	}
+	return f.File.Allocate(size)
 }
 
 var errDisk = errors.New("input/output error")
@@ -255,6 +264,36 @@ func TestFailedFsyncGivesNoReceipt(t *testing.T) {
 	if a := w.db.last("busan"); a.Durable != good {
 		t.Errorf("acknowledged %+v, want durable to stay at %s", a, good)
 	}
+}
+
+// TestFullDiskIsTold: what came last is not taken and not acknowledged, the copy says why for as long as that lasts, and it
+// comes again.
+func TestFullDiskIsTold(t *testing.T) {
+	w := newWorld(t, nil)
+	h := newHistory(w.db.j, 1)
+	disk := &badDisk{bad: make(chan struct{})}
+	cp, err := OpenCopy(CopyConfig{Dir: t.TempDir(), Journal: journal.Options{FS: disk, SegmentBytes: 4 << 10}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cp.Close()
+	f := follow(t, w.client(nil), cp)
+	h.fill(t, 10)
+	waitFor(t, "the good part to be acknowledged", func() bool { return w.db.last("busan").Durable == w.db.j.End() })
+	disk.full.Store(true)
+	h.fill(t, 50)
+	waitFor(t, "the full disk to be told", func() bool { return errors.Is(cp.Stuck(), syscall.ENOSPC) })
+	if err := f.wait(t); !errors.Is(err, syscall.ENOSPC) || !Retry(err) || cp.Err() != nil {
+		t.Errorf("Follow ended with %v, Err is %v", err, cp.Err())
+	}
+	if d := w.db.last("busan").Durable; d == w.db.j.End() {
+		t.Errorf("%s is acknowledged", d)
+	}
+	disk.full.Store(false)
+	f = follow(t, w.client(nil), cp)
+	waitFor(t, "the rest to be acknowledged", func() bool { return w.db.last("busan").Durable == w.db.j.End() && cp.Stuck() == nil })
+	f.cancel()
+	expectEqual(t, w.db.j, cp)
 }
 
 // TestFrozenCopyGivesNoFurtherReceipt: what comes is kept, and its receipt is given only after the thaw; receipts carry the

@@ -83,7 +83,8 @@ type Heartbeat struct {
 	// Heard is how long ago, when it sent this, the origin had last heard from here. It grows when only the direction
 	// to the origin is cut. Zero when nothing was heard yet.
 	Heard time.Duration
-	Clock Clock // of the origin, as estimated here
+	Clock Clock  // of the origin, as estimated here
+	Unfit string // why it cannot do its part in durability, by its own word; empty: it can
 }
 
 // Database is what a site offers to its peers for one database. Implementations are safe for concurrent use.

@@ -365,7 +365,7 @@ func (s *Server) beat(ctx context.Context, stream followStream, f *follower, j *
 	for {
 		select {
 		case <-beat.C:
-			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable())}
+			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable()), Unfit: s.c.Unfit()}
 			f.mu.Lock()
 			h.Clock = f.echo.say(s.c.Now())
 			f.mu.Unlock()

@@ -40,6 +40,9 @@ type ServerConfig struct {
 	// Status gives the site's status document; nil: the request is refused.
 	Status func(ctx context.Context) ([]byte, error)
 
+	// Unfit says why this site cannot do its part in durability, empty when it can; nil: it always can. It must not block.
+	Unfit func() string
+
 	Now    func() wal.Time // the site's clock; default the system's
 	Logger *slog.Logger    // default none
 	// Versions, Window, Silence and Heartbeat replace the constants of the package, for tests.
@@ -53,6 +56,9 @@ func (c ServerConfig) withDefaults() ServerConfig {
 	c.Versions = c.Versions.withDefaults()
 	if c.Now == nil {
 		c.Now = systemNow
+	}
+	if c.Unfit == nil {
+		c.Unfit = func() string { return "" }
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -33,6 +33,7 @@ type capture struct {
 
 	behind  atomic.Bool            // decoding is catching up
 	decoded atomic.Int64           // when the last transaction was, in nanoseconds
+	stuck   atomic.Pointer[error]  // the journal did not take what came last, which comes again
 	flush   chan struct{}          // something was appended
 	dirty   chan struct{}          // something was flushed
 	durable atomic.Uint64          // of the own journal
@@ -85,12 +86,24 @@ func (c *capture) Commit(m *decode.Commit) error {
 	if len(t.Changes) == 0 { // a heartbeat: the index learns how late it is
 		return c.Advance(t.EndLSN) // or of a client, who changed nothing that is replicated
 	}
-	if err := c.j.AppendTxn(t); err != nil {
+	if err := c.appended(c.j.AppendTxn(t)); err != nil {
 		return fmt.Errorf("journal transaction %s: %w", t.CommitLSN, err)
 	}
 	c.maxTime = max(c.maxTime, t.VersionTime) // only now: a transaction delivered again must get the same stamp
 	c.pending, c.waited = 0, false
 	return nil
+}
+
+// appended notes whether the journal takes what comes; a full disk shows here.
+func (c *capture) appended(err error) error {
+	switch was := c.stuck.Load(); {
+	case err != nil:
+		c.stuck.Store(&err)
+		c.n.keeper.stir()
+	case was != nil:
+		c.stuck.Store(nil)
+	}
+	return err
 }
 
 // originError: a transaction of a replication origin that is no site of the cluster.
@@ -153,7 +166,7 @@ const positionEvery = 200 * time.Millisecond
 // Idle wakes the flusher, and now and then writes down how far the stream has been read.
 func (c *capture) Idle() error {
 	if c.pending > c.j.End() && (c.waited || time.Since(c.positions) >= positionEvery) {
-		if err := c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.n.clock.Now()); err != nil {
+		if err := c.appended(c.j.AppendPosition(c.pending, slices.Clone(c.seen), c.n.clock.Now())); err != nil {
 			return fmt.Errorf("journal position %s: %w", c.pending, err)
 		}
 		c.positions, c.pending, c.waited = time.Now(), 0, false

@@ -38,19 +38,23 @@ type keeper struct {
 
 	filesMu sync.Mutex // held while files in data_dir are written or removed and what they say begins or ends; before mu
 
-	mu      sync.Mutex // guards the rest; never held while a report is computed or waited for
-	reg     quorum.Register
-	doubt   bool      // a swap was sent and its answer is not known, or was sent in a former life of the agent
-	leaving bool      // this site has proposed to leave, or is about to
-	began   time.Time // when the register was first read without doubt; zero: nothing may be acknowledged yet
-	frozen  map[string]freeze
-	owed    bool                         // the marker may be there although nothing is promised any more
-	arming  map[string]map[*node]wal.LSN // what had been acknowledged without the site, by database
-	losses  []time.Time                  // take-overs
-	server  durability.Server            // health of PostgreSQL here
-	last    durability.Action
-	problem fault
-	fence   string // a person's reason to keep clients out; empty: none
+	mu       sync.Mutex // guards the rest; never held while a report is computed or waited for
+	reg      quorum.Register
+	doubt    bool      // a swap was sent and its answer is not known, or was sent in a former life of the agent
+	leaving  bool      // this site has proposed to leave, or is about to
+	began    time.Time // when the register was first read without doubt; zero: nothing may be acknowledged yet
+	frozen   map[string]freeze
+	owed     bool                         // the marker may be there although nothing is promised any more
+	arming   map[string]map[*node]wal.LSN // what had been acknowledged without the site, by database
+	losses   []time.Time                  // take-overs
+	server   durability.Server            // health of PostgreSQL here
+	serverUp time.Time                    // since when it can be connected to
+	// Of the disk of data_dir: since when a small durable write to it is under way, and why the last one failed.
+	diskBusy  time.Time
+	diskFault string
+	last      durability.Action
+	problem   fault
+	fence     string // a person's reason to keep clients out; empty: none
 }
 
 // freeze is since when a site gets no receipts, and up to where it has some, by database.
@@ -69,10 +73,37 @@ func newKeeper(a *Agent, store quorum.Store) *keeper {
 	}
 }
 
-// marker is the file that says that this site has promised something that holds until the epoch changes: to give some
+// marker is the file that says whether this site has promised something that holds until the epoch changes: to give some
 // site no receipts, to wait for one that comes back, to acknowledge nothing because it leaves. After a restart, the
-// proposal that the promise was made for may still be under way (docs/adr/0006).
+// proposal that the promise was made for may still be under way (docs/adr/0006). It is there from the beginning and is
+// written in place, so that a full disk is no obstacle.
 func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "promised") }
+
+// noPromise is what the marker says then; anything else, a torn write too, is a promise.
+const noPromise = "nothing"
+
+// markBytes is the marker's length: what a disk writes at once.
+const markBytes = 512
+
+// mark writes the marker.
+func (k *keeper) mark(what string) error {
+	content := fmt.Appendf(nil, "%-*.*s\n", markBytes-1, markBytes-1, what)
+	f, err := os.OpenFile(k.marker(), os.O_WRONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return writeDurably(k.marker(), content)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(content, 0)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// marked reports whether the marker says that something is promised, or may.
+func (k *keeper) marked() bool {
+	b, err := os.ReadFile(k.marker())
+	return err == nil && strings.TrimSpace(string(b)) != noPromise || err != nil && !errors.Is(err, fs.ErrNotExist)
+}
 
 // promise writes the marker before anything is promised. k.filesMu is held until it is, and k.mu is not: the disk may be what
 // fails.
@@ -80,14 +111,14 @@ func (k *keeper) promise(what string) bool {
 	k.mu.Lock()
 	k.owed = true
 	k.mu.Unlock()
-	err := writeDurably(k.marker(), []byte(what+"\n"))
+	err := k.mark(what)
 	if err != nil {
 		k.fail("write down a promise", err)
 	}
 	return err == nil
 }
 
-// tidy removes the marker when nothing is promised any more.
+// tidy takes the promise back when nothing is promised any more.
 func (k *keeper) tidy() {
 	k.filesMu.Lock()
 	defer k.filesMu.Unlock()
@@ -98,8 +129,8 @@ func (k *keeper) tidy() {
 	if !due {
 		return
 	}
-	if err := os.Remove(k.marker()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		k.fail("remove the mark of a promise", err)
+	if err := k.mark(noPromise); err != nil {
+		k.fail("take back the mark of a promise", err)
 	}
 }
 
@@ -183,9 +214,8 @@ func (k *keeper) standing() durability.Standing {
 func (k *keeper) resume() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	_, err := os.Stat(k.marker())
-	k.doubt = !errors.Is(err, fs.ErrNotExist)
-	k.owed = k.doubt
+	k.doubt = k.marked()
+	k.owed = true // the marker is made now, while there is room for it
 }
 
 // run reads the register and works until ctx ends.
@@ -199,6 +229,7 @@ func (k *keeper) run(ctx context.Context) error {
 		}
 	})
 	wg.Go(func() { k.watchServer(ctx) })
+	go k.watchDisk(ctx) // not waited for: it may hang with the disk
 	t := time.NewTicker(decideEvery)
 	defer t.Stop()
 	for {
@@ -352,14 +383,11 @@ func (k *keeper) view(now time.Time) durability.View {
 	d := k.a.cfg.Durability
 	v := durability.View{
 		Self: k.a.self.Name, Known: !k.began.IsZero() && !k.doubt, Open: true, Epoch: k.reg.Epoch, Members: k.reg.Members, Settled: k.reg.Settled, Required: d.Receipts,
-		Policy: durability.Policy(d.Policy), Preferred: d.Preferred, Detect: d.Detect.Std(), Server: k.server,
+		Policy: durability.Policy(d.Policy), Preferred: d.Preferred, Detect: d.Detect.Std(), Server: k.health(),
 		Rearm: rearmAfter(d.Rearm.Std(), k.losses, now), Arming: slices.Sorted(maps.Keys(k.arming)),
 	}
 	for _, n := range k.a.nodes {
-		if n.waits() {
-			v.Open = v.Open && n.ready.Load() != nil
-			v.Server.Unable = cmp.Or(v.Server.Unable, n.unable())
-		}
+		v.Open = v.Open && (!n.waits() || n.ready.Load() != nil)
 	}
 	for s, f := range k.frozen {
 		v.Frozen = append(v.Frozen, s)
@@ -372,6 +400,36 @@ func (k *keeper) view(now time.Time) durability.View {
 	return v
 }
 
+// health is that of the server, the disk and what decodes and receives here. k.mu is held.
+func (k *keeper) health() durability.Server {
+	h := k.server
+	if !k.diskBusy.IsZero() {
+		h.DiskStalled = time.Since(k.diskBusy)
+	}
+	h.Unable = k.diskFault
+	overdue := time.Now().Add(-k.a.cfg.Durability.Detect.Std())
+	if h.Down > 0 || k.serverUp.After(overdue) {
+		overdue = time.Time{} // it had no chance
+	}
+	for _, n := range k.a.nodes {
+		if n.waits() {
+			h.Unable = cmp.Or(h.Unable, n.unable(overdue))
+		}
+	}
+	return h
+}
+
+// unfitness says why this site cannot do its part; it goes out with every heartbeat, for what keeps the site from leaving by
+// itself: a disk on which it cannot write that down.
+func (k *keeper) unfitness() string {
+	if k == nil {
+		return ""
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.health().Unfit(k.a.cfg.Durability.Detect.Std())
+}
+
 // peerView is one other site over all databases: the freshest sign of life, the least progress.
 func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 	out := durability.Peer{Name: site, CaughtUp: true, Passed: true, Stable: time.Hour}
@@ -381,7 +439,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		s := p.seenBy(now)
 		if s.heard.After(heard) {
 			heard = s.heard
-			out.Deaf = s.deaf
+			out.Deaf, out.Unfit = s.deaf, s.unfit
 		}
 		out.Refused = out.Refused || s.refused
 		out.Stable = min(out.Stable, s.stable)
@@ -750,7 +808,9 @@ func (k *keeper) watchServer(ctx context.Context) {
 		}
 		k.mu.Lock()
 		was := k.server
-		k.server = h
+		if k.server = h; was.Down > 0 {
+			k.serverUp = time.Now()
+		}
 		k.mu.Unlock()
 		if (was.Down > 0) != (h.Down > 0) || was.Refused != h.Refused {
 			k.log.Warn("health of PostgreSQL here", "down", h.Down.String(), "refused", h.Refused, "restarting", h.Restarting, "error", fmt.Sprint(err))
@@ -766,6 +826,41 @@ func (k *keeper) watchServer(ctx context.Context) {
 		case <-time.After(every):
 		}
 	}
+}
+
+// watchDisk looks whether the disk of data_dir still makes a small write durable.
+func (k *keeper) watchDisk(ctx context.Context) {
+	content := make([]byte, markBytes)
+	path := filepath.Join(k.a.cfg.DataDir, "probe")
+	t := time.NewTicker(probeEvery)
+	defer t.Stop()
+	for {
+		k.mu.Lock()
+		k.diskBusy = time.Now()
+		k.mu.Unlock()
+		err := probeDisk(path, content)
+		k.mu.Lock()
+		k.diskBusy, k.diskFault = time.Time{}, ""
+		if err != nil {
+			k.diskFault = err.Error()
+		}
+		k.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// probeDisk writes to a file in place: that it is full does not matter, and shows at the journals.
+func probeDisk(path string, content []byte) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(content, 0)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 // waitersSQL ends the sessions of clients whose COMMIT waits for other sites.

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,11 +28,7 @@ func testKeeper(t *testing.T, site string, store quorum.Store) *keeper {
 
 func (k *keeper) promised(t *testing.T) bool {
 	t.Helper()
-	_, err := os.Stat(k.marker())
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
-	}
-	return err == nil
+	return k.marked()
 }
 
 // do acts on a decision of the present epoch.
@@ -205,6 +202,42 @@ func TestRearmWaitsLongerAfterEachLoss(t *testing.T) {
 	} {
 		if got := rearmAfter(10*time.Second, c.losses, now); got != c.want {
 			t.Errorf("%d losses: %s, want %s", len(c.losses), got, c.want)
+		}
+	}
+}
+
+// TestMarkOfAPromise: whatever is found instead of the plain word that nothing is promised is a promise; and to write one
+// needs no room on the disk.
+func TestMarkOfAPromise(t *testing.T) {
+	k := testKeeper(t, "a", quorumtest.New().Client())
+	if k.marked() {
+		t.Error("a promise before the first one")
+	}
+	inode := func() uint64 {
+		st, err := os.Stat(k.marker())
+		if err != nil || st.Size() != markBytes {
+			t.Fatal(st, err)
+		}
+		return st.Sys().(*syscall.Stat_t).Ino
+	}
+	var first uint64
+	for _, c := range []struct {
+		what string
+		want bool
+	}{{noPromise, false}, {"frozen: b", true}, {strings.Repeat("leaving ", 200), true}, {noPromise, false}} {
+		if err := k.mark(c.what); err != nil || k.marked() != c.want {
+			t.Errorf("%.20q: marked %t, %v", c.what, k.marked(), err)
+		}
+		if first == 0 {
+			first = inode()
+		}
+		if inode() != first {
+			t.Errorf("%.20q: another file", c.what)
+		}
+	}
+	for _, torn := range []string{"", "not", "nothingrozen: b"} {
+		if err := os.WriteFile(k.marker(), []byte(torn), 0o600); err != nil || !k.marked() {
+			t.Errorf("%q is no promise, %v", torn, err)
 		}
 	}
 }

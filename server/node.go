@@ -63,11 +63,12 @@ type node struct {
 	stepped time.Time // last backward clock step seen
 	parked  []ParkedTable
 
-	emitted time.Time       // last heartbeat message; used by the heartbeat loop alone
-	counted atomic.Bool     // PostgreSQL lets commits wait for this agent
-	recover atomic.Uint64   // what the server had flushed when the stream was last opened
-	ages    []age           // used by the maintenance loop alone
-	told    map[string]bool // findings that are in the log; used by open alone
+	emitted time.Time                 // last heartbeat message; used by the heartbeat loop alone
+	counted atomic.Bool               // PostgreSQL lets commits wait for this agent
+	mute    atomic.Pointer[time.Time] // when the stream of decoding ended; nil: it runs, or has not begun yet
+	recover atomic.Uint64             // what the server had flushed when the stream was last opened
+	ages    []age                     // used by the maintenance loop alone
+	told    map[string]bool           // findings that are in the log; used by open alone
 }
 
 // captured is what exists once a database has been opened.
@@ -308,6 +309,8 @@ func (n *node) captureLoop(ctx context.Context, c *captured) error {
 	for {
 		err := retry(ctx, n.failed, "decode", longestPause, func() error {
 			err := n.stream(ctx, c)
+			now := time.Now()
+			n.mute.CompareAndSwap(nil, &now)
 			n.recover.Store(0) // what the server has committed until the next stream begins is not known
 			n.keeper.stir()
 			return err
@@ -370,6 +373,7 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 		return err
 	}
 	ok = true
+	n.mute.Store(nil)
 	c.capture.setReport(st.Report)
 	n.setState(stateReady)
 	err = st.Run(ctx, c.capture)

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -86,17 +87,33 @@ func (n *node) noteRecovered(ctx context.Context, conn *pgconn.PgConn) error {
 }
 
 // unable says why this site cannot decode this database, so that nothing is acknowledged, or cannot receive some other
-// one's journal of it, on its own side.
-func (n *node) unable() string {
+// one's journal of it, on its own side. A stream of decoding that has ended may take a
+// moment to begin again: only one that ended before overdue counts.
+func (n *node) unable(overdue time.Time) string {
 	if why := n.gate.reason(); why != nil {
 		return fmt.Sprintf("database %s: %v", n.database.Name, why)
+	}
+	if c := n.ready.Load(); c != nil {
+		if err := c.capture.stuck.Load(); err != nil {
+			return fmt.Sprintf("database %s: %v", n.database.Name, *err)
+		}
+		if since := n.mute.Load(); since != nil && since.Before(overdue) {
+			n.mu.Lock()
+			why := n.fault.Text
+			n.mu.Unlock()
+			return fmt.Sprintf("database %s is not decoded since %s: %s", n.database.Name, since.Format(time.TimeOnly), why)
+		}
 	}
 	for _, p := range n.peers {
 		if why := p.gate.reason(); why != nil {
 			return fmt.Sprintf("database %s from %s: %v", n.database.Name, p.site.Name, why)
 		}
-		if in := p.live.Load(); in != nil && in.copy.Err() != nil {
-			return fmt.Sprintf("database %s from %s: %v", n.database.Name, p.site.Name, in.copy.Err())
+		in := p.live.Load()
+		if in == nil {
+			continue
+		}
+		if err := cmp.Or(in.copy.Err(), in.copy.Stuck()); err != nil {
+			return fmt.Sprintf("database %s from %s: %v", n.database.Name, p.site.Name, err)
 		}
 	}
 	return ""
@@ -107,6 +124,7 @@ type seenPeer struct {
 	heard    time.Time
 	deaf     time.Duration
 	refused  bool
+	unfit    string
 	stable   time.Duration
 	caughtUp bool
 	ack      link.Ack
@@ -126,7 +144,7 @@ func (p *peer) seenBy(now time.Time) (s seenPeer) {
 		return s
 	}
 	beat, at := in.copy.Heard()
-	s.heard = at
+	s.heard, s.unfit = at, beat.Unfit
 	if at.After(refusedAt) {
 		s.refused = false
 	}

@@ -73,7 +73,7 @@ func (k *keeper) status() *DurabilityStatus {
 	stopped := ""
 	for _, n := range k.a.nodes {
 		if n.waits() {
-			stopped = cmp.Or(stopped, n.unable())
+			stopped = cmp.Or(stopped, n.unable(time.Time{}))
 		}
 	}
 	waits := slices.ContainsFunc(k.a.cfg.Databases, func(db config.Database) bool { return k.a.cfg.Waits(db.Name) })

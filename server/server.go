@@ -120,7 +120,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	srv := link.NewServer(link.ServerConfig{
 		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
-		Status: a.statusJSON, Now: now, Logger: a.log,
+		Status: a.statusJSON, Unfit: a.keeper.unfitness, Now: now, Logger: a.log,
 	})
 	g.Go(func() error { return srv.Serve(ctx, ln) })
 	g.Go(func() error { return a.serveControl(ctx, control) })

@@ -44,6 +44,8 @@ type Options struct {
 	Clusters []*pgcluster.Cluster
 	// Relays puts a relay between each agent and each that connects to it; see Site.Relay and Pair.Link.
 	Relays bool
+	// DiskBytes gives each agent's data a file system of its own of that size, see Site.Disk; 0: it has none.
+	DiskBytes int64
 	// Held makes everything but does not start the agents; see StartAgents.
 	Held bool
 	// Seed fills the first site's database before it joins; nil: it stays empty.
@@ -59,6 +61,7 @@ type Pair struct {
 	Database string
 	dir      string
 	opts     Options
+	held     []net.Listener // see freeAddress
 }
 
 // Site is one of them.
@@ -68,6 +71,7 @@ type Site struct {
 	Cluster    *pgcluster.Cluster
 	ConfigFile string
 	DataDir    string // of the agent
+	Disk       *Disk  // it lies on, with Options.DiskBytes
 	Control    *server.Control
 	Relay      Relays // what the other sites connect through; nil without Options.Relays
 	// Door is the address at which clients come in through the agent, with Options.Sync.
@@ -201,13 +205,14 @@ func (p *Pair) createDatabases(ctx context.Context, s *Site) error {
 }
 
 // configure makes the cluster's files, as `duri init` does.
-func (p *Pair) configure() error {
+func (p *Pair) configure() (err error) {
+	defer func() { err = errors.Join(err, p.release()) }()
 	spec := config.InitSpec{Name: "pair", Out: filepath.Join(p.dir, "cluster")}
 	for _, db := range p.databases() {
 		spec.Databases = append(spec.Databases, config.Database{Name: db})
 	}
 	for _, s := range p.Sites {
-		addr, err := freeAddress()
+		addr, err := p.freeAddress()
 		if err != nil {
 			return err
 		}
@@ -230,6 +235,12 @@ func (p *Pair) configure() error {
 		s.agent.logFile, s.Control = filepath.Join(dir, "agent.log"), server.NewControl(s.DataDir)
 		if err := p.relays(s, spec.Sites[i].Address); err != nil {
 			return err
+		}
+		if p.opts.DiskBytes > 0 {
+			var err error
+			if s.Disk, err = newDisk(s.DataDir, p.opts.DiskBytes); err != nil {
+				return err
+			}
 		}
 	}
 	for i, s := range p.Sites {
@@ -283,12 +294,24 @@ func (s *Site) EditConfig(edit func(text string) string) error {
 	return os.WriteFile(s.ConfigFile, []byte(edit(string(b))), 0o600)
 }
 
-func freeAddress() (string, error) {
+// freeAddress is one that nobody else has, and that nothing here gets until release: the kernel gives a port again as soon as
+// it is free.
+func (p *Pair) freeAddress() (string, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", err
 	}
-	return ln.Addr().String(), ln.Close()
+	p.held = append(p.held, ln)
+	return ln.Addr().String(), nil
+}
+
+// release lets the agents have their addresses.
+func (p *Pair) release() (err error) {
+	for _, ln := range p.held {
+		err = errors.Join(err, ln.Close())
+	}
+	p.held = nil
+	return err
 }
 
 // StartAgent starts the site's agent; it dies with this process.
@@ -306,6 +329,9 @@ func (s *Site) SignalAgent(sig syscall.Signal) error { return s.agent.signal(sig
 func (s *Site) AgentEnd(ctx context.Context) (code int, err error) {
 	return s.agent.end(ctx, "agent "+s.Name)
 }
+
+// AgentEnded reports whether the agent has ended since it was started.
+func (s *Site) AgentEnded() bool { return s.agent.ended() }
 
 // AgentPID is the agent's process id, for measuring its CPU time.
 func (s *Site) AgentPID() int { return s.agent.pid() }
@@ -447,8 +473,11 @@ func (p *Pair) Close() error {
 		errs = append(errs, p.Witness.Signal(syscall.SIGKILL))
 	}
 	for _, s := range p.Sites {
+		if s.Disk != nil {
+			_ = s.Disk.Thaw() // it fails when nothing hangs; a process that hangs would not end
+		}
 		errs = append(errs, s.SignalAgent(syscall.SIGKILL))
-		errs = append(errs, s.Relay.close())
+		errs = append(errs, s.Relay.close(), s.Disk.close())
 		if p.opts.Clusters == nil {
 			errs = append(errs, s.Cluster.Destroy())
 		}

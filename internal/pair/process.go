@@ -86,6 +86,21 @@ func (p *process) end(ctx context.Context, name string) (code int, err error) {
 	}
 }
 
+// ended reports whether it was started and has ended since.
+func (p *process) ended() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cmd == nil {
+		return false
+	}
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 func (p *process) pid() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -45,7 +45,7 @@ func (p *Pair) addRegister(spec *config.InitSpec) error {
 		v := config.Voter{Name: name}
 		for _, to := range []*string{&v.Peer, &v.Client} {
 			var err error
-			if *to, err = freeAddress(); err != nil {
+			if *to, err = p.freeAddress(); err != nil {
 				return err
 			}
 		}
@@ -53,7 +53,7 @@ func (p *Pair) addRegister(spec *config.InitSpec) error {
 	}
 	for i, s := range p.Sites {
 		var err error
-		if s.Door, err = freeAddress(); err != nil {
+		if s.Door, err = p.freeAddress(); err != nil {
 			return err
 		}
 		spec.Sites[i].Clients = s.Door

@@ -23,7 +23,8 @@ type Options struct {
 	Binary  string
 	Rounds  int
 	Seed    uint64
-	Faults  []string // kinds to choose from; empty: all
+	Faults  []string // kinds to choose from; empty: all that this process may make
+	Twice   float64  // share of rounds in which a second fault comes while the first one is being repaired
 	Clients int      // at each site; default 4
 	Rearm   time.Duration
 	Out     io.Writer
@@ -33,6 +34,7 @@ type Options struct {
 // Round is what one round showed.
 type Round struct {
 	N     int
+	Kind  string // of its fault
 	Fault string
 	// Stall is the longest time that the site which went on did not acknowledge a transaction, from the fault on; 0 when
 	// both went on.
@@ -71,8 +73,15 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		o.Out = io.Discard
 	}
 	res = &Result{Seed: o.Seed}
+	var disk int64
+	if o.Faults, err = permitted(o.Faults); err != nil {
+		return res, err
+	}
+	if slices.ContainsFunc(o.Faults, needDisk) {
+		disk = diskBytes
+	}
 	p, err := pair.Start(ctx, pair.Options{
-		Binary: o.Binary, Relays: true, Sync: true, Rearm: o.Rearm,
+		Binary: o.Binary, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: smallJournal,
 		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
 	})
 	if err != nil {
@@ -114,6 +123,29 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	return res, nil
 }
 
+// permitted are the faults to choose from. Those that need a disk of its own take the rights to mount one; when they were
+// asked for by name, their lack is an error.
+func permitted(asked []string) ([]string, error) {
+	kinds := asked
+	if len(kinds) == 0 {
+		kinds = Kinds()
+	}
+	if !slices.ContainsFunc(kinds, needDisk) {
+		return kinds, nil
+	}
+	err := pair.DisksWork()
+	if err != nil && len(asked) == 0 {
+		return slices.DeleteFunc(kinds, needDisk), nil
+	}
+	return kinds, err
+}
+
+// diskBytes is what an agent's data has, if a disk may fill up or hang: a voter's log and the journals.
+const diskBytes = 640 << 20
+
+// smallJournal lets the journals begin new files often, which is when a full disk shows.
+func smallJournal(_, text string) string { return text + "\njournal:\n  segment: 1MiB\n  keep: 1m\n" }
+
 func (r Round) String() string {
 	lines := []string{fmt.Sprintf("%s; without service %s, as before %s after it", r.Fault, r.Stall.Round(time.Millisecond), r.Recovered.Round(time.Millisecond))}
 	for _, v := range r.Violations {
@@ -135,7 +167,11 @@ const settleMax = 90 * time.Second
 
 func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	f := c.choose()
-	r = Round{N: n, Fault: f.String()}
+	r = Round{N: n, Kind: f.kind, Fault: f.String()}
+	filler := ""
+	if f.kind == diskFull {
+		filler = strings.Repeat("x", 8<<10)
+	}
 	clientsCtx, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -144,7 +180,7 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	for _, s := range c.p.Sites {
 		for i := range c.o.Clients {
 			cl := &client{
-				site: s.Name, name: fmt.Sprintf("%d-%d", n, i), l: c.l, pause: time.Duration(1+c.rng.IntN(10)) * time.Millisecond,
+				site: s.Name, name: fmt.Sprintf("%d-%d", n, i), l: c.l, filler: filler, pause: time.Duration(1+c.rng.IntN(10)) * time.Millisecond,
 				dsn: fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", role, s.Door, s.Database),
 			}
 			wg.Go(func() { cl.run(clientsCtx) })
@@ -152,12 +188,16 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	}
 	sleep(ctx, load+time.Duration(c.rng.IntN(300))*time.Millisecond)
 	at := time.Now()
-	if err := f.begin(ctx, c.p); err != nil {
-		return r, fmt.Errorf("round %d, seed %d: %s: %w", n, c.o.Seed, f, err)
+	if err := c.suffer(ctx, n, f); err != nil {
+		return r, err
 	}
-	sleep(ctx, f.length)
-	if err := f.end(ctx, c.p); err != nil {
-		return r, fmt.Errorf("round %d, seed %d: end %s: %w", n, c.o.Seed, f, err)
+	if c.rng.Float64() < c.o.Twice {
+		second := c.choose()
+		r.Kind, r.Fault = twoFaults, fmt.Sprintf("%s, then %s", f, second)
+		sleep(ctx, time.Duration(c.rng.IntN(1500))*time.Millisecond)
+		if err := c.suffer(ctx, n, second); err != nil {
+			return r, err
+		}
 	}
 	ended := time.Now()
 	wait, cancel := context.WithTimeout(ctx, settleMax)
@@ -198,6 +238,21 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	return r, nil
 }
 
+// twoFaults is the kind of rounds with a second fault.
+const twoFaults = "a second fault during the repair"
+
+// suffer is a fault from its beginning to its end.
+func (c *campaign) suffer(ctx context.Context, n int, f *fault) error {
+	if err := f.begin(ctx, c.p); err != nil {
+		return fmt.Errorf("round %d, seed %d: %s: %w", n, c.o.Seed, f, err)
+	}
+	sleep(ctx, f.length)
+	if err := f.end(ctx, c.p); err != nil {
+		return fmt.Errorf("round %d, seed %d: end %s: %w", n, c.o.Seed, f, err)
+	}
+	return nil
+}
+
 // settled waits until both sites are members, let clients in, and stream.
 func (c *campaign) settled(ctx context.Context) error {
 	begun := time.Now()
@@ -206,6 +261,11 @@ func (c *campaign) settled(ctx context.Context) error {
 			c.rearm(ctx)
 		}
 		for _, s := range c.p.Sites {
+			if s.AgentEnded() { // as a service manager does
+				if err := s.StartAgent(); err != nil {
+					return false, err
+				}
+			}
 			ask, cancel := context.WithTimeout(ctx, time.Second)
 			d, err := s.Control.Register(ask)
 			cancel()
@@ -262,11 +322,10 @@ func (r *Result) Report() string {
 	var kinds []string
 	violations := 0
 	for _, one := range r.Rounds {
-		kind, _, _ := strings.Cut(one.Fault, " of ")
-		if byFault[kind] == nil {
-			kinds = append(kinds, kind)
+		if byFault[one.Kind] == nil {
+			kinds = append(kinds, one.Kind)
 		}
-		byFault[kind] = append(byFault[kind], one.Stall)
+		byFault[one.Kind] = append(byFault[one.Kind], one.Stall)
 		violations += len(one.Violations)
 	}
 	slices.Sort(kinds)

@@ -27,12 +27,23 @@ const (
 	cutOneWay   = "one-way cut of the link"
 	resetLink   = "reset of the link"
 	killWitness = "kill -9 of the witness"
+	fastStop    = "fast stop of PostgreSQL"
+	cancelWait  = "cancel of waiting commits"
+	endWait     = "termination of waiting commits"
+	diskFull    = "full disk of the journal"
+	diskHangs   = "hanging disk of the journal"
 )
 
 // Kinds lists them all.
 func Kinds() []string {
-	return []string{killServer, killBackend, stopServer, killAgent, stopAgent, killSite, stopSite, cutLink, cutOneWay, resetLink, killWitness}
+	return []string{
+		killServer, killBackend, stopServer, killAgent, stopAgent, killSite, stopSite, cutLink, cutOneWay, resetLink, killWitness,
+		fastStop, cancelWait, endWait, diskFull, diskHangs,
+	}
 }
+
+// needDisk reports kinds that need pair.Options.DiskBytes.
+func needDisk(kind string) bool { return kind == diskFull || kind == diskHangs }
 
 // fault is one of them, at a site (its number; of no meaning for the link and the witness), for a while.
 type fault struct {
@@ -50,11 +61,7 @@ func (f *fault) String() string {
 }
 
 func (c *campaign) choose() *fault {
-	kinds := c.o.Faults
-	if len(kinds) == 0 {
-		kinds = Kinds()
-	}
-	f := &fault{kind: kinds[c.rng.IntN(len(kinds))], site: c.rng.IntN(len(c.p.Sites))}
+	f := &fault{kind: c.o.Faults[c.rng.IntN(len(c.o.Faults))], site: c.rng.IntN(len(c.p.Sites))}
 	f.length = time.Duration(200+c.rng.IntN(4000)) * time.Millisecond
 	return f
 }
@@ -87,6 +94,16 @@ func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
 		back.Reset()
 	case killWitness:
 		return p.Witness.Signal(syscall.SIGKILL)
+	case fastStop:
+		return s.Cluster.Stop(ctx, "fast")
+	case cancelWait, endWait:
+		there.Cut() // so that commits wait
+		back.Cut()
+		return disturbWaiters(ctx, s, f.kind == endWait)
+	case diskFull:
+		return s.Disk.Fill()
+	case diskHangs:
+		return s.Disk.Hang()
 	default:
 		return fmt.Errorf("there is no fault %q; there are %s", f.kind, strings.Join(Kinds(), ", "))
 	}
@@ -96,7 +113,7 @@ func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
 func (f *fault) end(ctx context.Context, p *pair.Pair) error {
 	s := p.Sites[f.site]
 	switch f.kind {
-	case killServer:
+	case killServer, fastStop:
 		return s.Cluster.Start(ctx)
 	case stopServer:
 		return s.Cluster.Signal(syscall.SIGCONT)
@@ -108,7 +125,11 @@ func (f *fault) end(ctx context.Context, p *pair.Pair) error {
 		return errors.Join(s.Cluster.Start(ctx), s.StartAgent())
 	case stopSite:
 		return errors.Join(s.Cluster.Signal(syscall.SIGCONT), s.SignalAgent(syscall.SIGCONT))
-	case cutLink, cutOneWay:
+	case diskFull:
+		return s.Disk.Free()
+	case diskHangs:
+		return s.Disk.Thaw()
+	case cutLink, cutOneWay, cancelWait, endWait:
 		p.Link(p.Sites[0].Name, p.Sites[1].Name).Heal()
 		p.Link(p.Sites[1].Name, p.Sites[0].Name).Heal()
 	case killWitness:
@@ -131,6 +152,27 @@ func killSession(ctx context.Context, s *pair.Site) error {
 		return err
 	}
 	return nil
+}
+
+// disturbWaiters ends the wait of every commit that waits at a site, as a person does who sees sessions hang: the commits
+// become visible without a receipt. It waits for some to wait.
+func disturbWaiters(ctx context.Context, s *pair.Site, end bool) error {
+	const some = time.Second
+	f := "pg_cancel_backend"
+	if end {
+		f = "pg_terminate_backend"
+	}
+	for begun := time.Now(); time.Since(begun) < some; {
+		rows, err := s.Cluster.QueryText(ctx, s.Database, "SELECT "+f+"(pid) FROM pg_stat_activity WHERE usename = '"+role+"' AND wait_event = 'SyncRep'")
+		if err != nil {
+			return err
+		}
+		if len(rows) > 1 {
+			return nil
+		}
+		sleep(ctx, 10*time.Millisecond)
+	}
+	return nil // the site was not the one that waits
 }
 
 // CheckKinds says which name is no kind of fault.

@@ -32,6 +32,7 @@ func main() {
 	flag.IntVar(&o.Clients, "clients", 4, "clients at each site")
 	flag.DurationVar(&o.Rearm, "rearm", time.Second, "durability.rearm: how long a link must be stable before a site is taken back")
 	flag.StringVar(&faults, "faults", "", "kinds of faults to choose from, separated by commas; default all: "+strings.Join(kills.Kinds(), ", "))
+	flag.Float64Var(&o.Twice, "twice", 0.1, "share of rounds in which a second fault comes while the first one is being repaired")
 	flag.BoolVar(&o.Keep, "keep", true, "keep everything on disk when a round fails")
 	flag.Parse()
 	if faults != "" {
