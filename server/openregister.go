@@ -4,11 +4,13 @@ import (
 	"context"
 	"time"
 
+	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/quorum/etcdstore"
 )
 
 // openRegister starts this site's voter, if it is to have one, and the keeper. The returned function ends the voter and
-// the connections to the others. Without a register both are nothing.
+// the connections to the others. Without a register both are nothing, and a policy that lets all sites go on has a voter at
+// the most: nobody asks who may acknowledge.
 func (a *Agent) openRegister(ctx context.Context) (end func() error, err error) {
 	if !a.cfg.HasRegister() {
 		return func() error { return nil }, nil
@@ -23,6 +25,9 @@ func (a *Agent) openRegister(ctx context.Context) (end func() error, err error) 
 			return nil, err
 		}
 		endVoter = member.Close
+	}
+	if a.cfg.Durability.Policy == config.AvailabilityFirst {
+		return func() error { endVoter(); return nil }, nil
 	}
 	cc, err := etcdstore.ClientOf(a.cfg, a.log)
 	if err != nil {

@@ -136,7 +136,7 @@ type PossibleLoss struct {
 	Heard    time.Time `json:"heard,omitzero"` // when that was
 }
 
-var errNoRegister = &hinted{"this cluster has no register", "add quorum to duri.yaml, as docs/reference/config.md tells, or make the cluster with `duri init --witness`"}
+var errNoRegister = &hinted{"this cluster has no register, or does not use it", "with durability.policy availability-first all sites go on, and nobody asks it; else add quorum to duri.yaml, as docs/reference/config.md tells, or make the cluster with `duri init --witness`"}
 
 func (a *Agent) getRegister(w http.ResponseWriter, _ *http.Request) {
 	if a.keeper == nil {

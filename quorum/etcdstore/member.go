@@ -109,6 +109,9 @@ func StartMember(ctx context.Context, c MemberConfig) (*Member, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start voter %s of the register: %w", c.Name, explain(err))
 	}
+	if err := reserve(c.DataDir); err != nil { // it works all the same
+		c.Log.Warn("a full disk would end this voter", "error", err.Error())
+	}
 	watch, stop := context.WithCancel(context.Background())
 	m := &Member{etcd: e, tls: client, log: c.Log, stop: stop, done: make(chan struct{})}
 	if at := slices.IndexFunc(c.Voters, func(v Voter) bool { return v.Name == c.Prefer }); at >= 0 {

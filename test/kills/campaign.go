@@ -266,6 +266,8 @@ func (c *campaign) settled(ctx context.Context) error {
 					return false, err
 				}
 			}
+		}
+		for _, s := range c.p.Sites {
 			ask, cancel := context.WithTimeout(ctx, time.Second)
 			d, err := s.Control.Register(ask)
 			cancel()

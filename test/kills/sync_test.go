@@ -21,12 +21,23 @@ import (
 // syncPair starts two sites and a witness with a table, whose commits wait for each other.
 func syncPair(t *testing.T) *pair.Pair {
 	t.Helper()
+	p := startPair(t, nil)
+	settledPair(t, p)
+	unheeded(t, p, 1) // and the agents say that nothing waits yet
+	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
+	unheeded(t, p, 0)
+	return p
+}
+
+// startPair starts two sites and a witness with a table; change, if any, is made to the sites' configuration.
+func startPair(t *testing.T, change func(site, text string) string) *pair.Pair {
+	t.Helper()
 	binary, err := pair.Build(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
 	p, err := pair.Start(t.Context(), pair.Options{
-		Binary: binary, Relays: true, Sync: true, Rearm: 500 * time.Millisecond,
+		Binary: binary, Relays: true, Sync: true, Rearm: 500 * time.Millisecond, Config: change,
 		Seed: func(ctx context.Context, a *pair.Site) error {
 			return a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
 		},
@@ -40,10 +51,6 @@ func syncPair(t *testing.T) *pair.Pair {
 		}
 	})
 	within(t, time.Minute, func(ctx context.Context) error { return p.WaitReady(ctx) })
-	settledPair(t, p)
-	unheeded(t, p, 1) // and the agents say that nothing waits yet
-	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
-	unheeded(t, p, 0)
 	return p
 }
 
