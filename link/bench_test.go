@@ -80,7 +80,11 @@ func BenchmarkFollowTPCB(b *testing.B) {
 func BenchmarkCommitRoundTrip(b *testing.B) {
 	w := newWorld(b, func(c *ServerConfig) { c.Heartbeat, c.Silence = 0, 0 })
 	w.db.j = newJournal(b, header(), journal.Options{})
-	cp := openCopy(b, b.TempDir())
+	cp, err := OpenCopy(CopyConfig{Dir: b.TempDir(), Prompt: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = cp.Close() })
 	follow(b, w.client(func(c *ClientConfig) { c.Address, c.Heartbeat, c.Silence = w.addr, 0, 0 }), cp)
 	<-cp.Created()
 	tpcb := newTPCB()

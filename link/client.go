@@ -64,6 +64,9 @@ type Client struct {
 	conn *grpc.ClientConn
 	rpc  linkpb.LinkClient
 
+	closed context.Context // ends with Close; the client is its own parent
+	close  context.CancelFunc
+
 	mu    sync.Mutex // guards clock
 	clock estimator
 }
@@ -83,18 +86,13 @@ func NewClient(c ClientConfig) (*Client, error) {
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
 		grpc.WithIdleTimeout(0),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(messageBytes), grpc.MaxCallSendMsgSize(messageBytes)),
-		grpc.WithInitialWindowSize(transportWindow(c.Window)),
-		grpc.WithInitialConnWindowSize(transportWindow(c.Window)),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("make a link client for site %s: %w", c.Peer, err)
 	}
-	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn)}, nil
+	closed, end := context.WithCancel(context.Background())
+	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn), closed: closed, close: end}, nil
 }
-
-// transportWindow is the window of HTTP/2 for a window of frames. It holds all that may be under way, with the overhead
-// of small messages, or heartbeats would wait behind frames.
-func transportWindow(window int64) int32 { return int32(min(window+window/4+2*chunkBytes, 1<<30)) }
 
 // onlyPeer makes a TLS configuration accept one site.
 func onlyPeer(base *tls.Config, site string) *tls.Config {
@@ -156,8 +154,11 @@ func (c *Client) Gone(ctx context.Context) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
-// Close ends the connection and all calls on it.
-func (c *Client) Close() error { return c.conn.Close() }
+// Close ends the connections and all calls on them.
+func (c *Client) Close() error {
+	c.close()
+	return c.conn.Close()
+}
 
 // Clock is the estimate of the peer's clock; false when this site has not followed the peer yet.
 func (c *Client) Clock() (Clock, bool) {

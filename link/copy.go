@@ -175,8 +175,8 @@ func (w *CopyWriter) Frames(data []byte, from, to wal.LSN) error {
 		}
 	} else {
 		w.signal(w.kick)
+		w.signal(w.acks)
 	}
-	w.signal(w.acks)
 	w.mu.Lock()
 	w.stuck = err
 	w.mu.Unlock()

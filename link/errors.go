@@ -129,16 +129,21 @@ func hintOf(err error) string {
 	return ""
 }
 
-// GRPCStatus makes an Error the gRPC status that a handler returns; its detail is the Refusal.
-func (e *Error) GRPCStatus() *status.Status {
+// refusal is the form in which an Error travels.
+func (e *Error) refusal() *linkpb.Refusal {
 	r := &linkpb.Refusal{Sentence: e.Sentence, Hint: e.Hint, Start: uint64(e.Start), End: uint64(e.End)}
 	for code, kind := range kinds {
 		if errors.Is(kind, e.Kind) {
 			r.Code = code
 		}
 	}
+	return r
+}
+
+// GRPCStatus makes an Error the gRPC status that a handler returns; its detail is the Refusal.
+func (e *Error) GRPCStatus() *status.Status {
 	st := status.New(codes.FailedPrecondition, e.Sentence)
-	if full, err := st.WithDetails(r); err == nil {
+	if full, err := st.WithDetails(e.refusal()); err == nil {
 		return full
 	}
 	return st
@@ -190,15 +195,10 @@ func fromStatus(st *status.Status, peer, address string) *Error {
 	}
 	e := &Error{Kind: ErrBroken, Peer: peer, Sentence: "link broke: " + text}
 	switch {
-	case strings.Contains(text, "certificate"), strings.Contains(text, "tls:"):
-		e.Kind, e.Sentence = ErrUnreachable, "cannot agree with the agent at "+address+": "+text
-		e.Hint = "both sites need certificates of this cluster's authority: see that each has its own folder from duri init"
 	case st.Code() == codes.Unimplemented:
-		e.Kind, e.Sentence = ErrVersion, "does not know this request: "+text
-		e.Hint = "bring duri at both sites to the same version"
-	case strings.Contains(text, "connection error"), strings.Contains(text, "dial"):
-		e.Kind, e.Sentence = ErrUnreachable, "cannot reach the agent at "+address+": "+text
-		e.Hint = "see that the agent runs, and that the network lets this site reach its address"
+		return unreachable(peer, address, noProtocol)
+	case strings.Contains(text, "certificate"), strings.Contains(text, "tls:"), strings.Contains(text, "connection error"), strings.Contains(text, "dial"):
+		return unreachable(peer, address, text)
 	}
 	return e
 }

@@ -3,11 +3,8 @@ package link
 import (
 	"context"
 	"errors"
-	"io"
 	"sync"
 	"time"
-
-	"google.golang.org/grpc"
 
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link/linkpb"
@@ -40,18 +37,19 @@ func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
 			SystemId: inc.SystemID, Timeline: inc.Timeline, Database: inc.Database, Slot: inc.Slot, CreatedLsn: uint64(inc.CreatedLSN),
 		}
 	}
-	stream, err := c.rpc.Follow(inner)
+	w, err := c.dialFollow(ctx)
 	if err != nil {
-		return c.fail(ctx, err)
+		return c.broken(ctx, err)
 	}
+	hangUp := func() { _ = w.conn.NetConn().Close() } // without TLS's last word: it might have to wait
+	defer hangUp()
+	defer context.AfterFunc(c.closed, hangUp)()
 	f := &following{
-		c: c, sink: sink, stream: stream, unpack: unpack, have: have, end: end,
+		c: c, sink: sink, wire: w, unpack: unpack, have: have, end: end,
 		queue: newQueue(c.c.Window), step: make(chan struct{}, 1), lastHeard: time.Now(),
 	}
-	// A Send that fails says only io.EOF; Recv then tells why.
-	if err := stream.Send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Start{Start: start}}); err != nil && !errors.Is(err, io.EOF) {
-		return c.fail(ctx, err)
-	}
+	// Should sending fail, receiving tells why.
+	_ = w.send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Start{Start: start}})
 	return f.run(ctx, inner, cancel)
 }
 
@@ -60,12 +58,15 @@ func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
 type following struct {
 	c      *Client
 	sink   Sink
-	stream grpc.BidiStreamingClient[linkpb.FollowRequest, linkpb.FollowReply]
+	wire   *wire
 	unpack *unpacker
 	have   bool    // there was a copy
 	end    wal.LSN // of it
 	queue  *queue
 	step   chan struct{} // has a value when much was taken off the queue
+
+	telling sync.Mutex // held while it is acknowledged; guards told
+	told    told
 
 	mu        sync.Mutex // guards the rest
 	lastHeard time.Time
@@ -80,6 +81,7 @@ func (f *following) run(ctx, inner context.Context, cancel context.CancelFunc) e
 	wg.Go(func() { failed <- f.receive(inner, &wg, failed) })
 	err := f.watch(ctx, failed)
 	cancel()
+	_ = f.wire.conn.NetConn().Close() // what sends or receives ends
 	wg.Wait()
 	return err
 }
@@ -94,7 +96,7 @@ func (f *following) watch(ctx context.Context, failed <-chan error) error {
 			if mine, ok := errors.AsType[*ownError](err); ok {
 				return mine.error
 			}
-			return f.c.fail(ctx, err)
+			return f.c.broken(ctx, err)
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-tick.C:
@@ -117,6 +119,9 @@ func (f *following) receive(ctx context.Context, wg *sync.WaitGroup, failed chan
 	m, err := f.recv()
 	if err != nil {
 		return err
+	}
+	if r := m.GetRefusal(); r != nil {
+		return fromRefusal(r, f.c.c.Peer)
 	}
 	w := m.GetWelcome()
 	if w == nil {
@@ -149,6 +154,8 @@ func (f *following) receive(ctx context.Context, wg *sync.WaitGroup, failed chan
 			}
 		case *linkpb.FollowReply_Heartbeat:
 			f.heartbeat(m.Heartbeat)
+		case *linkpb.FollowReply_Refusal:
+			return fromRefusal(m.Refusal, f.c.c.Peer)
 		case nil: // of a newer peer; it counts as a sign of life
 		default:
 			return f.c.broke("a message that does not belong here")
@@ -157,14 +164,14 @@ func (f *following) receive(ctx context.Context, wg *sync.WaitGroup, failed chan
 }
 
 func (f *following) recv() (*linkpb.FollowReply, error) {
-	m, err := f.stream.Recv()
-	if errors.Is(err, io.EOF) {
-		return nil, &Error{Kind: ErrBroken, Peer: f.c.c.Peer, Sentence: "the peer ended the stream"}
+	m := &linkpb.FollowReply{}
+	if err := f.wire.recv(m); err != nil {
+		return nil, err
 	}
 	f.mu.Lock()
 	f.lastHeard = time.Now()
 	f.mu.Unlock()
-	return m, err
+	return m, nil
 }
 
 func (f *following) heartbeat(m *linkpb.Heartbeat) {
@@ -213,6 +220,10 @@ func (f *following) feed(ctx context.Context, from wal.LSN) error {
 			return own(err)
 		}
 		f.took(untold)
+		if _, err := f.tell(); err != nil { // at once: a commit may wait for it
+			<-ctx.Done() // receive is told why, see acknowledge
+			return ctx.Err()
+		}
 		from, untold = to, 0
 		if buf = buf[:0]; cap(buf) > 4*chunkBytes { // a large transaction is no reason to keep its memory
 			buf = nil
@@ -256,52 +267,55 @@ func (t told) due(now told, beat time.Duration) time.Duration {
 	return max(beat-since, 0)
 }
 
-// acknowledge is the only goroutine that sends after the start message.
+// acknowledge tells what is not told as soon as the sink has taken frames.
 func (f *following) acknowledge(ctx context.Context) error {
-	var last told
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		f.mu.Lock()
-		now := told{taken: f.taken, at: time.Now()}
-		f.mu.Unlock()
-		epoch := f.c.c.Epoch() // before the positions: a change in between makes them count less
-		now.ack = f.sink.Ack()
-		if f.c.c.Epoch() != epoch { // a receipt belongs to one epoch
-			continue
+		wait, err := f.tell()
+		if err != nil {
+			// The connection has ended, and receive is told why: its error must be the first.
+			<-ctx.Done()
+			return ctx.Err()
 		}
-		now.ack.Epoch = epoch
-		if wait := last.due(now, f.c.c.Heartbeat); wait > 0 {
-			timer.Reset(wait)
-			select {
-			case <-timer.C:
-			case <-f.sink.Acks():
-			case <-f.step:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-			continue
+		timer.Reset(wait)
+		select {
+		case <-timer.C:
+		case <-f.sink.Acks():
+		case <-f.step:
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-		if err := f.tell(ctx, now); err != nil {
-			return err
-		}
-		last = now
 	}
 }
 
-func (f *following) tell(ctx context.Context, t told) error {
-	a := &linkpb.Ack{
-		Received: uint64(t.ack.Received), Durable: uint64(t.ack.Durable), Applied: uint64(t.ack.Applied), TakenBytes: uint64(t.taken), Epoch: t.ack.Epoch,
+// tell acknowledges the present state if that is due, and says after what time it is to be looked at again.
+func (f *following) tell() (wait time.Duration, err error) {
+	f.telling.Lock()
+	defer f.telling.Unlock()
+	now := told{at: time.Now()}
+	for { // a receipt belongs to one epoch
+		epoch := f.c.c.Epoch() // before the positions: a change in between makes them count less
+		now.ack = f.sink.Ack()
+		now.ack.Epoch = epoch
+		if f.c.c.Epoch() == epoch {
+			break
+		}
 	}
 	f.mu.Lock()
-	a.Clock = f.echo.say(f.c.c.Now())
+	now.taken = f.taken
+	wait = f.told.due(now, f.c.c.Heartbeat)
+	clock := f.echo.say(f.c.c.Now())
 	f.mu.Unlock()
-	err := f.stream.Send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Ack{Ack: a}})
-	if errors.Is(err, io.EOF) { // the stream ended: receive is told why, and its error must be the first
-		<-ctx.Done()
-		return ctx.Err()
+	if wait > 0 {
+		return wait, nil
 	}
-	return err
+	f.told = now
+	a := &linkpb.Ack{
+		Received: uint64(now.ack.Received), Durable: uint64(now.ack.Durable), Applied: uint64(now.ack.Applied),
+		TakenBytes: uint64(now.taken), Epoch: now.ack.Epoch, Clock: clock,
+	}
+	return f.c.c.Heartbeat, f.wire.send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Ack{Ack: a}})
 }
 
 // own marks an error as this site's, which must not be taken for one of the connection.

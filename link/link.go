@@ -1,9 +1,9 @@
-// Package link carries journals between the agents of two sites, over gRPC with mutual TLS.
+// Package link carries journals between the agents of two sites, over mutual TLS.
 //
 // The receiver dials. Client.Follow asks a peer's Server for the peer's journal of one database from the end of the
-// local copy on; the answer is a stream of journal frames and heartbeats, and acknowledgements flow back. The same
-// connection serves what else agents ask each other: the contents of a database for a site that joins, one row, a
-// comparison, the status document.
+// local copy on; the answer is a stream of journal frames and heartbeats, and acknowledgements flow back, on a connection of
+// its own. The same port serves, by gRPC, what else agents ask each other: the contents of a database for a site that joins,
+// one row, a comparison, the status document.
 //
 // It does not decide what a receipt is worth (durability.md section 2), does not apply anything, and does not retry:
 // Follow is one attempt, the caller loops and asks Retry whether time alone can help. It moves journal frames without
@@ -13,7 +13,7 @@
 //   - Who the peer is comes from its certificate and from nowhere else.
 //   - A peer of another cluster, or with no protocol version in common, is refused before anything else, and the
 //     reason arrives at the other end as an Error with a sentence and a hint.
-//   - What was sent and not yet taken by the receiver is bounded, in bytes (flow control beyond that of HTTP/2).
+//   - What was sent and not yet taken by the receiver is bounded, in bytes (flow control beyond that of TCP).
 //   - Silence of more than 3 s ends a stream at both ends, also when only one direction is cut.
 //   - Acknowledgements of one site and database reach Database.Acknowledged in order, from one stream at a time.
 //
@@ -112,11 +112,11 @@ type Sink interface {
 	// another history than the copy's. An error ends Follow.
 	Welcome(h journal.Header) error
 	// Frames takes whole journal records that cover (from, to]; data is the sink's until it returns. It may block: the
-	// origin then stops to send. An error ends Follow.
+	// origin then stops to send. Ack is looked at as soon as it returns. An error ends Follow.
 	Frames(data []byte, from, to wal.LSN) error
 	// Ack is how far the copy has come. It must not block.
 	Ack() Ack
-	// Acks has a value whenever Ack may have changed. One goroutine receives from it.
+	// Acks has a value whenever Ack may have changed otherwise. One goroutine receives from it.
 	Acks() <-chan struct{}
 	// Heartbeat must not block.
 	Heartbeat(h Heartbeat)

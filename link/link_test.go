@@ -580,7 +580,7 @@ func (g *gate) Heartbeat(h Heartbeat) {
 
 func TestSlowReceiverBoundsWhatIsUnderWay(t *testing.T) {
 	const window = 256 << 10
-	silence := 200 * time.Millisecond
+	silence := time.Second
 	w := newWorld(t, func(c *ServerConfig) { c.Window, c.Silence = window, silence })
 	h := newHistory(w.db.j, 5)
 	for range 250 { // random letters: more than 2 MB on the wire
@@ -590,6 +590,8 @@ func TestSlowReceiverBoundsWhatIsUnderWay(t *testing.T) {
 	}
 	h.fill(t, 1)
 	g := &gate{openCopy(t, t.TempDir()), make(chan struct{}), make(chan Heartbeat)}
+	release := sync.OnceFunc(func() { close(g.open) })
+	t.Cleanup(release) // Follow waits for its sink, also when this fails
 	f := follow(t, w.client(func(c *ClientConfig) { c.Silence = silence }), g)
 	peak := int64(0)
 	look := func() int64 {
@@ -606,6 +608,8 @@ func TestSlowReceiverBoundsWhatIsUnderWay(t *testing.T) {
 		case <-g.beats:
 		case <-f.ended:
 			t.Fatalf("stream ended with %v while the sink was slow", f.err)
+		case <-time.After(5 * silence):
+			t.Fatal("no heartbeat came while the sink was slow")
 		}
 	}
 	if a := w.db.last("busan"); a.Received != header().From {
@@ -614,7 +618,7 @@ func TestSlowReceiverBoundsWhatIsUnderWay(t *testing.T) {
 	if passed := w.relay.Passed(faultnet.ToClient); passed > window+window/8 {
 		t.Errorf("%d bytes passed to a receiver that takes nothing, the window is %d", passed, window)
 	}
-	close(g.open)
+	release()
 	waitFor(t, "the copy to be complete", func() bool { look(); return g.Ack().Durable == w.db.j.End() })
 	f.stop(t)
 	if peak > window {

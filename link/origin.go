@@ -2,12 +2,14 @@ package link
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
+	"io"
+	"os"
 	"sync"
 	"time"
 
-	"google.golang.org/grpc"
-
+	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link/linkpb"
 	"github.com/duri-io/duri/wal"
@@ -15,14 +17,13 @@ import (
 
 // A Follow at the origin is four goroutines:
 //
-//	journal --pump--> network                        reads, cuts, compresses, and waits for the window
-//	heartbeats -----> network                        one of both at a time
-//	network --receiver--> requests --handler         the handler alone judges and decides when the stream ends
+//	journal --pump--> network         reads, cuts, compresses, and waits for the window
+//	heartbeats -----> network         one of both at a time
+//	network --> acknowledged          judges each acknowledgement and passes it on
+//	handler                           decides when the stream ends
 //
-// The handler never sends, so it can end the stream while the sender hangs in a full connection: gRPC ends a Send or
-// Recv that is under way when the handler returns.
-
-type followStream = grpc.BidiStreamingServer[linkpb.FollowRequest, linkpb.FollowReply]
+// The handler does not send before the end, so it can end the stream while the sender hangs in a full connection: closing that
+// ends it.
 
 type followKey struct{ site, database string }
 
@@ -31,12 +32,11 @@ type follower struct {
 	key    followKey
 	since  wal.Time
 	window *window
-	// supersede is closed, once, to end the stream in favour of a newer one; gone when the handler returns.
+	// supersede is closed, once, to end the stream in favour of a newer one; gone when nothing of it is left.
 	supersede chan struct{}
 	once      sync.Once
 	gone      chan struct{}
 
-	sending  sync.Mutex    // held while a message is sent
 	welcomed chan struct{} // closed when the welcome was sent
 
 	mu    sync.Mutex // guards the rest
@@ -55,17 +55,27 @@ func (f *follower) describe() Follower {
 	}
 }
 
-// Follow serves the call of this name: it ships the journal of a database until one end ends the stream.
-func (s *Server) Follow(stream followStream) error {
-	ctx, cancel := context.WithCancel(stream.Context())
-	defer cancel()
-	in := &inbox{requests: make(chan *linkpb.FollowRequest), ended: make(chan error, 1)}
-	s.wg.Go(func() { in.run(ctx, stream) })
-	start, err := s.awaitStart(ctx, in)
+// follow serves one connection of Follow: it ships the journal of a database until one end ends the stream. It returns at once.
+func (s *Server) follow(conn *tls.Conn) {
+	s.wg.Go(func() {
+		defer func() { _ = conn.NetConn().Close() }() // the last word was said
+		_ = conn.SetDeadline(time.Time{})             // it was that of the handshake
+		w := newWire(conn)
+		ctx, cancel := s.untilStop(context.Background())
+		defer cancel()
+		w.refuse(s.serve(ctx, cancel, w))
+		_, _ = io.Copy(io.Discard, conn) // see wire.refuse
+	})
+}
+
+// serve is one Follow, until it ends; then nothing that it started uses w any more. The error is its reason.
+func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, w *wire) error {
+	start, err := s.awaitStart(ctx, w)
 	if err != nil {
 		return err
 	}
-	site, version, db, err := s.open(ctx, start.GetHello(), start.GetDatabase())
+	site, unknown := pki.PeerSite(w.conn.ConnectionState())
+	site, version, db, err := s.openFor(site, unknown, start.GetHello(), start.GetDatabase())
 	if err != nil {
 		return err
 	}
@@ -85,51 +95,30 @@ func (s *Server) Follow(stream followStream) error {
 	log := s.c.Logger.With("site", site, "database", start.GetDatabase())
 	log.Info("peer follows", "lsn", from.String())
 	welcome := &linkpb.Welcome{Version: version, Header: header.Marshal(), Start: uint64(from)}
-	err = s.ship(ctx, stream, in, f, db, j, welcome)
+	err = s.ship(ctx, cancel, w, f, db, j, welcome)
 	log.Info("peer no longer follows", "lsn", f.describe().Ack.Received.String(), "err", err)
 	return err
 }
 
-// inbox receives from a stream for the handler.
-type inbox struct {
-	requests chan *linkpb.FollowRequest
-	ended    chan error
-}
-
-func (in *inbox) run(ctx context.Context, stream followStream) {
-	for {
-		r, err := stream.Recv()
-		if err != nil {
-			in.ended <- err
-			return
-		}
-		select {
-		case in.requests <- r:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
 // awaitStart waits for the first message.
-func (s *Server) awaitStart(ctx context.Context, in *inbox) (*linkpb.Start, error) {
-	timer := time.NewTimer(s.c.Silence)
-	defer timer.Stop()
-	select {
-	case r := <-in.requests:
-		if r.GetStart() == nil {
-			return nil, refuse(ErrProtocol, "", "the first message of a stream does not say what to follow")
-		}
-		return r.GetStart(), nil
-	case err := <-in.ended:
-		return nil, err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-s.stopping:
+func (s *Server) awaitStart(ctx context.Context, w *wire) (*linkpb.Start, error) {
+	_ = w.conn.SetReadDeadline(time.Now().Add(s.c.Silence))
+	stop := context.AfterFunc(ctx, func() { _ = w.conn.SetReadDeadline(time.Now()) })
+	r := &linkpb.FollowRequest{}
+	err := w.recv(r)
+	if !stop() {
 		return nil, s.stopped()
-	case <-timer.C:
-		return nil, s.silent()
 	}
+	_ = w.conn.SetReadDeadline(time.Time{})
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, s.silent()
+	case err != nil:
+		return nil, err
+	case r.GetStart() == nil:
+		return nil, refuse(ErrProtocol, "", "the first message of a stream does not say what to follow")
+	}
+	return r.GetStart(), nil
 }
 
 func (s *Server) silent() *Error {
@@ -226,9 +215,9 @@ func (s *Server) leave(f *follower) {
 	close(f.gone)
 }
 
-// ship runs the stream after it was granted, as the handler.
-func (s *Server) ship(ctx context.Context, stream followStream, in *inbox, f *follower, db Database, j *journal.Journal, w *linkpb.Welcome) error {
-	reader, err := j.NewReader(wal.LSN(w.GetStart()))
+// ship runs the stream after it was granted, as the handler. cancel ends ctx.
+func (s *Server) ship(ctx context.Context, cancel context.CancelFunc, w *wire, f *follower, db Database, j *journal.Journal, welcome *linkpb.Welcome) error {
+	reader, err := j.NewReader(wal.LSN(welcome.GetStart()))
 	if err != nil {
 		return readError(err)
 	}
@@ -237,34 +226,54 @@ func (s *Server) ship(ctx context.Context, stream followStream, in *inbox, f *fo
 	if err != nil {
 		return errors.Join(failure(ErrFailed, err), reader.Close())
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	failed := make(chan error, 2)
-	s.wg.Go(func() { failed <- pump(ctx, reader, pack, f, stream, w) })
-	s.wg.Go(func() { failed <- s.beat(ctx, stream, f, j) })
+	var parts sync.WaitGroup
+	failed := make(chan error, 3)
+	parts.Go(func() { failed <- pump(ctx, reader, pack, f, w, welcome) })
+	parts.Go(func() { failed <- s.beat(ctx, w, f, j) })
+	parts.Go(func() { failed <- s.listen(w, f, db, j) })
+	err = s.watchOver(ctx, f, failed)
+	cancel()
+	_ = w.conn.SetReadDeadline(time.Now()) // what hangs in the connection ends; a write that is cut short would be the last one
+	_ = w.conn.SetWriteDeadline(time.Now().Add(lastWordMax))
+	parts.Wait()
+	return err
+}
 
+// watchOver waits for the reason to end a stream.
+func (s *Server) watchOver(ctx context.Context, f *follower, failed <-chan error) error {
 	tick := time.NewTicker(s.c.Silence / 8)
 	defer tick.Stop()
-	last := time.Now()
 	for {
 		select {
-		case r := <-in.requests:
-			last = time.Now()
-			if err := s.acknowledged(f, db, j, r.GetAck()); err != nil {
-				return err
-			}
-		case err := <-in.ended:
-			return err
 		case err := <-failed:
+			if ctx.Err() != nil {
+				return s.stopped()
+			}
 			return err
 		case <-f.supersede:
 			return refuse(ErrSuperseded, "", "a newer stream of site %s took over", f.key.site)
-		case <-s.stopping:
+		case <-ctx.Done():
 			return s.stopped()
 		case <-tick.C:
-			if time.Since(last) > s.c.Silence {
+			f.mu.Lock()
+			quiet := time.Since(f.heard)
+			f.mu.Unlock()
+			if quiet > s.c.Silence {
 				return s.silent()
 			}
+		}
+	}
+}
+
+// listen takes the acknowledgements.
+func (s *Server) listen(w *wire, f *follower, db Database, j *journal.Journal) error {
+	for {
+		r := &linkpb.FollowRequest{}
+		if err := w.recv(r); err != nil {
+			return err
+		}
+		if err := s.acknowledged(f, db, j, r.GetAck()); err != nil {
+			return err
 		}
 	}
 }
@@ -311,9 +320,9 @@ func (s *Server) clockSample(site string, x exchange) {
 }
 
 // pump sends the welcome, then reads the journal into messages and sends them. It owns the reader.
-func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower, stream followStream, w *linkpb.Welcome) error {
+func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower, w *wire, welcome *linkpb.Welcome) error {
 	defer func() { _ = reader.Close() }() // what it read is all that matters
-	if err := f.send(stream, &linkpb.FollowReply{Message: &linkpb.FollowReply_Welcome{Welcome: w}}); err != nil {
+	if err := w.send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Welcome{Welcome: welcome}}); err != nil {
 		return err
 	}
 	close(f.welcomed)
@@ -334,7 +343,7 @@ func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower
 			if err := f.window.reserve(ctx, int64(len(m.Data))); err != nil {
 				return err
 			}
-			if err := f.send(stream, &linkpb.FollowReply{Message: &linkpb.FollowReply_Frames{Frames: m}}); err != nil {
+			if err := w.send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Frames{Frames: m}}); err != nil {
 				return err
 			}
 			if !m.GetMore() {
@@ -346,15 +355,8 @@ func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower
 	}
 }
 
-// send is for one goroutine at a time, as gRPC wants it.
-func (f *follower) send(stream followStream, m *linkpb.FollowReply) error {
-	f.sending.Lock()
-	defer f.sending.Unlock()
-	return stream.Send(m)
-}
-
 // beat sends the heartbeats, after the welcome.
-func (s *Server) beat(ctx context.Context, stream followStream, f *follower, j *journal.Journal) error {
+func (s *Server) beat(ctx context.Context, w *wire, f *follower, j *journal.Journal) error {
 	select {
 	case <-f.welcomed:
 	case <-ctx.Done():
@@ -369,7 +371,7 @@ func (s *Server) beat(ctx context.Context, stream followStream, f *follower, j *
 			f.mu.Lock()
 			h.Clock = f.echo.say(s.c.Now())
 			f.mu.Unlock()
-			if err := f.send(stream, &linkpb.FollowReply{Message: &linkpb.FollowReply_Heartbeat{Heartbeat: h}}); err != nil {
+			if err := w.send(&linkpb.FollowReply{Message: &linkpb.FollowReply_Heartbeat{Heartbeat: h}}); err != nil {
 				return err
 			}
 		case <-ctx.Done():

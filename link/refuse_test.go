@@ -2,16 +2,17 @@ package link
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link/linkpb"
@@ -277,20 +278,19 @@ func TestEveryKindTravels(t *testing.T) {
 }
 
 // raw is a stream to seoul spoken by hand.
-func (w *world) raw(t *testing.T) linkpb.Link_FollowClient {
+func (w *world) raw(t *testing.T) *wire {
 	t.Helper()
 	_, client := w.ca.tls(t, "busan")
-	conn, err := grpc.NewClient("passthrough:///"+w.addr, grpc.WithTransportCredentials(credentials.NewTLS(client)))
+	client.NextProtos = []string{followProtocol}
+	conn, err := tls.Dial("tcp", w.addr, client)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	t.Cleanup(func() { cancel(); conn.Close() })
-	s, err := linkpb.NewLinkClient(conn).Follow(ctx)
-	if err != nil {
+	t.Cleanup(func() { conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	return s
+	return newWire(conn)
 }
 
 func ackMessage(received, durable wal.LSN, taken uint64) *linkpb.FollowRequest {
@@ -322,15 +322,17 @@ func TestOriginEndsStreamsThatBreakTheProtocol(t *testing.T) {
 			newHistory(w.db.j, 1).fill(t, 3)
 			s := w.raw(t)
 			for _, m := range c.messages {
-				if err := s.Send(m); err != nil && !errors.Is(err, io.EOF) {
+				if err := s.send(m); err != nil {
 					t.Fatal(err)
 				}
 			}
 			var err error
-			for err == nil {
-				_, err = s.Recv()
+			for m := (&linkpb.FollowReply{}); err == nil; {
+				if err = s.recv(m); m.GetRefusal() != nil {
+					err = fromRefusal(m.GetRefusal(), "seoul")
+				}
 			}
-			if err = received(context.Background(), err, "seoul", w.addr); !errors.Is(err, c.kind) || !strings.Contains(err.Error(), c.text) {
+			if !errors.Is(err, c.kind) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("stream ended with %v, want %q", err, c.text)
 			}
 			if a := w.db.last("busan"); a != (Ack{}) {
@@ -343,13 +345,10 @@ func TestOriginEndsStreamsThatBreakTheProtocol(t *testing.T) {
 // faker is a server whose Follow is a function.
 type faker struct {
 	linkpb.UnimplementedLinkServer
-	follow func(linkpb.Link_FollowServer) error
 }
 
-func (f faker) Follow(s linkpb.Link_FollowServer) error { return f.follow(s) }
-
 // fakeSeoul starts a faker with seoul's certificate and returns a client of it.
-func fakeSeoul(t *testing.T, change func(*ClientConfig), f func(linkpb.Link_FollowServer) error) *Client {
+func fakeSeoul(t *testing.T, change func(*ClientConfig), f func(*wire)) *Client {
 	t.Helper()
 	ca := newAuthority(t, cluster)
 	server, _ := ca.tls(t, "seoul")
@@ -358,8 +357,14 @@ func fakeSeoul(t *testing.T, change func(*ClientConfig), f func(linkpb.Link_Foll
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(server)), grpc.WaitForHandlers(true))
-	linkpb.RegisterLinkServer(g, faker{follow: f})
+	var wg sync.WaitGroup
+	g := grpc.NewServer(grpc.Creds(newDivided(server, func(conn *tls.Conn) {
+		wg.Go(func() {
+			defer conn.Close()
+			f(newWire(conn))
+		})
+	})), grpc.WaitForHandlers(true))
+	linkpb.RegisterLinkServer(g, faker{})
 	ended := make(chan error, 1)
 	go func() { ended <- g.Serve(l) }()
 	c := ClientConfig{Address: l.Addr().String(), Peer: "seoul", TLS: client, ClusterID: cluster, Site: "busan", Silence: 300 * time.Millisecond}
@@ -374,6 +379,7 @@ func fakeSeoul(t *testing.T, change func(*ClientConfig), f func(linkpb.Link_Foll
 		cl.Close()
 		g.Stop()
 		<-ended
+		wg.Wait()
 	})
 	return cl
 }
@@ -416,15 +422,14 @@ func TestReceiverEndsStreamsThatBreakTheProtocol(t *testing.T) {
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
 			stuck := make(chan struct{}) // the sink is busy until the receiver has given the stream up
-			cl := fakeSeoul(t, func(c *ClientConfig) { c.Window = 100 << 10 }, func(s linkpb.Link_FollowServer) error {
+			cl := fakeSeoul(t, func(c *ClientConfig) { c.Window = 100 << 10 }, func(s *wire) {
 				defer close(stuck)
 				for _, r := range c.replies {
-					if err := s.Send(r); err != nil {
-						return err
+					if err := s.send(r); err != nil {
+						return
 					}
 				}
-				<-s.Context().Done()
-				return s.Context().Err()
+				_, _ = io.Copy(io.Discard, s.conn)
 			})
 			f := follow(t, cl, &fakeSink{frames: func([]byte, wal.LSN, wal.LSN) error { <-stuck; return nil }})
 			if err := f.wait(t); !errors.Is(err, c.kind) || !strings.Contains(err.Error(), c.text) {
@@ -435,7 +440,7 @@ func TestReceiverEndsStreamsThatBreakTheProtocol(t *testing.T) {
 }
 
 func TestPeerThatEndsTheStreamWithoutAReason(t *testing.T) {
-	cl := fakeSeoul(t, nil, func(linkpb.Link_FollowServer) error { return nil })
+	cl := fakeSeoul(t, nil, func(*wire) {})
 	if err := follow(t, cl, &fakeSink{}).wait(t); !errors.Is(err, ErrBroken) || !Retry(err) {
 		t.Errorf("got %v", err)
 	}

@@ -99,7 +99,7 @@ func NewServer(c ServerConfig) *Server {
 		followers: map[followKey]*follower{}, clocks: map[string]*estimator{},
 	}
 	s.grpc = grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(s.c.TLS)),
+		grpc.Creds(newDivided(s.c.TLS, s.follow)),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime, PermitWithoutStream: true}),
 		grpc.ConnectionTimeout(handshakeMax), grpc.WaitForHandlers(true),
@@ -195,12 +195,12 @@ func (s *Server) Followers() []Follower {
 }
 
 // admit says who calls and which protocol version to speak, or refuses (see the package comment for the order).
-func (s *Server) admit(ctx context.Context, h *linkpb.Hello) (site string, version uint32, err error) {
-	site, err = caller(ctx)
+func (s *Server) admit(site string, err error, h *linkpb.Hello) (string, uint32, error) {
 	if err != nil {
 		return "", 0, refuse(ErrSite, "", "%v", err)
 	}
-	if version, err = s.judge(site, h); err != nil {
+	version, err := s.judge(site, h)
+	if err != nil {
 		return "", 0, err
 	}
 	return site, version, nil
@@ -239,8 +239,15 @@ func caller(ctx context.Context) (string, error) {
 }
 
 // open admits a caller and finds the database.
-func (s *Server) open(ctx context.Context, h *linkpb.Hello, name string) (site string, version uint32, db Database, err error) {
-	if site, version, err = s.admit(ctx, h); err != nil {
+func (s *Server) open(ctx context.Context, h *linkpb.Hello, name string) (Database, string, error) {
+	site, err := caller(ctx)
+	site, _, db, err := s.openFor(site, err, h, name)
+	return db, site, err
+}
+
+// openFor is open for a caller that is known; unknown is why it is not.
+func (s *Server) openFor(site string, unknown error, h *linkpb.Hello, name string) (_ string, version uint32, db Database, err error) {
+	if site, version, err = s.admit(site, unknown, h); err != nil {
 		return "", 0, nil, err
 	}
 	db, ok := s.c.Databases(name)
@@ -283,7 +290,7 @@ func (s *Server) stopped() *Error {
 
 // FetchRow serves the call of this name; see Database.
 func (s *Server) FetchRow(ctx context.Context, r *linkpb.FetchRowRequest) (*linkpb.FetchRowReply, error) {
-	_, _, db, err := s.open(ctx, r.GetHello(), r.GetDatabase())
+	db, _, err := s.open(ctx, r.GetHello(), r.GetDatabase())
 	if err != nil {
 		return nil, err
 	}
@@ -309,7 +316,7 @@ func (s *Server) FetchRow(ctx context.Context, r *linkpb.FetchRowRequest) (*link
 
 // Compare serves the call of this name; see Database.
 func (s *Server) Compare(ctx context.Context, r *linkpb.CompareRequest) (*linkpb.CompareReply, error) {
-	_, _, db, err := s.open(ctx, r.GetHello(), r.GetDatabase())
+	db, _, err := s.open(ctx, r.GetHello(), r.GetDatabase())
 	if err != nil {
 		return nil, err
 	}
@@ -324,7 +331,8 @@ func (s *Server) Compare(ctx context.Context, r *linkpb.CompareRequest) (*linkpb
 
 // Status serves the call of this name; see ServerConfig.Status.
 func (s *Server) Status(ctx context.Context, r *linkpb.StatusRequest) (*linkpb.StatusReply, error) {
-	if _, _, err := s.admit(ctx, r.GetHello()); err != nil {
+	site, err := caller(ctx)
+	if _, _, err := s.admit(site, err, r.GetHello()); err != nil {
 		return nil, err
 	}
 	if s.c.Status == nil {
@@ -341,7 +349,7 @@ func (s *Server) Status(ctx context.Context, r *linkpb.StatusRequest) (*linkpb.S
 
 // Copy serves the call of this name; see Database.
 func (s *Server) Copy(r *linkpb.CopyRequest, stream grpc.ServerStreamingServer[linkpb.CopyReply]) error {
-	site, _, db, err := s.open(stream.Context(), r.GetHello(), r.GetDatabase())
+	db, site, err := s.open(stream.Context(), r.GetHello(), r.GetDatabase())
 	if err != nil {
 		return err
 	}

@@ -583,6 +583,7 @@ type FollowReply struct {
 	//	*FollowReply_Welcome
 	//	*FollowReply_Frames
 	//	*FollowReply_Heartbeat
+	//	*FollowReply_Refusal
 	Message       isFollowReply_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -652,6 +653,15 @@ func (x *FollowReply) GetHeartbeat() *Heartbeat {
 	return nil
 }
 
+func (x *FollowReply) GetRefusal() *Refusal {
+	if x != nil {
+		if x, ok := x.Message.(*FollowReply_Refusal); ok {
+			return x.Refusal
+		}
+	}
+	return nil
+}
+
 type isFollowReply_Message interface {
 	isFollowReply_Message()
 }
@@ -668,11 +678,17 @@ type FollowReply_Heartbeat struct {
 	Heartbeat *Heartbeat `protobuf:"bytes,3,opt,name=heartbeat,proto3,oneof"`
 }
 
+type FollowReply_Refusal struct {
+	Refusal *Refusal `protobuf:"bytes,4,opt,name=refusal,proto3,oneof"`
+}
+
 func (*FollowReply_Welcome) isFollowReply_Message() {}
 
 func (*FollowReply_Frames) isFollowReply_Message() {}
 
 func (*FollowReply_Heartbeat) isFollowReply_Message() {}
+
+func (*FollowReply_Refusal) isFollowReply_Message() {}
 
 // Welcome answers Start. header is a header frame of the journal format; frames follow from start on.
 type Welcome struct {
@@ -1469,11 +1485,12 @@ const file_link_proto_rawDesc = "" +
 	"\vtaken_bytes\x18\x04 \x01(\x04R\n" +
 	"takenBytes\x12&\n" +
 	"\x05clock\x18\x05 \x01(\v2\x10.duri.link.ClockR\x05clock\x12\x14\n" +
-	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\"\xab\x01\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\"\xdb\x01\n" +
 	"\vFollowReply\x12.\n" +
 	"\awelcome\x18\x01 \x01(\v2\x12.duri.link.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x06frames\x18\x02 \x01(\v2\x11.duri.link.FramesH\x00R\x06frames\x124\n" +
-	"\theartbeat\x18\x03 \x01(\v2\x14.duri.link.HeartbeatH\x00R\theartbeatB\t\n" +
+	"\theartbeat\x18\x03 \x01(\v2\x14.duri.link.HeartbeatH\x00R\theartbeat\x12.\n" +
+	"\arefusal\x18\x04 \x01(\v2\x12.duri.link.RefusalH\x00R\arefusalB\t\n" +
 	"\amessage\"Q\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
@@ -1539,9 +1556,8 @@ const file_link_proto_rawDesc = "" +
 	"\rCODE_PROTOCOL\x10\v\x12\x10\n" +
 	"\fCODE_JOURNAL\x10\f\x12\x0f\n" +
 	"\vCODE_FAILED\x10\r\x12\x0f\n" +
-	"\vCODE_SILENT\x10\x0e2\xbb\x02\n" +
-	"\x04Link\x12>\n" +
-	"\x06Follow\x12\x18.duri.link.FollowRequest\x1a\x16.duri.link.FollowReply(\x010\x01\x126\n" +
+	"\vCODE_SILENT\x10\x0e2\xfb\x01\n" +
+	"\x04Link\x126\n" +
 	"\x04Copy\x12\x16.duri.link.CopyRequest\x1a\x14.duri.link.CopyReply0\x01\x12@\n" +
 	"\bFetchRow\x12\x1a.duri.link.FetchRowRequest\x1a\x18.duri.link.FetchRowReply\x12=\n" +
 	"\aCompare\x12\x19.duri.link.CompareRequest\x1a\x17.duri.link.CompareReply\x12:\n" +
@@ -1594,28 +1610,27 @@ var file_link_proto_depIdxs = []int32{
 	8,  // 6: duri.link.FollowReply.welcome:type_name -> duri.link.Welcome
 	9,  // 7: duri.link.FollowReply.frames:type_name -> duri.link.Frames
 	10, // 8: duri.link.FollowReply.heartbeat:type_name -> duri.link.Heartbeat
-	11, // 9: duri.link.Heartbeat.clock:type_name -> duri.link.Clock
-	1,  // 10: duri.link.CopyRequest.hello:type_name -> duri.link.Hello
-	1,  // 11: duri.link.FetchRowRequest.hello:type_name -> duri.link.Hello
-	14, // 12: duri.link.FetchRowRequest.row:type_name -> duri.link.Value
-	14, // 13: duri.link.FetchRowReply.row:type_name -> duri.link.Value
-	1,  // 14: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
-	1,  // 15: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
-	3,  // 16: duri.link.Link.Follow:input_type -> duri.link.FollowRequest
+	2,  // 9: duri.link.FollowReply.refusal:type_name -> duri.link.Refusal
+	11, // 10: duri.link.Heartbeat.clock:type_name -> duri.link.Clock
+	1,  // 11: duri.link.CopyRequest.hello:type_name -> duri.link.Hello
+	1,  // 12: duri.link.FetchRowRequest.hello:type_name -> duri.link.Hello
+	14, // 13: duri.link.FetchRowRequest.row:type_name -> duri.link.Value
+	14, // 14: duri.link.FetchRowReply.row:type_name -> duri.link.Value
+	1,  // 15: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
+	1,  // 16: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
 	12, // 17: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
 	15, // 18: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
 	17, // 19: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
 	19, // 20: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	7,  // 21: duri.link.Link.Follow:output_type -> duri.link.FollowReply
-	13, // 22: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	16, // 23: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	18, // 24: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	20, // 25: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	21, // [21:26] is the sub-list for method output_type
-	16, // [16:21] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	13, // 21: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	16, // 22: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	18, // 23: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	20, // 24: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	21, // [21:25] is the sub-list for method output_type
+	17, // [17:21] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -1631,6 +1646,7 @@ func file_link_proto_init() {
 		(*FollowReply_Welcome)(nil),
 		(*FollowReply_Frames)(nil),
 		(*FollowReply_Heartbeat)(nil),
+		(*FollowReply_Refusal)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

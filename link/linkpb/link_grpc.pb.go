@@ -25,7 +25,6 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Link_Follow_FullMethodName   = "/duri.link.Link/Follow"
 	Link_Copy_FullMethodName     = "/duri.link.Link/Copy"
 	Link_FetchRow_FullMethodName = "/duri.link.Link/FetchRow"
 	Link_Compare_FullMethodName  = "/duri.link.Link/Compare"
@@ -35,10 +34,12 @@ const (
 // LinkClient is the client API for Link service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Follow, which ships the answering site's journal of one database from a position on and without end, is no method of the
+// service: commits wait for it, so that it has connections of its own (ALPN duri-follow/1). Each message on them is its length, four
+// bytes in network order, and then the message. The caller sends FollowRequest: start first, then ack only; the answer is
+// FollowReply: welcome first, then frames and heartbeats, and refusal last of all.
 type LinkClient interface {
-	// Follow ships the answering site's journal of one database, from a position on and without end. The caller's first
-	// message is start, all others are ack; the answer's first is welcome, then frames and heartbeats.
-	Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRequest, FollowReply], error)
 	// Copy streams the contents of a database, for a site that joins.
 	Copy(ctx context.Context, in *CopyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CopyReply], error)
 	// FetchRow reads one row as it is now at the answering site.
@@ -57,22 +58,9 @@ func NewLinkClient(cc grpc.ClientConnInterface) LinkClient {
 	return &linkClient{cc}
 }
 
-func (c *linkClient) Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRequest, FollowReply], error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Link_ServiceDesc.Streams[0], Link_Follow_FullMethodName, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	x := &grpc.GenericClientStream[FollowRequest, FollowReply]{ClientStream: stream}
-	return x, nil
-}
-
-// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Link_FollowClient = grpc.BidiStreamingClient[FollowRequest, FollowReply]
-
 func (c *linkClient) Copy(ctx context.Context, in *CopyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CopyReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Link_ServiceDesc.Streams[1], Link_Copy_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Link_ServiceDesc.Streams[0], Link_Copy_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -122,10 +110,12 @@ func (c *linkClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc
 // LinkServer is the server API for Link service.
 // All implementations must embed UnimplementedLinkServer
 // for forward compatibility.
+//
+// Follow, which ships the answering site's journal of one database from a position on and without end, is no method of the
+// service: commits wait for it, so that it has connections of its own (ALPN duri-follow/1). Each message on them is its length, four
+// bytes in network order, and then the message. The caller sends FollowRequest: start first, then ack only; the answer is
+// FollowReply: welcome first, then frames and heartbeats, and refusal last of all.
 type LinkServer interface {
-	// Follow ships the answering site's journal of one database, from a position on and without end. The caller's first
-	// message is start, all others are ack; the answer's first is welcome, then frames and heartbeats.
-	Follow(grpc.BidiStreamingServer[FollowRequest, FollowReply]) error
 	// Copy streams the contents of a database, for a site that joins.
 	Copy(*CopyRequest, grpc.ServerStreamingServer[CopyReply]) error
 	// FetchRow reads one row as it is now at the answering site.
@@ -144,9 +134,6 @@ type LinkServer interface {
 // pointer dereference when methods are called.
 type UnimplementedLinkServer struct{}
 
-func (UnimplementedLinkServer) Follow(grpc.BidiStreamingServer[FollowRequest, FollowReply]) error {
-	return status.Error(codes.Unimplemented, "method Follow not implemented")
-}
 func (UnimplementedLinkServer) Copy(*CopyRequest, grpc.ServerStreamingServer[CopyReply]) error {
 	return status.Error(codes.Unimplemented, "method Copy not implemented")
 }
@@ -179,13 +166,6 @@ func RegisterLinkServer(s grpc.ServiceRegistrar, srv LinkServer) {
 	}
 	s.RegisterService(&Link_ServiceDesc, srv)
 }
-
-func _Link_Follow_Handler(srv interface{}, stream grpc.ServerStream) error {
-	return srv.(LinkServer).Follow(&grpc.GenericServerStream[FollowRequest, FollowReply]{ServerStream: stream})
-}
-
-// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Link_FollowServer = grpc.BidiStreamingServer[FollowRequest, FollowReply]
 
 func _Link_Copy_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(CopyRequest)
@@ -273,12 +253,6 @@ var Link_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
-		{
-			StreamName:    "Follow",
-			Handler:       _Link_Follow_Handler,
-			ServerStreams: true,
-			ClientStreams: true,
-		},
 		{
 			StreamName:    "Copy",
 			Handler:       _Link_Copy_Handler,
