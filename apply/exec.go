@@ -211,7 +211,18 @@ func (x *execution) begun(row [][]byte) error {
 // from 16 on PostgreSQL moves an origin's progress with an abort as well. Progress is therefore what duri.applied says,
 // which an abort undoes (docs/adr/0002).
 func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
-	var tail []call
+	tail, checked := x.outcomes()
+	if checked >= 0 {
+		res, err := x.s.run(ctx, tail)
+		if err != nil {
+			return 0, err
+		}
+		if string(res[checked].Rows[0][0]) != "0" {
+			x.w.cfg.Outcomes.forget()
+			return 0, errDecided
+		}
+		tail = nil
+	}
 	if len(x.records) > 0 {
 		tail = append(tail, call{recordSQL, recordParams(x.records)})
 	}

@@ -56,6 +56,11 @@ type Config struct {
 	// Applied is told after each commit which tables it wrote, each once, as wal.Relation.String has them. It must not
 	// block. Nil: nobody asks.
 	Applied func(tables []string)
+	// Outcomes settles the fate of marked transactions; nil: marks mean nothing.
+	Outcomes *Outcomes
+	// Unacknowledged says of a marked transaction that it was never acknowledged and must not take effect any more: its site
+	// had been left out when it committed it. nil: none is.
+	Unacknowledged func(t *wal.Txn) bool
 	// Clock is the local PostgreSQL server's clock (rule 1).
 	Clock func() wal.Time
 
@@ -136,6 +141,10 @@ type Worker struct {
 	tables  map[string]*table
 	origins atomic.Pointer[map[uint32]wal.SiteID]
 	roident string
+
+	takenMu sync.Mutex // guards the rest
+	taken   map[string]int
+	ghosts  map[*wal.Txn]string // transactions that are emptied, and why
 }
 
 type mark struct{ source, local wal.LSN }
@@ -143,7 +152,7 @@ type mark struct{ source, local wal.LSN }
 // New returns a worker that is not running.
 func New(cfg Config) *Worker {
 	cfg.defaults()
-	return &Worker{cfg: cfg}
+	return &Worker{cfg: cfg, taken: map[string]int{}, ghosts: map[*wal.Txn]string{}}
 }
 
 // Status returns a snapshot.
@@ -207,6 +216,7 @@ func (w *Worker) run(ctx context.Context) error {
 		return err
 	}
 	defer w.close()
+	defer w.giveUp()
 	from, err := w.progress(ctx)
 	if err != nil {
 		return fmt.Errorf("read progress of origin %s: %w", w.cfg.OriginName, err)
@@ -466,10 +476,22 @@ const clockEvery = 500 * time.Millisecond
 // add puts a transaction into the batch. One that cannot be planned stops the stream, but only after everything
 // before it has been handed over.
 func (w *Worker) add(ctx context.Context, p **planner, t *wal.Txn, out chan<- *planner) error {
+	reason, err := w.ghostOf(ctx, t)
+	if err != nil {
+		return err
+	}
+	if reason != "" { // nothing of it takes effect, but it is passed, and put down
+		empty := *t
+		empty.Changes = nil
+		t = &empty
+		w.takenMu.Lock()
+		w.ghosts[t] = reason
+		w.takenMu.Unlock()
+	}
 	if err := w.cfg.Mesh.publish(t); err != nil {
 		return err
 	}
-	err := (*p).addTxn(t)
+	err = (*p).addTxn(t)
 	if err == nil {
 		return nil
 	}
@@ -822,6 +844,7 @@ func (w *Worker) applyOnce(ctx context.Context, b *batch) error {
 		w.cfg.Applied(b.tables())
 	}
 	if b.again == nil {
+		w.arrived(b)
 		w.aside.add(b)
 		w.reached(b.to(), &mark{b.to(), local})
 	}

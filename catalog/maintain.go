@@ -47,9 +47,16 @@ func Maintain(ctx context.Context, c *pgconn.PgConn, keep time.Duration, now tim
 	if err := prune(ctx, c, "duri.conflict_default", "at < "+before); err != nil {
 		return err
 	}
+	// What was decided against stays: its transaction may still turn up.
+	if err := prune(ctx, c, "duri.outcome", "status = 'committed' AND at < '"+now.Add(-outcomeKeep).UTC().Format(time.RFC3339Nano)+"'::timestamptz"); err != nil {
+		return err
+	}
 	return prune(ctx, c, "duri.applied", "at < "+before+` AND EXISTS (
 		SELECT FROM duri.applied newer WHERE newer.origin = t.origin AND newer.to_lsn > t.to_lsn)`)
 }
+
+// outcomeKeep is how long the fate of a marked transaction that took effect can be asked for.
+const outcomeKeep = 24 * time.Hour
 
 // partitions lists the day partitions of duri.conflict.
 func partitions(ctx context.Context, c *pgconn.PgConn) ([]string, error) {

@@ -222,6 +222,31 @@ func TestValuesDoNotAliasTheBuffer(t *testing.T) {
 	}
 }
 
+// TestMarkOfATransaction: of several marks the last counts, which is that of whoever sent the COMMIT, and what does not look
+// like one is none.
+func TestMarkOfATransaction(t *testing.T) {
+	id := func(b byte) string { return strings.Repeat(string(b), 16) }
+	for _, c := range []struct {
+		name     string
+		messages []Message
+		want     wal.Mark
+	}{
+		{"none", nil, wal.Mark{}},
+		{"one", []Message{{Prefix: markPrefix, Content: "\x04" + id('a')}}, wal.Mark{LTXID: id('a'), Level: wal.CommitOn}},
+		{"a client's before the gateway's", []Message{
+			{Prefix: markPrefix, Content: "\x02" + id('a')}, {Prefix: markPrefix, Content: "\x05" + id('b')},
+		}, wal.Mark{LTXID: id('b'), Level: wal.CommitRemoteApply}},
+		{"another message", []Message{{Prefix: "duri.seen", Content: "\x04" + id('a')}}, wal.Mark{}},
+		{"too short, too long, empty", []Message{
+			{Prefix: markPrefix, Content: "\x04short"}, {Prefix: markPrefix, Content: strings.Repeat("x", 66)}, {Prefix: markPrefix},
+		}, wal.Mark{}},
+	} {
+		if got := markOf(c.messages); got != c.want {
+			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
+		}
+	}
+}
+
 // TestRejectsDamagedMessages: a message that is cut short is an error, never a wrong change.
 func TestRejectsDamagedMessages(t *testing.T) {
 	all := captured(t)

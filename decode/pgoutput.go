@@ -99,6 +99,7 @@ func (p *parser) commit(r *reader) (*Commit, error) {
 		return nil, fmt.Errorf("pgoutput commit at %s without its begin", wal.LSN(commit))
 	}
 	c.Txn.EndLSN, c.Txn.CommitTime = wal.LSN(end), wal.Time(ts)
+	c.Txn.Mark = markOf(c.Messages)
 	p.cur = nil
 	p.usual = min(len(c.Txn.Changes), 64)
 	return c, nil
@@ -227,6 +228,23 @@ func (p *parser) logical(r *reader) {
 	if transactional && p.cur != nil && !p.foreign && isOurs(m.Prefix) {
 		p.cur.Messages = append(p.cur.Messages, m)
 	}
+}
+
+// markPrefix is that of the message that duri.mark writes: a byte for the level, then the LTXID.
+const markPrefix = MessagePrefix + ".mark"
+
+// Lengths of an LTXID in bytes; what has another one is no mark.
+const ltxidMin, ltxidMax = 16, 64
+
+// markOf is a transaction's mark: of several, the last, which is that of whoever sent the COMMIT. Any client may write
+// messages.
+func markOf(all []Message) (m wal.Mark) {
+	for _, msg := range all {
+		if n := len(msg.Content) - 1; msg.Prefix == markPrefix && n >= ltxidMin && n <= ltxidMax {
+			m = wal.Mark{LTXID: msg.Content[1:], Level: wal.Level(msg.Content[0])}
+		}
+	}
+	return m
 }
 
 // reader reads network-order primitives; after the first short read bad is set and every result is zero.

@@ -107,6 +107,9 @@ func checkTxn(t *wal.Txn, site wal.SiteID) error {
 	if t.Origin != site {
 		return fmt.Errorf("transaction of site %d in the journal of site %d", t.Origin, site)
 	}
+	if t.Mark.LTXID == "" && t.Mark.Level != 0 {
+		return fmt.Errorf("a mark of level %d without an LTXID", t.Mark.Level)
+	}
 	if t.CommitLSN > t.EndLSN {
 		return fmt.Errorf("commit position %s is beyond its end %s", t.CommitLSN, t.EndLSN)
 	}
@@ -200,6 +203,8 @@ func (e *encoder) buildCore(t *wal.Txn, flags uint64) {
 	b = appendUintNZ(b, 7, critical, uint64(len(t.Changes)))
 	b = appendBytesNZ(b, 8, 0, counts)
 	b = appendUintNZ(b, 9, critical, flags)
+	b = appendBytesNZ(b, 10, critical, []byte(t.Mark.LTXID))
+	b = appendUintNZ(b, 11, critical, uint64(t.Mark.Level))
 	e.core, e.counts = b, counts
 }
 

@@ -197,6 +197,7 @@ func printTxn(x *wal.Txn, from wal.LSN) object {
 	return object{
 		"type": "txn", "from": from, "origin": x.Origin, "xid": x.XID, "commit_lsn": x.CommitLSN, "end_lsn": x.EndLSN,
 		"commit_time": int64(x.CommitTime), "version_time": int64(x.VersionTime), "flags": flags, "counts": counts,
+		"ltxid": hex.EncodeToString([]byte(x.Mark.LTXID)), "level": x.Mark.Level,
 		"received": int64(x.Received), "seen": printSeen(x.Seen), "changes": changes,
 	}
 }

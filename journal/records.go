@@ -2,6 +2,7 @@ package journal
 
 import (
 	"bytes"
+	"math"
 
 	"github.com/duri-io/duri/wal"
 )
@@ -30,6 +31,7 @@ type txnRecord struct {
 	versionTime wal.Time
 	changes     uint64
 	flags       uint64
+	mark        wal.Mark
 }
 
 // parseTxn reads the body of a txn record.
@@ -81,6 +83,14 @@ func (r *txnRecord) parseCore() error {
 			f.bytes() // counts per relation: for listings, not for replication
 		case 9:
 			r.flags = f.uint()
+		case 10:
+			r.mark.LTXID = string(f.bytes())
+		case 11:
+			if level := f.uint(); level > math.MaxUint8 {
+				return malformed("txn record with a mark of level %d", level)
+			} else {
+				r.mark.Level = wal.Level(level)
+			}
 		default:
 			f.unknown()
 		}

@@ -280,7 +280,7 @@ func (in *intake) decode() (*wal.Txn, error) {
 	r := &in.txn
 	t := &wal.Txn{
 		Origin: r.origin, XID: r.xid, CommitLSN: r.commitLSN, EndLSN: r.endLSN,
-		CommitTime: r.commitTime, VersionTime: r.versionTime, Received: r.received, Seen: in.seen,
+		CommitTime: r.commitTime, VersionTime: r.versionTime, Received: r.received, Seen: in.seen, Mark: r.mark,
 	}
 	if r.changes > uint64(in.size/(entryHead+1)) {
 		return nil, malformed("transaction with %d changes in %d bytes", r.changes, in.size)

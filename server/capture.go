@@ -83,7 +83,7 @@ func (c *capture) Commit(m *decode.Commit) error {
 		return fmt.Errorf("index transaction %s: %w", t.CommitLSN, err)
 	}
 	c.mesh.Parking.Touched(t)
-	if len(t.Changes) == 0 { // a heartbeat: the index learns how late it is
+	if len(t.Changes) == 0 && t.Mark.LTXID == "" { // a heartbeat: the index learns how late it is
 		return c.Advance(t.EndLSN) // or of a client, who changed nothing that is replicated
 	}
 	if err := c.appended(c.j.AppendTxn(t)); err != nil {

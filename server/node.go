@@ -63,12 +63,13 @@ type node struct {
 	stepped time.Time // last backward clock step seen
 	parked  []ParkedTable
 
-	emitted time.Time                 // last heartbeat message; used by the heartbeat loop alone
-	counted atomic.Bool               // PostgreSQL lets commits wait for this agent
-	mute    atomic.Pointer[time.Time] // when the stream of decoding ended; nil: it runs, or has not begun yet
-	recover atomic.Uint64             // what the server had flushed when the stream was last opened
-	ages    []age                     // used by the maintenance loop alone
-	told    map[string]bool           // findings that are in the log; used by open alone
+	emitted  time.Time                 // last heartbeat message; used by the heartbeat loop alone
+	counted  atomic.Bool               // PostgreSQL lets commits wait for this agent
+	mute     atomic.Pointer[time.Time] // when the stream of decoding ended; nil: it runs, or has not begun yet
+	outcomes *apply.Outcomes           // of the other sites' marked transactions
+	recover  atomic.Uint64             // what the server had flushed when the stream was last opened
+	ages     []age                     // used by the maintenance loop alone
+	told     map[string]bool           // findings that are in the log; used by open alone
 }
 
 // captured is what exists once a database has been opened.

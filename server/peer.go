@@ -166,6 +166,7 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 			return p.client.FetchRow(ctx, n.database.Name, rel, key, row)
 		},
 		Policy:            n.policyOf,
+		Outcomes:          n.outcomes,
 		Applied:           n.touched,
 		Clock:             n.clock.Now,
 		BatchTransactions: n.cfg.Apply.BatchTransactions,

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/duri-io/duri/apply"
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pki"
@@ -80,7 +81,8 @@ func now() wal.Time { return wal.TimeOf(time.Now()) }
 
 func (a *Agent) newNode(d config.Database) *node {
 	n := &node{
-		cfg: a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, hooks: a.hooks, state: stateStarting, told: map[string]bool{},
+		outcomes: apply.NewOutcomes(),
+		cfg:      a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, hooks: a.hooks, state: stateStarting, told: map[string]bool{},
 	}
 	n.newSessions()
 	n.db = newDB(n)

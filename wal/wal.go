@@ -189,7 +189,30 @@ type Txn struct {
 	Seen []Seen
 	// Received is when the origin's agent decoded the transaction. It is informative only.
 	Received Time
+	// Mark is the transaction's own, if it carries one.
+	Mark Mark
 }
+
+// Mark names a transaction so that its fate can be asked for at another site when its COMMIT was not answered.
+type Mark struct {
+	LTXID string // bytes; empty: there is no mark
+	Level Level
+}
+
+// Level is what a COMMIT waited for: synchronous_commit.
+type Level uint8
+
+// The levels, in the order in which they promise more. Zero is one that this program does not know.
+const (
+	CommitOff Level = iota + 1
+	CommitLocal
+	CommitRemoteWrite
+	CommitOn
+	CommitRemoteApply
+)
+
+// Promises reports whether a COMMIT at the level is acknowledged only when another site has it durably.
+func (l Level) Promises() bool { return l == CommitOn || l == CommitRemoteApply }
 
 // Version is the version that the transaction gives to the rows it changes.
 func (t *Txn) Version() Version { return Version{t.VersionTime, t.Origin} }

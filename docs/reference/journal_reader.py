@@ -197,7 +197,7 @@ class Journal:
 
     def txn(self, body):
         f = fields(body, {1, 2, 3, 4, 5})
-        c = fields(f[1], set(range(1, 10)))
+        c = fields(f[1], set(range(1, 12)))
         self.advance(f.get(2, 0), c[4])
         canonical = b"".join(self.entries) + f[1]
         self.chain = hashlib.sha256(self.chain + struct.pack("<Q", len(canonical)) + canonical).digest()
@@ -216,6 +216,7 @@ class Journal:
         return {"type": "txn", "from": lsn(f.get(2, 0)), "origin": c.get(1, 0), "xid": c.get(2, 0),
                 "commit_lsn": lsn(c.get(3, 0)), "end_lsn": lsn(c[4]), "commit_time": unzigzag(c.get(5, 0)),
                 "version_time": unzigzag(c.get(6, c.get(5, 0))), "flags": c.get(9, 0), "counts": counts,
+                "ltxid": c.get(10, b"").hex(), "level": c.get(11, 0),
                 "received": unzigzag(f.get(3, 0)), "seen": seen(f.get(4, b"")), "changes": changes}
 
     def position(self, body):
