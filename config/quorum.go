@@ -178,9 +178,6 @@ func (d *decoder) validateDurability(c *Config) {
 	if waits != "" && u.Policy != AvailabilityFirst && !c.HasRegister() && c.Witness == "" {
 		d.invalid(waits, waits+" is sync, but there is no quorum", "name three voters under quorum, one of which may be a witness; or choose durability.policy availability-first, which waits for nobody")
 	}
-	if waits != "" && len(c.Sites) > 2 && u.Policy != AvailabilityFirst {
-		d.invalid(waits, waits+" is sync, which this version can do for two sites", "use two sites, or level async")
-	}
 	_, site := c.SiteByName(u.Preferred)
 	switch {
 	case u.Policy == PreferredSite && u.Preferred == "":

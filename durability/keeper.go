@@ -38,13 +38,16 @@ type Peer struct {
 	// Refused: its agent's address refuses connections, so its process has ended (or something rejects for it, which is
 	// safe all the same).
 	Refused bool
-	// CaughtUp: it is no member, and its durable position of every database is as good as this site's own, as are what
-	// this site has of its.
+	// CaughtUp: it is no member, its durable position of every database is as good as this site's own, as is what this site
+	// has of its, and it has what this one has of the other sites that are left out.
 	CaughtUp bool
 	// Stable is since when the link to it has been up.
 	Stable time.Duration
 	// Passed: it has fsynced everything that this site acknowledged without it.
 	Passed bool
+	// Frozen and Armed are what it says, in the present epoch: sites that it gives no receipts and counts none of, and those
+	// that it waits for as they come back, having Passed there. It keeps to both until it knows a greater epoch.
+	Frozen, Armed []string
 }
 
 // Server is the health of this site's own PostgreSQL and journals.
@@ -67,7 +70,8 @@ type View struct {
 	Epoch     uint64
 	Members   []string
 	Settled   bool
-	Required  int // receipts
+	Exchanged bool // the register is not settled, and may be: see the function of this name, for all databases
+	Required  int  // receipts
 	Policy    Policy
 	Preferred string
 	Detect    time.Duration
@@ -93,6 +97,8 @@ const (
 	Arm      Kind = "arm"       // let reports wait for the sites as well
 	Disarm   Kind = "disarm"    // end that
 	Return   Kind = "return"    // propose the members with the site
+	Settle   Kind = "settle"    // propose the same members as settled
+	Renew    Kind = "renew"     // propose the same value in the next epoch, which ends all promises
 	Blocked  Kind = "blocked"   // something should be done that the rules do not allow
 )
 
@@ -140,7 +146,13 @@ func decide(v View) Action {
 	if a := v.lose(others); a.Kind != Nothing {
 		return a
 	}
-	return v.rejoin()
+	if !v.Settled { // until then nobody can be left out, nor come back
+		if v.Exchanged {
+			return do(Settle, nil, "the members hold what they and the sites that are left out acknowledged")
+		}
+		return Action{}
+	}
+	return v.rejoin(others)
 }
 
 // Unfit says why this site cannot do its part; empty: it can. detect is how long something may be silent.
@@ -176,6 +188,9 @@ func (v View) lose(others []string) Action {
 		gone, whys = append(gone, name), append(whys, why)
 	}
 	if len(frozen) > 0 {
+		if len(v.Members) > 2 { // another member may have relied on it, and its proposal be under way
+			return do(Renew, frozen, "heard again")
+		}
 		return do(Thaw, frozen, "heard again")
 	}
 	why := strings.Join(whys, "; ")
@@ -194,8 +209,26 @@ func (v View) lose(others []string) Action {
 		return do(Blocked, gone, why+fmt.Sprintf("; with %d of %d members gone, what they acknowledged may be nowhere else", len(gone), len(v.Members)))
 	case v.Preferred != "" && v.Preferred != v.Self && !slices.Contains(gone, v.Preferred) && v.FrozenFor < preferenceDelay:
 		return Action{} // it asks first
+	case v.disagree(others, gone) != "":
+		return do(Blocked, gone, why+"; "+v.disagree(others, gone)+" has not given up on it, and must have too")
 	}
 	return do(TakeOver, gone, why)
+}
+
+// disagree names a member that would remain and has not frozen all that are gone; empty: there is none.
+func (v View) disagree(others, gone []string) string {
+	for _, name := range others {
+		if !slices.Contains(gone, name) && !v.says(name, gone, func(p Peer) []string { return p.Frozen }) {
+			return name
+		}
+	}
+	return ""
+}
+
+// says reports whether a site says something of all the others that are named.
+func (v View) says(name string, sites []string, what func(Peer) []string) bool {
+	i := slices.IndexFunc(v.Peers, func(p Peer) bool { return p.Name == name })
+	return i >= 0 && !slices.ContainsFunc(sites, func(s string) bool { return !slices.Contains(what(v.Peers[i]), s) })
 }
 
 // gone says why a site counts as lost.
@@ -217,8 +250,9 @@ func (v View) gone(name string) string {
 	return ""
 }
 
-// rejoin brings sites back that are no members.
-func (v View) rejoin() Action {
+// rejoin brings sites back that are no members: when all members wait for it already, and it has what each of them
+// acknowledged before.
+func (v View) rejoin(others []string) Action {
 	for _, p := range v.Peers {
 		if slices.Contains(v.Members, p.Name) {
 			continue
@@ -226,8 +260,13 @@ func (v View) rejoin() Action {
 		armed := slices.Contains(v.Arming, p.Name)
 		switch {
 		case armed && (v.gone(p.Name) != "" || !p.CaughtUp):
+			if len(others) > 0 { // as with Thaw
+				return do(Renew, []string{p.Name}, "it fell behind or is gone again")
+			}
 			return do(Disarm, []string{p.Name}, "it fell behind or is gone again")
-		case armed && p.Passed:
+		case armed && p.Passed && !slices.ContainsFunc(others, func(o string) bool {
+			return !v.says(o, []string{p.Name}, func(m Peer) []string { return m.Armed })
+		}):
 			return do(Return, []string{p.Name}, p.Name+" has caught up")
 		case !armed && p.CaughtUp && v.gone(p.Name) == "" && p.Stable >= v.Rearm:
 			return do(Arm, []string{p.Name}, p.Name+" has caught up")

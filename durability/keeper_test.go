@@ -12,6 +12,7 @@ import (
 
 func TestDecide(t *testing.T) {
 	well := func(name string) Peer { return Peer{Name: name, Silent: 100 * time.Millisecond, Stable: time.Minute} }
+	with := func(p Peer, change func(p *Peer)) Peer { change(&p); return p }
 	two := View{
 		Self: "a", Known: true, Open: true, Members: []string{"a", "b"}, Settled: true, Required: 1, Policy: DurabilityFirst, Detect: 2 * time.Second,
 		Peers: []Peer{well("b")}, Rearm: 10 * time.Second,
@@ -83,9 +84,44 @@ func TestDecide(t *testing.T) {
 		}, Nothing, "", ""},
 		{"and it does not ask", func(v *View) {
 			v.Members, v.Preferred = []string{"a", "b", "c"}, "c"
-			v.Peers = []Peer{{Name: "b", Refused: true}, well("c")}
+			v.Peers = []Peer{{Name: "b", Refused: true}, with(well("c"), func(p *Peer) { p.Frozen = []string{"b"} })}
 			v.Frozen, v.FrozenFor = []string{"b"}, time.Second
 		}, TakeOver, "b", ""},
+		{"one of three gone, and the other one hears it", func(v *View) {
+			v.Members, v.Peers, v.Frozen = []string{"a", "b", "c"}, []Peer{{Name: "b", Refused: true}, well("c")}, []string{"b"}
+		}, Blocked, "b", "c has not given up on it"},
+		{"both have frozen it", func(v *View) {
+			v.Members, v.Frozen = []string{"a", "b", "c"}, []string{"b"}
+			v.Peers = []Peer{{Name: "b", Refused: true}, with(well("c"), func(p *Peer) { p.Frozen = []string{"b"} })}
+		}, TakeOver, "b", "refuses"},
+		{"of three, heard again: the other may have relied on it", func(v *View) {
+			v.Members, v.Frozen, v.Peers = []string{"a", "b", "c"}, []string{"b"}, []Peer{well("b"), well("c")}
+		}, Renew, "b", "heard again"},
+		{"not settled", func(v *View) {
+			v.Members, v.Settled, v.Peers = []string{"a", "c"}, false, []Peer{{Name: "b", Refused: true}, well("c")}
+		}, Nothing, "", ""},
+		{"exchanged", func(v *View) {
+			v.Members, v.Settled, v.Exchanged, v.Peers = []string{"a", "c"}, false, true, []Peer{{Name: "b", Refused: true}, well("c")}
+		}, Settle, "", "hold what"},
+		{"not settled, and caught up", func(v *View) {
+			v.Members, v.Settled = []string{"a", "c"}, false
+			v.Peers = []Peer{with(well("b"), func(p *Peer) { p.CaughtUp = true }), well("c")}
+		}, Nothing, "", ""},
+		{"exchanged, but the other member is gone since", func(v *View) {
+			v.Members, v.Settled, v.Exchanged, v.Peers = []string{"a", "c"}, false, true, []Peer{{Name: "b"}, {Name: "c", Refused: true}}
+		}, Freeze, "c", ""},
+		{"passed here, and the other member does not wait for it yet", func(v *View) {
+			v.Members, v.Arming = []string{"a", "c"}, []string{"b"}
+			v.Peers = []Peer{with(well("b"), func(p *Peer) { p.CaughtUp, p.Passed = true, true }), well("c")}
+		}, Nothing, "", ""},
+		{"passed at both", func(v *View) {
+			v.Members, v.Arming = []string{"a", "c"}, []string{"b"}
+			v.Peers = []Peer{with(well("b"), func(p *Peer) { p.CaughtUp, p.Passed = true, true }), with(well("c"), func(p *Peer) { p.Armed = []string{"b"} })}
+		}, Return, "b", ""},
+		{"armed by two, and gone again", func(v *View) {
+			v.Members, v.Arming = []string{"a", "c"}, []string{"b"}
+			v.Peers = []Peer{{Name: "b", Refused: true, CaughtUp: true}, well("c")}
+		}, Renew, "b", ""},
 		{"before the last one is settled", func(v *View) {
 			v.Members, v.Settled = []string{"a", "b"}, false
 			v.Peers[0].Refused, v.Frozen = true, []string{"b"}
@@ -110,7 +146,7 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 		duration := rapid.Map(rapid.IntRange(0, 60), func(n int) time.Duration { return time.Duration(n) * 100 * time.Millisecond })
 		some := rapid.Map(rapid.SliceOfNDistinct(rapid.SampledFrom(sites), 0, 4, rapid.ID), func(s []string) []string { slices.Sort(s); return s })
 		v := View{
-			Self: "a", Known: rapid.Bool().Draw(t, "known"), Open: rapid.Bool().Draw(t, "open"), Members: some.Draw(t, "members"), Settled: rapid.Bool().Draw(t, "settled"),
+			Self: "a", Known: rapid.Bool().Draw(t, "known"), Open: rapid.Bool().Draw(t, "open"), Members: some.Draw(t, "members"), Settled: rapid.Bool().Draw(t, "settled"), Exchanged: rapid.Bool().Draw(t, "exchanged"),
 			Required: rapid.IntRange(1, 2).Draw(t, "required"), Policy: rapid.SampledFrom([]Policy{DurabilityFirst, PreferredSite, ReadOnly}).Draw(t, "policy"),
 			Preferred: rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "preferred"), Detect: 2 * time.Second,
 			Server: Server{Down: duration.Draw(t, "down"), Refused: rapid.Bool().Draw(t, "refused"), Restarting: rapid.Bool().Draw(t, "restarting"), Stalled: duration.Draw(t, "stalled"), DiskStalled: duration.Draw(t, "disk stalled")},
@@ -119,7 +155,7 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 		for _, s := range sites[1:] {
 			v.Peers = append(v.Peers, Peer{
 				s, duration.Draw(t, "silent"), duration.Draw(t, "deaf"), rapid.SampledFrom([]string{"", "no disk"}).Draw(t, "unfit"), rapid.Bool().Draw(t, "refuses"), rapid.Bool().Draw(t, "caught up"),
-				duration.Draw(t, "stable"), rapid.Bool().Draw(t, "passed"),
+				duration.Draw(t, "stable"), rapid.Bool().Draw(t, "passed"), some.Draw(t, "has frozen"), some.Draw(t, "has armed"),
 			})
 		}
 		a := Decide(v)
@@ -137,6 +173,23 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 			if !v.Known || !v.Open || !v.Settled || len(a.Sites) > min(v.Required, len(v.Members)-1) || v.Policy == ReadOnly {
 				t.Fatalf("%+v is against the rules", a)
 			}
+			for _, p := range v.Peers {
+				if slices.Contains(v.Members, p.Name) && !slices.Contains(a.Sites, p.Name) && len(without(a.Sites, p.Frozen)) > 0 {
+					t.Fatalf("%+v: %s stays, and has frozen only %v", a, p.Name, p.Frozen)
+				}
+			}
+		case Thaw:
+			if len(v.Members) > 2 {
+				t.Fatalf("%+v: a member may have relied on it", a)
+			}
+		case Disarm:
+			if len(v.Members) > 1 {
+				t.Fatalf("%+v: a member may have relied on it", a)
+			}
+		case Settle:
+			if v.Settled || !v.Exchanged {
+				t.Fatalf("%+v: settled already, or not exchanged", a)
+			}
 		case Leave:
 			if len(v.Members) < 2 {
 				t.Fatalf("%+v leaves nobody", a)
@@ -145,6 +198,21 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 			if slices.Contains(v.Members, a.Sites[0]) || !slices.Contains(v.Arming, a.Sites[0]) {
 				t.Fatalf("%+v: it is a member, or was not armed", a)
 			}
+			for _, p := range v.Peers {
+				switch {
+				case slices.Contains(v.Members, p.Name) && !slices.Contains(p.Armed, a.Sites[0]):
+					t.Fatalf("%+v: member %s does not wait for it", a, p.Name)
+				case p.Name == a.Sites[0] && !(p.Passed && p.CaughtUp):
+					t.Fatalf("%+v: it lacks something", a)
+				}
+			}
+			if !v.Settled {
+				t.Fatalf("%+v of a register that is not settled", a)
+			}
 		}
 	})
+}
+
+func without(all, some []string) []string {
+	return slices.DeleteFunc(slices.Clone(all), func(s string) bool { return slices.Contains(some, s) })
 }

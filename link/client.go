@@ -30,9 +30,11 @@ type ClientConfig struct {
 	ClusterID string
 	Site      string // the own name
 
-	Now    func() wal.Time // the site's clock; default the system's
-	Epoch  func() uint64   // of the cluster's register; default none
-	Logger *slog.Logger    // default none
+	Now   func() wal.Time // the site's clock; default the system's
+	Epoch func() uint64   // of the cluster's register; default none
+	// Statement is what this site says of itself for a database. Another pointer is news; nil: nothing. Default none.
+	Statement func(database string) *Statement
+	Logger    *slog.Logger // default none
 	// Versions, Window, Silence and Heartbeat replace the constants of the package, for tests.
 	Versions  Versions
 	Window    int64
@@ -47,6 +49,9 @@ func (c ClientConfig) withDefaults() ClientConfig {
 	}
 	if c.Epoch == nil {
 		c.Epoch = noEpoch
+	}
+	if c.Statement == nil {
+		c.Statement = noStatement
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -136,6 +141,8 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 }
 
 func noEpoch() uint64 { return 0 }
+
+func noStatement(string) *Statement { return nil }
 
 // goneMax bounds how long Gone waits.
 const goneMax = 500 * time.Millisecond

@@ -264,6 +264,47 @@ func (w *CopyWriter) Thaw() {
 	w.signal(w.acks)
 }
 
+// Nudge lets what there is to say go with an acknowledgement at once.
+func (w *CopyWriter) Nudge() { w.signal(w.acks) }
+
+// ErrCaughtUp ends a Relayed Sink that has what it was made for.
+var ErrCaughtUp = errors.New("link: the copy has what was asked for")
+
+// Relayed is the Sink for taking the journal of site, up to a position at least, from a third site's copy of it
+// (Client.FollowCopy): heartbeats are no signs of life of the origin, and another history is refused without holding the
+// direction, as it may be the third site that is wrong. It must not be used while w itself is.
+func (w *CopyWriter) Relayed(site wal.SiteID, until wal.LSN) Sink { return relayed{w, site, until} }
+
+type relayed struct {
+	*CopyWriter
+	site  wal.SiteID
+	until wal.LSN
+}
+
+// Welcome is that of Sink.
+func (r relayed) Welcome(h journal.Header) error {
+	ours := h
+	if j, err := r.Journal(); err == nil {
+		ours = j.Header()
+	}
+	if h.Site != r.site || ours.Cluster != h.Cluster || ours.Incarnation != h.Incarnation {
+		return &Error{Kind: ErrIncarnation, Sentence: fmt.Sprintf("the copy is of %s, what a third site has is %s", ours, h)}
+	}
+	return r.CopyWriter.Welcome(h)
+}
+
+// Frames is that of Sink; ErrCaughtUp when nothing more is wanted.
+func (r relayed) Frames(data []byte, from, to wal.LSN) error {
+	err := r.CopyWriter.Frames(data, from, to)
+	if err == nil && to >= r.until {
+		return ErrCaughtUp
+	}
+	return err
+}
+
+// Heartbeat is that of Sink.
+func (relayed) Heartbeat(Heartbeat) {}
+
 // Ack is that of Sink.
 func (w *CopyWriter) Ack() Ack {
 	w.ackMu.Lock()

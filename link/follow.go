@@ -23,6 +23,17 @@ const (
 // fails or ctx is done; it never returns nil. It is one attempt: Retry tells whether another makes sense. All that it
 // started has ended when it returns.
 func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
+	return c.follow(ctx, database, "", sink)
+}
+
+// FollowCopy is Follow of the peer's copy of origin's journal, which is the same, record by record, as far as it reaches.
+// What sink acknowledges is no receipt for anybody, and the heartbeats are the peer's, not origin's: see
+// CopyWriter.Relayed.
+func (c *Client) FollowCopy(ctx context.Context, database, origin string, sink Sink) error {
+	return c.follow(ctx, database, origin, sink)
+}
+
+func (c *Client) follow(ctx context.Context, database, origin string, sink Sink) error {
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()
 	unpack, err := newUnpacker()
@@ -31,7 +42,7 @@ func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
 	}
 	defer unpack.close()
 	inc, have, end := sink.Position()
-	start := &linkpb.Start{Hello: c.hello(), Database: database, Position: uint64(end), WindowBytes: uint64(c.c.Window)}
+	start := &linkpb.Start{Hello: c.hello(), Database: database, Position: uint64(end), WindowBytes: uint64(c.c.Window), Origin: origin}
 	if have {
 		start.Incarnation = &linkpb.Incarnation{
 			SystemId: inc.SystemID, Timeline: inc.Timeline, Database: inc.Database, Slot: inc.Slot, CreatedLsn: uint64(inc.CreatedLSN),
@@ -46,7 +57,10 @@ func (c *Client) Follow(ctx context.Context, database string, sink Sink) error {
 	defer context.AfterFunc(c.closed, hangUp)()
 	f := &following{
 		c: c, sink: sink, wire: w, unpack: unpack, have: have, end: end,
-		queue: newQueue(c.c.Window), step: make(chan struct{}, 1), lastHeard: time.Now(),
+		queue: newQueue(c.c.Window), step: make(chan struct{}, 1), lastHeard: time.Now(), statement: noStatement, database: database,
+	}
+	if origin == "" {
+		f.statement = c.c.Statement
 	}
 	// Should sending fail, receiving tells why.
 	_ = w.send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Start{Start: start}})
@@ -64,6 +78,9 @@ type following struct {
 	end    wal.LSN // of it
 	queue  *queue
 	step   chan struct{} // has a value when much was taken off the queue
+
+	database  string
+	statement func(database string) *Statement // what to say with the acknowledgements
 
 	telling sync.Mutex // held while it is acknowledged; guards told
 	told    told
@@ -249,9 +266,10 @@ func (f *following) took(n int) {
 
 // told is what the last acknowledgement said.
 type told struct {
-	ack   Ack
-	taken int64
-	at    time.Time
+	ack       Ack
+	statement *Statement
+	taken     int64
+	at        time.Time
 }
 
 // due decides how long an acknowledgement of the present state has to wait: 0 is now, and never longer than beat after
@@ -259,7 +277,7 @@ type told struct {
 func (t told) due(now told, beat time.Duration) time.Duration {
 	since := now.at.Sub(t.at)
 	switch {
-	case t.at.IsZero(), now.ack.Durable != t.ack.Durable, now.ack.Epoch != t.ack.Epoch, now.taken-t.taken >= takenStep:
+	case t.at.IsZero(), now.ack.Durable != t.ack.Durable, now.ack.Epoch != t.ack.Epoch, now.statement != t.statement, now.taken-t.taken >= takenStep:
 		return 0
 	case now.ack != t.ack, now.taken != t.taken:
 		return max(ackPause-since, 0)
@@ -293,7 +311,7 @@ func (f *following) acknowledge(ctx context.Context) error {
 func (f *following) tell() (wait time.Duration, err error) {
 	f.telling.Lock()
 	defer f.telling.Unlock()
-	now := told{at: time.Now()}
+	now := told{at: time.Now(), statement: f.statement(f.database)}
 	for { // a receipt belongs to one epoch
 		epoch := f.c.c.Epoch() // before the positions: a change in between makes them count less
 		now.ack = f.sink.Ack()
@@ -310,10 +328,17 @@ func (f *following) tell() (wait time.Duration, err error) {
 	if wait > 0 {
 		return wait, nil
 	}
+	news := now.statement != f.told.statement
 	f.told = now
 	a := &linkpb.Ack{
 		Received: uint64(now.ack.Received), Durable: uint64(now.ack.Durable), Applied: uint64(now.ack.Applied),
 		TakenBytes: uint64(now.taken), Epoch: now.ack.Epoch, Clock: clock,
+	}
+	if s := now.statement; news && s != nil {
+		a.Statement = &linkpb.Statement{Epoch: s.Epoch, Frozen: s.Frozen, Armed: s.Armed, Secured: s.Secured}
+		for site, lsn := range s.Copies {
+			a.Statement.Copies = append(a.Statement.Copies, &linkpb.CopyPosition{Site: site, Durable: uint64(lsn)})
+		}
 	}
 	return f.c.c.Heartbeat, f.wire.send(&linkpb.FollowRequest{Message: &linkpb.FollowRequest_Ack{Ack: a}})
 }

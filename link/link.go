@@ -15,7 +15,8 @@
 //     reason arrives at the other end as an Error with a sentence and a hint.
 //   - What was sent and not yet taken by the receiver is bounded, in bytes (flow control beyond that of TCP).
 //   - Silence of more than 3 s ends a stream at both ends, also when only one direction is cut.
-//   - Acknowledgements of one site and database reach Database.Acknowledged in order, from one stream at a time.
+//   - Acknowledgements of one site and database reach Database.Acknowledged in order, from one stream at a time. Those for
+//     a copy of a third site's journal (Client.FollowCopy) reach nobody.
 //
 // CopyWriter is the receiving end for a copy kept as a journal. DESIGN.md tells why, link.proto the messages.
 package link
@@ -76,6 +77,18 @@ type Ack struct {
 	Epoch uint64 `json:"epoch,omitempty"`
 }
 
+// Statement is what a site says of itself in one epoch of the cluster's register, for one database (durability.md sections
+// 5, 6 and 9). What it lists stays so until the site knows a greater epoch. It is not changed once it was said.
+type Statement struct {
+	Epoch  uint64
+	Frozen []string // sites that get no receipts from it, and whose receipts it does not count
+	// Armed are sites that are no members, without whom it acknowledges nothing any more; each holds what it had
+	// acknowledged before.
+	Armed   []string
+	Secured bool               // what it acknowledged in former epochs has the receipts that this one asks for
+	Copies  map[string]wal.LSN // by site: how far its copy of that one's journal is durable, as read in this epoch
+}
+
 // Heartbeat is the origin's sign of life.
 type Heartbeat struct {
 	Sent         wal.Time // by the origin's clock
@@ -91,8 +104,13 @@ type Heartbeat struct {
 type Database interface {
 	// Journal is the journal of what this site commits. The error says, as a sentence, why there is none yet.
 	Journal() (*journal.Journal, error)
+	// CopyOf is this site's copy of another site's journal, which a third one asks for. The error says why there is none.
+	CopyOf(site string) (*journal.Journal, error)
 	// Acknowledged tells how far site has come. It must not block. Calls for one site come one at a time, in order.
 	Acknowledged(site string, a Ack)
+	// Stated tells what site says of itself, whenever that has changed. It must not block. Calls for one site come one at
+	// a time, in order, and a Statement comes after the acknowledgements that were given before it.
+	Stated(site string, s Statement)
 	// FetchRow reads the row that key (column names of rel) and their values in row identify, as it is now; false when
 	// there is none.
 	FetchRow(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error)

@@ -79,8 +79,10 @@ type offer struct {
 	copy     func(ctx context.Context, w io.Writer) error
 	compare  func(ctx context.Context, request []byte) ([]byte, error)
 
-	mu   sync.Mutex
-	acks map[string][]Ack
+	mu     sync.Mutex
+	acks   map[string][]Ack
+	stated map[string]Statement
+	copies map[string]*journal.Journal
 }
 
 func (o *offer) Journal() (*journal.Journal, error) { return o.j, o.notReady }
@@ -99,6 +101,24 @@ func (o *offer) Acknowledged(site string, a Ack) {
 		o.acks = map[string][]Ack{}
 	}
 	o.acks[site] = append(o.acks[site], a)
+}
+
+func (o *offer) Stated(site string, s Statement) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.stated == nil {
+		o.stated = map[string]Statement{}
+	}
+	o.stated[site] = s
+}
+
+func (o *offer) CopyOf(site string) (*journal.Journal, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if j := o.copies[site]; j != nil {
+		return j, nil
+	}
+	return nil, errors.New("there is no copy of the journal of " + site)
 }
 
 // last is the latest acknowledgement of a site.
@@ -283,7 +303,7 @@ func newHistory(j *journal.Journal, seed uint64) *history {
 
 // txn is the next transaction, of n changes with values of about size bytes.
 func (h *history) txn(n, size int) *wal.Txn {
-	t := &wal.Txn{Origin: 1, XID: h.rnd.Uint32(), CommitLSN: h.at + 8, EndLSN: h.at + 40, CommitTime: wal.Time(h.at)}
+	t := &wal.Txn{Origin: h.j.Header().Site, XID: h.rnd.Uint32(), CommitLSN: h.at + 8, EndLSN: h.at + 40, CommitTime: wal.Time(h.at)}
 	t.VersionTime = t.CommitTime
 	for range n {
 		v := make([]byte, size)

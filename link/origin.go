@@ -25,7 +25,8 @@ import (
 // The handler does not send before the end, so it can end the stream while the sender hangs in a full connection: closing that
 // ends it.
 
-type followKey struct{ site, database string }
+// followKey is who follows what; origin is empty for the own journal.
+type followKey struct{ site, database, origin string }
 
 // follower is one stream to a peer.
 type follower struct {
@@ -50,7 +51,7 @@ func (f *follower) describe() Follower {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return Follower{
-		Site: f.key.site, Database: f.key.database, Since: f.since,
+		Site: f.key.site, Database: f.key.database, Origin: f.key.origin, Since: f.since,
 		Ack: f.ack, Sent: f.sent, Underway: f.window.underway(), Heard: f.heard,
 	}
 }
@@ -79,7 +80,13 @@ func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, w *wire) 
 	if err != nil {
 		return err
 	}
-	j, err := db.Journal()
+	origin := start.GetOrigin()
+	var j *journal.Journal
+	if origin == "" {
+		j, err = db.Journal()
+	} else {
+		j, err = db.CopyOf(origin)
+	}
 	if err != nil {
 		return failure(ErrNotReady, err)
 	}
@@ -87,12 +94,15 @@ func (s *Server) serve(ctx context.Context, cancel context.CancelFunc, w *wire) 
 	if err != nil {
 		return err
 	}
-	f, err := s.enter(ctx, followKey{site, start.GetDatabase()}, min(s.c.Window, int64(min(start.GetWindowBytes(), 1<<62))))
+	f, err := s.enter(ctx, followKey{site, start.GetDatabase(), origin}, min(s.c.Window, int64(min(start.GetWindowBytes(), 1<<62))))
 	if err != nil {
 		return err
 	}
 	defer s.leave(f)
 	log := s.c.Logger.With("site", site, "database", start.GetDatabase())
+	if origin != "" {
+		log = log.With("origin", origin)
+	}
 	log.Info("peer follows", "lsn", from.String())
 	welcome := &linkpb.Welcome{Version: version, Header: header.Marshal(), Start: uint64(from)}
 	err = s.ship(ctx, cancel, w, f, db, j, welcome)
@@ -300,10 +310,24 @@ func (s *Server) acknowledged(f *follower, db Database, j *journal.Journal, a *l
 	if ok {
 		s.clockSample(f.key.site, x)
 	}
+	if f.key.origin != "" { // of a copy: no receipt for anybody
+		return nil
+	}
 	if news {
 		db.Acknowledged(f.key.site, ack)
 	}
+	if st := a.GetStatement(); st != nil {
+		db.Stated(f.key.site, statement(st))
+	}
 	return nil
+}
+
+func statement(m *linkpb.Statement) Statement {
+	s := Statement{Epoch: m.GetEpoch(), Frozen: m.GetFrozen(), Armed: m.GetArmed(), Secured: m.GetSecured(), Copies: map[string]wal.LSN{}}
+	for _, c := range m.GetCopies() {
+		s.Copies[c.GetSite()] = wal.LSN(c.GetDurable())
+	}
+	return s
 }
 
 func (s *Server) clockSample(site string, x exchange) {

@@ -77,9 +77,12 @@ func TestAcknowledgementsAreDue(t *testing.T) {
 		{"the beat", last, Ack{10, 10, 5, 4}, 100, beat, 0},
 	}
 	for _, c := range cases {
-		if got := c.last.due(told{c.ack, c.taken, t0.Add(c.after)}, beat); got != c.want {
+		if got := c.last.due(told{ack: c.ack, taken: c.taken, at: t0.Add(c.after)}, beat); got != c.want {
 			t.Errorf("%s: wait %s, want %s", c.name, got, c.want)
 		}
+	}
+	if got := last.due(told{ack: last.ack, taken: last.taken, statement: &Statement{}, at: t0}, beat); got != 0 {
+		t.Errorf("another statement waits %s", got)
 	}
 }
 

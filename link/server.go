@@ -170,6 +170,7 @@ func (s *Server) Clock(site string) (Clock, bool) {
 type Follower struct {
 	Site     string    `json:"site"`
 	Database string    `json:"database"`
+	Origin   string    `json:"origin,omitempty"` // whose journal, when it is a copy of a third site's
 	Since    wal.Time  `json:"since"`
 	Ack      Ack       `json:"ack"`
 	Sent     wal.LSN   `json:"sent"`     // frames up to here were handed to the network

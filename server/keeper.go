@@ -22,6 +22,7 @@ import (
 	"github.com/duri-io/duri/durability"
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/quorum"
 	"github.com/duri-io/duri/wal"
 )
@@ -46,6 +47,8 @@ type keeper struct {
 	frozen   map[string]freeze
 	owed     bool                         // the marker may be there although nothing is promised any more
 	arming   map[string]map[*node]wal.LSN // what had been acknowledged without the site, by database
+	owns     map[*node]wal.LSN            // with an unsettled register: what this site had acknowledged before its epoch is not beyond
+	counts   map[*node]map[string]wal.LSN // and what counts of the sites that are left out; none: not all members have spoken
 	losses   []time.Time                  // take-overs
 	server   durability.Server            // health of PostgreSQL here
 	serverUp time.Time                    // since when it can be connected to
@@ -69,7 +72,7 @@ const decideEvery = 50 * time.Millisecond
 func newKeeper(a *Agent, store quorum.Store) *keeper {
 	return &keeper{
 		a: a, store: store, log: a.log, wake: make(chan struct{}, 1),
-		frozen: map[string]freeze{}, arming: map[string]map[*node]wal.LSN{},
+		frozen: map[string]freeze{}, arming: map[string]map[*node]wal.LSN{}, owns: map[*node]wal.LSN{}, counts: map[*node]map[string]wal.LSN{},
 	}
 }
 
@@ -197,6 +200,11 @@ func (k *keeper) epoch() uint64 {
 func (k *keeper) standing() durability.Standing {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	return k.place()
+}
+
+// place is standing for callers that hold k.mu.
+func (k *keeper) place() durability.Standing {
 	s := durability.Standing{
 		Epoch: k.reg.Epoch, Members: len(k.reg.Members),
 		Member: k.began != (time.Time{}) && !k.leaving && k.reg.Has(k.a.self.Name),
@@ -311,11 +319,9 @@ func (k *keeper) take(r quorum.Register) (news bool) {
 	for _, s := range k.a.cfg.Peers() { // in the new epoch, receipts of the old one count nowhere; and all hear of it
 		k.thaw(s.Name)
 	}
-	for s := range k.arming {
-		if r.Has(s) {
-			delete(k.arming, s)
-		}
-	}
+	clear(k.arming) // as a promise, until now; who still comes back is waited for anew
+	clear(k.owns)
+	clear(k.counts)
 	k.log.Warn("the register has changed", "epoch", r.Epoch, "mode", string(r.Mode(k.siteNames())), "members", strings.Join(r.Members, " "), "by", r.By, "reason", r.Reason)
 	if was.Epoch > 0 && len(r.Members) < len(was.Members) {
 		k.losses = append(k.losses, time.Now())
@@ -397,6 +403,7 @@ func (k *keeper) view(now time.Time) durability.View {
 	for _, s := range k.a.cfg.Peers() {
 		v.Peers = append(v.Peers, k.peerView(s.Name, now))
 	}
+	v.Exchanged = k.speak(v, now)
 	return v
 }
 
@@ -435,7 +442,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 	out := durability.Peer{Name: site, CaughtUp: true, Passed: true, Stable: time.Hour}
 	var heard time.Time
 	links := k.peersOf(site)
-	for _, p := range links {
+	for i, p := range links {
 		s := p.seenBy(now)
 		if s.heard.After(heard) {
 			heard = s.heard
@@ -443,8 +450,17 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		}
 		out.Refused = out.Refused || s.refused
 		out.Stable = min(out.Stable, s.stable)
-		out.CaughtUp = out.CaughtUp && s.caughtUp && s.ack.Epoch == k.reg.Epoch
-		if at, armed := k.arming[site]; armed {
+		at, armed := k.arming[site]
+		out.CaughtUp = out.CaughtUp && s.caughtUp(armed) && s.ack.Epoch == k.reg.Epoch && k.holdsOthers(p)
+		said := p.says()
+		if said.Epoch != k.reg.Epoch {
+			said = link.Statement{}
+		}
+		if i == 0 {
+			out.Frozen, out.Armed = said.Frozen, said.Armed
+		}
+		out.Frozen, out.Armed = both(out.Frozen, said.Frozen), both(out.Armed, said.Armed)
+		if armed {
 			out.Passed = out.Passed && at != nil && s.ack.Epoch == k.reg.Epoch && s.ack.Durable >= at[p.n]
 		}
 	}
@@ -457,6 +473,137 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		out.Stable = min(out.Stable, now.Sub(k.losses[n-1]))
 	}
 	return out
+}
+
+// both are the names in a and in b.
+func both(a, b []string) []string {
+	return slices.DeleteFunc(slices.Clone(a), func(s string) bool { return !slices.Contains(b, s) })
+}
+
+// holdsOthers reports whether a site that comes back has what this one has of the other sites that are left out, in a
+// database whose commits wait. k.mu is held.
+func (k *keeper) holdsOthers(p *peer) bool {
+	if !p.n.waits() {
+		return true
+	}
+	said := p.says()
+	for site, have := range p.n.copies() {
+		if site == p.site.Name || k.reg.Has(site) {
+			continue
+		}
+		cut, isCut := k.reg.Cut(p.n.database.Name, site)
+		if need := durability.Needs(have, cut, isCut); need > 0 && (said.Epoch != k.reg.Epoch || said.Copies[site] < need) {
+			return false
+		}
+	}
+	return true
+}
+
+// sayEvery is how often the others are told how far this site's copies are, when that is all that has changed.
+const sayEvery = 200 * time.Millisecond
+
+// speak renews what this site says to the others, and reports whether what all members say lets an unsettled register be
+// settled. k.mu is held.
+func (k *keeper) speak(v durability.View, now time.Time) (exchanged bool) {
+	if k.began.IsZero() {
+		return false
+	}
+	var armed []string
+	for _, p := range v.Peers {
+		if p.Passed && slices.Contains(v.Arming, p.Name) {
+			armed = append(armed, p.Name)
+		}
+	}
+	exchanged = !k.reg.Settled && k.reg.Has(k.a.self.Name)
+	for _, n := range k.a.nodes {
+		s := &link.Statement{Epoch: k.reg.Epoch, Frozen: v.Frozen, Armed: armed, Secured: k.secured(n), Copies: n.copies()}
+		n.say(s, now)
+		exchanged = exchanged && (!n.waits() || k.exchanged(n, s))
+	}
+	return exchanged
+}
+
+// secured reports whether what this site acknowledged in former epochs has the receipts that the present one asks for, all
+// of its journal, as it is when that is first looked at, counting as acknowledged. k.mu is held.
+func (k *keeper) secured(n *node) bool {
+	if k.reg.Settled || !n.waits() {
+		return true
+	}
+	c := n.ready.Load()
+	if c == nil {
+		return false
+	}
+	if _, known := k.owns[n]; !known {
+		k.owns[n] = c.journal.End()
+	}
+	return durability.Secured(k.owns[n], n.receipts(), k.place(), k.a.cfg.Durability.Receipts)
+}
+
+// exchanged reports whether all members say that they have what counts of a database. k.mu is held.
+func (k *keeper) exchanged(n *node, own *link.Statement) bool {
+	words := []durability.Word{{Secured: own.Secured, Copies: own.Copies}}
+	var out []string
+	for _, p := range n.peers {
+		if !k.reg.Has(p.site.Name) {
+			out = append(out, p.site.Name)
+			continue
+		}
+		said := p.says()
+		if said.Epoch != k.reg.Epoch {
+			return false
+		}
+		words = append(words, durability.Word{Secured: said.Secured, Copies: said.Copies})
+	}
+	if k.counts[n] == nil {
+		k.counts[n] = durability.Furthest(out, words)
+	}
+	return durability.Exchanged(k.counts[n], words)
+}
+
+// settledCuts are the positions up to which the sites that are left out count, where they go beyond those on record.
+// k.mu is held.
+func (k *keeper) settledCuts() quorum.Cuts {
+	cuts := quorum.Cuts{}
+	for n, counts := range k.counts {
+		at := map[string]wal.LSN{}
+		for site, lsn := range counts {
+			if before, ok := k.reg.Cut(n.database.Name, site); !ok || lsn > before {
+				at[site] = lsn
+			}
+		}
+		cuts[n.database.Name] = at
+	}
+	return cuts
+}
+
+// copies are how far this site's copies of the others' journals are durable.
+func (n *node) copies() map[string]wal.LSN {
+	all := map[string]wal.LSN{}
+	for _, p := range n.peers {
+		if in := p.live.Load(); in != nil {
+			if j, err := in.copy.Journal(); err == nil {
+				all[p.site.Name] = j.Durable()
+			}
+		}
+	}
+	return all
+}
+
+// say replaces what is said to the others, if it is news; positions alone are some news now and then.
+func (n *node) say(s *link.Statement, now time.Time) {
+	old := n.statement.Load()
+	moved := old == nil || !maps.Equal(old.Copies, s.Copies)
+	news := old == nil || old.Epoch != s.Epoch || old.Secured != s.Secured || !slices.Equal(old.Frozen, s.Frozen) || !slices.Equal(old.Armed, s.Armed)
+	if !news && (!moved || now.Sub(n.said) < sayEvery) {
+		return
+	}
+	n.said = now
+	n.statement.Store(s)
+	for _, p := range n.peers {
+		if in := p.live.Load(); in != nil {
+			in.copy.Nudge()
+		}
+	}
 }
 
 // act does what was decided.
@@ -489,7 +636,7 @@ func (k *keeper) act(ctx context.Context, a durability.Action) {
 		}
 		k.mu.Unlock()
 		k.kickAll()
-	case durability.TakeOver, durability.Leave, durability.Return:
+	case durability.TakeOver, durability.Leave, durability.Return, durability.Settle, durability.Renew:
 		k.propose(ctx, a)
 	case durability.Nothing, durability.Blocked:
 	}
@@ -649,11 +796,15 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	switch a.Kind {
 	case durability.TakeOver:
 		keep := slices.DeleteFunc(slices.Clone(reg.Members), func(s string) bool { return slices.Contains(a.Sites, s) })
-		next, err = quorum.TakeOver(reg, keep, receipts, k.cuts(a.Sites), note)
+		next, err = quorum.TakeOver(reg, keep, receipts, lastCuts(keep, k.cuts(a.Sites)), note)
 	case durability.Leave:
-		next, err = quorum.Leave(reg, self, receipts, own, note)
+		next, err = quorum.Leave(reg, self, receipts, lastCuts(reg.Members[1:], own), note)
 	case durability.Return:
 		next, err = quorum.Rearm(reg, a.Sites[0], note)
+	case durability.Settle:
+		next, err = quorum.Settle(reg, k.settledCuts(), note)
+	case durability.Renew:
+		next, err = quorum.Renew(reg, note)
 	}
 	if err != nil { // nothing was asked for, so nothing is promised
 		k.leaving = false
@@ -666,6 +817,14 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	ctx, cancel := context.WithTimeout(ctx, registerTimeout)
 	defer cancel()
 	_, _ = k.swap(ctx, next) // it is told, and decided anew
+}
+
+// lastCuts are cuts when one member remains, which has nothing to exchange with anybody; else settling finds them.
+func lastCuts(remain []string, cuts quorum.Cuts) quorum.Cuts {
+	if len(remain) > 1 {
+		return nil
+	}
+	return cuts
 }
 
 // stepBack promises to acknowledge nothing any more.

@@ -70,6 +70,9 @@ type node struct {
 	recover  atomic.Uint64             // what the server had flushed when the stream was last opened
 	ages     []age                     // used by the maintenance loop alone
 	told     map[string]bool           // findings that are in the log; used by open alone
+	// statement is what this site says of itself to the others; nil without a register. Replaced by the keeper.
+	statement atomic.Pointer[link.Statement]
+	said      time.Time // when that was; the keeper's
 }
 
 // captured is what exists once a database has been opened.

@@ -29,6 +29,27 @@ func (o offered) Journal() (*journal.Journal, error) {
 	return nil, errNotReady
 }
 
+// CopyOf is this site's copy of a third one's journal, for a site that lacks some of it and does not reach that one.
+func (o offered) CopyOf(site string) (*journal.Journal, error) {
+	for _, p := range o.n.peers {
+		if in := p.live.Load(); in != nil && p.site.Name == site {
+			return in.copy.Journal()
+		}
+	}
+	return nil, errNotReady
+}
+
+func (o offered) Stated(site string, s link.Statement) {
+	for _, p := range o.n.peers {
+		if p.site.Name == site {
+			p.mu.Lock()
+			p.stated = s
+			p.mu.Unlock()
+			o.n.keeper.stir()
+		}
+	}
+}
+
 func (o offered) Acknowledged(site string, a link.Ack) {
 	for _, p := range o.n.peers {
 		if p.site.Name == site {

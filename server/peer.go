@@ -36,16 +36,18 @@ type peer struct {
 	running sync.Mutex  // held while the worker runs
 	theirs  *policy.Set // what the peer said is declared there; nil: it was never asked. Guarded by the node's policyMu
 
-	mu         sync.Mutex // guards the rest
-	refusedAt  time.Time  // when its address last refused connections; zero once it was heard again
-	upSince    time.Time  // since when its journal is followed without a break
-	held       fault      // why the permit is withdrawn, if it is
-	unasked    bool       // theirs is nil
-	ack        link.Ack   // what the peer says of our journal
+	mu         sync.Mutex     // guards the rest
+	refusedAt  time.Time      // when its address last refused connections; zero once it was heard again
+	upSince    time.Time      // since when its journal is followed without a break
+	held       fault          // why the permit is withdrawn, if it is
+	unasked    bool           // theirs is nil
+	ack        link.Ack       // what the peer says of our journal
+	stated     link.Statement // what it says to all sites
 	linkFault  fault
 	applyFault fault     // why the worker does not run at all
 	applySince time.Time // when its present run began
 	ages       []age     // used by the maintenance loop alone
+	via        string    // third site that was last relied on for its journal; used by followLoop alone
 }
 
 // incoming is the direction from the peer to here.
@@ -68,6 +70,13 @@ func (p *peer) acked() link.Ack {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.ack
+}
+
+// says is what the peer said last.
+func (p *peer) says() link.Statement {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stated
 }
 
 // seen is how far the peer's transactions that were applied here had seen this site.
@@ -145,11 +154,39 @@ func (p *peer) followLoop(ctx context.Context, w *link.CopyWriter) error {
 			p.mu.Unlock()
 			err = p.client.Follow(ctx, p.n.database.Name, w)
 			p.probe(ctx)
+			p.relay(ctx, w)
 			return err
 		})
 		if err != nil {
 			return err
 		}
+	}
+}
+
+// relay takes what a third site says to have of the peer's journal beyond the copy here, now that the peer itself cannot
+// be followed (S46, and a cut between two of three sites). It ends when that is here, so that the peer is tried again.
+func (p *peer) relay(ctx context.Context, w *link.CopyWriter) {
+	to := wal.LSN(0)
+	if j, err := w.Journal(); err == nil {
+		to = j.End()
+	}
+	var from *peer
+	for _, q := range p.n.peers {
+		if at := q.says().Copies[p.site.Name]; q != p && at > to {
+			from, to = q, at
+		}
+	}
+	if from == nil {
+		return
+	}
+	err := from.client.FollowCopy(ctx, p.n.database.Name, p.site.Name, w.Relayed(p.site.ID, to))
+	switch {
+	case ctx.Err() != nil:
+	case !errors.Is(err, link.ErrCaughtUp):
+		p.log.Debug("take changes from a third site", "third", from.site.Name, "error", err)
+	case p.via != from.site.Name:
+		p.log.Info("changes were taken from a third site's copy", "third", from.site.Name, "lsn", to.String())
+		p.via = from.site.Name
 	}
 }
 

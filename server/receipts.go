@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -121,17 +122,30 @@ func (n *node) unable(overdue time.Time) string {
 
 // seenPeer is what a link tells of the peer.
 type seenPeer struct {
-	heard    time.Time
-	deaf     time.Duration
-	refused  bool
-	unfit    string
-	stable   time.Duration
-	caughtUp bool
-	ack      link.Ack
+	heard   time.Time
+	deaf    time.Duration
+	refused bool
+	unfit   string
+	stable  time.Duration
+	lacks   wal.LSN // bytes of this site's WAL that it has not acknowledged
+	tail    wal.LSN // bytes of its WAL that are not here, as it says
+	ack     link.Ack
 }
 
-// nearlyAll is how much may be under way to a site that counts as caught up, in bytes of WAL.
-const nearlyAll = 1 << 20
+// nearlyAll is how much may be under way to a site that counts as caught up, in bytes of WAL; and how much both ways, once
+// commits wait for it: it is not given up for less.
+const (
+	nearlyAll  = 1 << 20
+	armedSlack = 16 << 20
+)
+
+// caughtUp reports whether the peer has nearly all of this site's journal, and this site all of its.
+func (s seenPeer) caughtUp(armed bool) bool {
+	if armed {
+		return max(s.lacks, s.tail) <= armedSlack
+	}
+	return s.lacks <= nearlyAll && s.tail == 0
+}
 
 // seenBy collects what this link tells of the peer.
 func (p *peer) seenBy(now time.Time) (s seenPeer) {
@@ -139,6 +153,7 @@ func (p *peer) seenBy(now time.Time) (s seenPeer) {
 	s.ack, s.refused = p.ack, !p.refusedAt.IsZero()
 	refusedAt, up := p.refusedAt, p.upSince
 	p.mu.Unlock()
+	s.lacks, s.tail = math.MaxUint64, math.MaxUint64
 	in, c := p.live.Load(), p.n.ready.Load()
 	if in == nil || c == nil {
 		return s
@@ -158,11 +173,15 @@ func (p *peer) seenBy(now time.Time) (s seenPeer) {
 		}
 		s.stable = now.Sub(up)
 	}
-	if j, err := in.copy.Journal(); err == nil {
-		s.caughtUp = s.ack.Durable+nearlyAll >= c.journal.End() && beat.End <= j.Durable() && beat.End > 0
+	s.lacks = behind(s.ack.Durable, c.journal.End())
+	if j, err := in.copy.Journal(); err == nil && beat.End > 0 {
+		s.tail = behind(j.Durable(), beat.End)
 	}
 	return s
 }
+
+// behind is how many bytes are missing to to.
+func behind(at, to wal.LSN) wal.LSN { return max(at, to) - at }
 
 // probe looks whether the peer's process has ended, after a stream to it has: then its address refuses connections, or
 // something in between takes them and ends them. Once may be a moment between two processes, so that it takes two.

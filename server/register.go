@@ -101,14 +101,23 @@ func guarantee(d *DurabilityStatus, self string, waits bool) string {
 		return fmt.Sprintf("%s is left out since %s and acknowledges nothing: %s", self, since(), d.Register.Reason)
 	case len(d.Unheeded) > 0:
 		return fmt.Sprintf("commits in %s do not wait: PostgreSQL does not name its agent in synchronous_standby_names", strings.Join(d.Unheeded, ", "))
-	case len(d.Frozen) > 0:
+	case len(d.Register.Members)-1-len(d.Frozen) < d.Receipts:
 		return fmt.Sprintf("commits wait: %s does not answer, and the register has not decided yet", strings.Join(d.Frozen, " and "))
 	case d.Receipts == 0:
 		return fmt.Sprintf("%s since %s: acknowledged commits are on the disk of %s only, because %s", d.Mode, since(), self, d.Register.Reason)
-	case d.Receipts == 1:
-		return "RPO 0: an acknowledged commit is on the disk of one other site as well"
 	}
-	return fmt.Sprintf("RPO 0: an acknowledged commit is on the disks of %d other sites as well", d.Receipts)
+	disks := "disk of one other site"
+	if d.Receipts > 1 {
+		disks = fmt.Sprintf("disks of %d other sites", d.Receipts)
+	}
+	text := "RPO 0: an acknowledged commit is on the " + disks + " as well"
+	if d.Mode == quorum.Reduced {
+		text = fmt.Sprintf("%s since %s (%s), because %s; %s", d.Mode, since(), strings.Join(d.Register.Members, " and "), d.Register.Reason, text)
+	}
+	if !d.Register.Settled {
+		text += "; what a lost site had acknowledged is being exchanged"
+	}
+	return text
 }
 
 // ForceRequest is a person's take-over.

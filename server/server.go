@@ -63,7 +63,7 @@ func NewHooked(cfg *config.Config, version string, log *slog.Logger, hooks Hooks
 	for _, s := range cfg.Peers() {
 		c, err := link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
-			Now: now, Epoch: func() uint64 { return a.keeper.epoch() }, Logger: log.With("peer", s.Name),
+			Now: now, Epoch: func() uint64 { return a.keeper.epoch() }, Statement: a.statement, Logger: log.With("peer", s.Name),
 		})
 		if err != nil {
 			return nil, err
@@ -162,6 +162,14 @@ func (a *Agent) offer(database string) (link.Database, bool) {
 		return nil, false
 	}
 	return offered{n}, true
+}
+
+// statement is what this site says of itself to the others for a database; nil: nothing yet.
+func (a *Agent) statement(database string) *link.Statement {
+	if n, ok := a.node(database); ok {
+		return n.statement.Load()
+	}
+	return nil
 }
 
 // hintOf finds the advice in an error's chain.

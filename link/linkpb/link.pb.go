@@ -342,7 +342,10 @@ type Start struct {
 	Incarnation *Incarnation           `protobuf:"bytes,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	Position    uint64                 `protobuf:"varint,4,opt,name=position,proto3" json:"position,omitempty"`
 	// How many bytes of Frames.data the caller takes before it has acknowledged any.
-	WindowBytes   uint64 `protobuf:"varint,5,opt,name=window_bytes,json=windowBytes,proto3" json:"window_bytes,omitempty"`
+	WindowBytes uint64 `protobuf:"varint,5,opt,name=window_bytes,json=windowBytes,proto3" json:"window_bytes,omitempty"`
+	// The site whose journal is asked for, when it is not the answering one but one that it has a copy of. Acks are then
+	// for the flow alone.
+	Origin        string `protobuf:"bytes,6,opt,name=origin,proto3" json:"origin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -410,6 +413,13 @@ func (x *Start) GetWindowBytes() uint64 {
 		return x.WindowBytes
 	}
 	return 0
+}
+
+func (x *Start) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
 }
 
 // Incarnation names the history that positions refer to (the journal's header has the same fields).
@@ -499,7 +509,9 @@ type Ack struct {
 	TakenBytes uint64 `protobuf:"varint,4,opt,name=taken_bytes,json=takenBytes,proto3" json:"taken_bytes,omitempty"`
 	Clock      *Clock `protobuf:"bytes,5,opt,name=clock,proto3" json:"clock,omitempty"`
 	// Of the cluster's register as the caller knew it before it read the positions; 0 when there is none.
-	Epoch         uint64 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Epoch uint64 `protobuf:"varint,6,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// What the caller says to all sites; only when it has changed, or is the first on this stream.
+	Statement     *Statement `protobuf:"bytes,7,opt,name=statement,proto3" json:"statement,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -576,6 +588,147 @@ func (x *Ack) GetEpoch() uint64 {
 	return 0
 }
 
+func (x *Ack) GetStatement() *Statement {
+	if x != nil {
+		return x.Statement
+	}
+	return nil
+}
+
+// Statement is what a site says of itself in one epoch of the cluster's register, for one database. What it lists stays
+// so until the site knows a greater epoch.
+type Statement struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Epoch uint64                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Sites that get no receipts from the caller, and whose receipts it does not count.
+	Frozen []string `protobuf:"bytes,2,rep,name=frozen,proto3" json:"frozen,omitempty"`
+	// Sites that are no members and that the caller waits for as well; each holds what it acknowledged before.
+	Armed []string `protobuf:"bytes,3,rep,name=armed,proto3" json:"armed,omitempty"`
+	// What the caller acknowledged in former epochs has the receipts that this one asks for.
+	Secured bool `protobuf:"varint,4,opt,name=secured,proto3" json:"secured,omitempty"`
+	// How far its copies of other sites' journals are durable, as read in this epoch.
+	Copies        []*CopyPosition `protobuf:"bytes,5,rep,name=copies,proto3" json:"copies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Statement) Reset() {
+	*x = Statement{}
+	mi := &file_link_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Statement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Statement) ProtoMessage() {}
+
+func (x *Statement) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Statement.ProtoReflect.Descriptor instead.
+func (*Statement) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Statement) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Statement) GetFrozen() []string {
+	if x != nil {
+		return x.Frozen
+	}
+	return nil
+}
+
+func (x *Statement) GetArmed() []string {
+	if x != nil {
+		return x.Armed
+	}
+	return nil
+}
+
+func (x *Statement) GetSecured() bool {
+	if x != nil {
+		return x.Secured
+	}
+	return false
+}
+
+func (x *Statement) GetCopies() []*CopyPosition {
+	if x != nil {
+		return x.Copies
+	}
+	return nil
+}
+
+type CopyPosition struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Site          string                 `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	Durable       uint64                 `protobuf:"varint,2,opt,name=durable,proto3" json:"durable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopyPosition) Reset() {
+	*x = CopyPosition{}
+	mi := &file_link_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopyPosition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopyPosition) ProtoMessage() {}
+
+func (x *CopyPosition) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopyPosition.ProtoReflect.Descriptor instead.
+func (*CopyPosition) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CopyPosition) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *CopyPosition) GetDurable() uint64 {
+	if x != nil {
+		return x.Durable
+	}
+	return 0
+}
+
 type FollowReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -591,7 +744,7 @@ type FollowReply struct {
 
 func (x *FollowReply) Reset() {
 	*x = FollowReply{}
-	mi := &file_link_proto_msgTypes[6]
+	mi := &file_link_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -603,7 +756,7 @@ func (x *FollowReply) String() string {
 func (*FollowReply) ProtoMessage() {}
 
 func (x *FollowReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[6]
+	mi := &file_link_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -616,7 +769,7 @@ func (x *FollowReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowReply.ProtoReflect.Descriptor instead.
 func (*FollowReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{6}
+	return file_link_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *FollowReply) GetMessage() isFollowReply_Message {
@@ -702,7 +855,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_link_proto_msgTypes[7]
+	mi := &file_link_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -714,7 +867,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[7]
+	mi := &file_link_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -727,7 +880,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{7}
+	return file_link_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Welcome) GetVersion() uint32 {
@@ -766,7 +919,7 @@ type Frames struct {
 
 func (x *Frames) Reset() {
 	*x = Frames{}
-	mi := &file_link_proto_msgTypes[8]
+	mi := &file_link_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -778,7 +931,7 @@ func (x *Frames) String() string {
 func (*Frames) ProtoMessage() {}
 
 func (x *Frames) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[8]
+	mi := &file_link_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -791,7 +944,7 @@ func (x *Frames) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frames.ProtoReflect.Descriptor instead.
 func (*Frames) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{8}
+	return file_link_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Frames) GetData() []byte {
@@ -843,7 +996,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_link_proto_msgTypes[9]
+	mi := &file_link_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -855,7 +1008,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[9]
+	mi := &file_link_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -868,7 +1021,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{9}
+	return file_link_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Heartbeat) GetEnd() uint64 {
@@ -913,7 +1066,7 @@ type Clock struct {
 
 func (x *Clock) Reset() {
 	*x = Clock{}
-	mi := &file_link_proto_msgTypes[10]
+	mi := &file_link_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +1078,7 @@ func (x *Clock) String() string {
 func (*Clock) ProtoMessage() {}
 
 func (x *Clock) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[10]
+	mi := &file_link_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1091,7 @@ func (x *Clock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Clock.ProtoReflect.Descriptor instead.
 func (*Clock) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{10}
+	return file_link_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Clock) GetSent() int64 {
@@ -972,7 +1125,7 @@ type CopyRequest struct {
 
 func (x *CopyRequest) Reset() {
 	*x = CopyRequest{}
-	mi := &file_link_proto_msgTypes[11]
+	mi := &file_link_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -984,7 +1137,7 @@ func (x *CopyRequest) String() string {
 func (*CopyRequest) ProtoMessage() {}
 
 func (x *CopyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[11]
+	mi := &file_link_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -997,7 +1150,7 @@ func (x *CopyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyRequest.ProtoReflect.Descriptor instead.
 func (*CopyRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{11}
+	return file_link_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CopyRequest) GetHello() *Hello {
@@ -1025,7 +1178,7 @@ type CopyReply struct {
 
 func (x *CopyReply) Reset() {
 	*x = CopyReply{}
-	mi := &file_link_proto_msgTypes[12]
+	mi := &file_link_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1190,7 @@ func (x *CopyReply) String() string {
 func (*CopyReply) ProtoMessage() {}
 
 func (x *CopyReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[12]
+	mi := &file_link_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1203,7 @@ func (x *CopyReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyReply.ProtoReflect.Descriptor instead.
 func (*CopyReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{12}
+	return file_link_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CopyReply) GetData() []byte {
@@ -1078,7 +1231,7 @@ type Value struct {
 
 func (x *Value) Reset() {
 	*x = Value{}
-	mi := &file_link_proto_msgTypes[13]
+	mi := &file_link_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1243,7 @@ func (x *Value) String() string {
 func (*Value) ProtoMessage() {}
 
 func (x *Value) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[13]
+	mi := &file_link_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1256,7 @@ func (x *Value) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Value.ProtoReflect.Descriptor instead.
 func (*Value) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{13}
+	return file_link_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Value) GetKind() uint32 {
@@ -1135,7 +1288,7 @@ type FetchRowRequest struct {
 
 func (x *FetchRowRequest) Reset() {
 	*x = FetchRowRequest{}
-	mi := &file_link_proto_msgTypes[14]
+	mi := &file_link_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1300,7 @@ func (x *FetchRowRequest) String() string {
 func (*FetchRowRequest) ProtoMessage() {}
 
 func (x *FetchRowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[14]
+	mi := &file_link_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1313,7 @@ func (x *FetchRowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRowRequest.ProtoReflect.Descriptor instead.
 func (*FetchRowRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{14}
+	return file_link_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *FetchRowRequest) GetHello() *Hello {
@@ -1208,7 +1361,7 @@ type FetchRowReply struct {
 
 func (x *FetchRowReply) Reset() {
 	*x = FetchRowReply{}
-	mi := &file_link_proto_msgTypes[15]
+	mi := &file_link_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1220,7 +1373,7 @@ func (x *FetchRowReply) String() string {
 func (*FetchRowReply) ProtoMessage() {}
 
 func (x *FetchRowReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[15]
+	mi := &file_link_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1233,7 +1386,7 @@ func (x *FetchRowReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRowReply.ProtoReflect.Descriptor instead.
 func (*FetchRowReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{15}
+	return file_link_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *FetchRowReply) GetFound() bool {
@@ -1261,7 +1414,7 @@ type CompareRequest struct {
 
 func (x *CompareRequest) Reset() {
 	*x = CompareRequest{}
-	mi := &file_link_proto_msgTypes[16]
+	mi := &file_link_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1426,7 @@ func (x *CompareRequest) String() string {
 func (*CompareRequest) ProtoMessage() {}
 
 func (x *CompareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[16]
+	mi := &file_link_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1439,7 @@ func (x *CompareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompareRequest.ProtoReflect.Descriptor instead.
 func (*CompareRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{16}
+	return file_link_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CompareRequest) GetHello() *Hello {
@@ -1319,7 +1472,7 @@ type CompareReply struct {
 
 func (x *CompareReply) Reset() {
 	*x = CompareReply{}
-	mi := &file_link_proto_msgTypes[17]
+	mi := &file_link_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +1484,7 @@ func (x *CompareReply) String() string {
 func (*CompareReply) ProtoMessage() {}
 
 func (x *CompareReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[17]
+	mi := &file_link_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +1497,7 @@ func (x *CompareReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompareReply.ProtoReflect.Descriptor instead.
 func (*CompareReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{17}
+	return file_link_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CompareReply) GetReply() []byte {
@@ -1363,7 +1516,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_link_proto_msgTypes[18]
+	mi := &file_link_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1375,7 +1528,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[18]
+	mi := &file_link_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1388,7 +1541,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{18}
+	return file_link_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StatusRequest) GetHello() *Hello {
@@ -1407,7 +1560,7 @@ type StatusReply struct {
 
 func (x *StatusReply) Reset() {
 	*x = StatusReply{}
-	mi := &file_link_proto_msgTypes[19]
+	mi := &file_link_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1572,7 @@ func (x *StatusReply) String() string {
 func (*StatusReply) ProtoMessage() {}
 
 func (x *StatusReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[19]
+	mi := &file_link_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1585,7 @@ func (x *StatusReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReply.ProtoReflect.Descriptor instead.
 func (*StatusReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{19}
+	return file_link_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StatusReply) GetStatus() []byte {
@@ -1464,20 +1617,21 @@ const file_link_proto_rawDesc = "" +
 	"\rFollowRequest\x12(\n" +
 	"\x05start\x18\x01 \x01(\v2\x10.duri.link.StartH\x00R\x05start\x12\"\n" +
 	"\x03ack\x18\x02 \x01(\v2\x0e.duri.link.AckH\x00R\x03ackB\t\n" +
-	"\amessage\"\xc4\x01\n" +
+	"\amessage\"\xdc\x01\n" +
 	"\x05Start\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x128\n" +
 	"\vincarnation\x18\x03 \x01(\v2\x16.duri.link.IncarnationR\vincarnation\x12\x1a\n" +
 	"\bposition\x18\x04 \x01(\x04R\bposition\x12!\n" +
-	"\fwindow_bytes\x18\x05 \x01(\x04R\vwindowBytes\"\x97\x01\n" +
+	"\fwindow_bytes\x18\x05 \x01(\x04R\vwindowBytes\x12\x16\n" +
+	"\x06origin\x18\x06 \x01(\tR\x06origin\"\x97\x01\n" +
 	"\vIncarnation\x12\x1b\n" +
 	"\tsystem_id\x18\x01 \x01(\x04R\bsystemId\x12\x1a\n" +
 	"\btimeline\x18\x02 \x01(\rR\btimeline\x12\x1a\n" +
 	"\bdatabase\x18\x03 \x01(\tR\bdatabase\x12\x12\n" +
 	"\x04slot\x18\x04 \x01(\tR\x04slot\x12\x1f\n" +
 	"\vcreated_lsn\x18\x05 \x01(\x04R\n" +
-	"createdLsn\"\xb4\x01\n" +
+	"createdLsn\"\xe8\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\breceived\x18\x01 \x01(\x04R\breceived\x12\x18\n" +
 	"\adurable\x18\x02 \x01(\x04R\adurable\x12\x18\n" +
@@ -1485,7 +1639,17 @@ const file_link_proto_rawDesc = "" +
 	"\vtaken_bytes\x18\x04 \x01(\x04R\n" +
 	"takenBytes\x12&\n" +
 	"\x05clock\x18\x05 \x01(\v2\x10.duri.link.ClockR\x05clock\x12\x14\n" +
-	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\"\xdb\x01\n" +
+	"\x05epoch\x18\x06 \x01(\x04R\x05epoch\x122\n" +
+	"\tstatement\x18\a \x01(\v2\x14.duri.link.StatementR\tstatement\"\x9a\x01\n" +
+	"\tStatement\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x16\n" +
+	"\x06frozen\x18\x02 \x03(\tR\x06frozen\x12\x14\n" +
+	"\x05armed\x18\x03 \x03(\tR\x05armed\x12\x18\n" +
+	"\asecured\x18\x04 \x01(\bR\asecured\x12/\n" +
+	"\x06copies\x18\x05 \x03(\v2\x17.duri.link.CopyPositionR\x06copies\"<\n" +
+	"\fCopyPosition\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12\x18\n" +
+	"\adurable\x18\x02 \x01(\x04R\adurable\"\xdb\x01\n" +
 	"\vFollowReply\x12.\n" +
 	"\awelcome\x18\x01 \x01(\v2\x12.duri.link.WelcomeH\x00R\awelcome\x12+\n" +
 	"\x06frames\x18\x02 \x01(\v2\x11.duri.link.FramesH\x00R\x06frames\x124\n" +
@@ -1576,7 +1740,7 @@ func file_link_proto_rawDescGZIP() []byte {
 }
 
 var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_link_proto_goTypes = []any{
 	(Code)(0),               // 0: duri.link.Code
 	(*Hello)(nil),           // 1: duri.link.Hello
@@ -1585,20 +1749,22 @@ var file_link_proto_goTypes = []any{
 	(*Start)(nil),           // 4: duri.link.Start
 	(*Incarnation)(nil),     // 5: duri.link.Incarnation
 	(*Ack)(nil),             // 6: duri.link.Ack
-	(*FollowReply)(nil),     // 7: duri.link.FollowReply
-	(*Welcome)(nil),         // 8: duri.link.Welcome
-	(*Frames)(nil),          // 9: duri.link.Frames
-	(*Heartbeat)(nil),       // 10: duri.link.Heartbeat
-	(*Clock)(nil),           // 11: duri.link.Clock
-	(*CopyRequest)(nil),     // 12: duri.link.CopyRequest
-	(*CopyReply)(nil),       // 13: duri.link.CopyReply
-	(*Value)(nil),           // 14: duri.link.Value
-	(*FetchRowRequest)(nil), // 15: duri.link.FetchRowRequest
-	(*FetchRowReply)(nil),   // 16: duri.link.FetchRowReply
-	(*CompareRequest)(nil),  // 17: duri.link.CompareRequest
-	(*CompareReply)(nil),    // 18: duri.link.CompareReply
-	(*StatusRequest)(nil),   // 19: duri.link.StatusRequest
-	(*StatusReply)(nil),     // 20: duri.link.StatusReply
+	(*Statement)(nil),       // 7: duri.link.Statement
+	(*CopyPosition)(nil),    // 8: duri.link.CopyPosition
+	(*FollowReply)(nil),     // 9: duri.link.FollowReply
+	(*Welcome)(nil),         // 10: duri.link.Welcome
+	(*Frames)(nil),          // 11: duri.link.Frames
+	(*Heartbeat)(nil),       // 12: duri.link.Heartbeat
+	(*Clock)(nil),           // 13: duri.link.Clock
+	(*CopyRequest)(nil),     // 14: duri.link.CopyRequest
+	(*CopyReply)(nil),       // 15: duri.link.CopyReply
+	(*Value)(nil),           // 16: duri.link.Value
+	(*FetchRowRequest)(nil), // 17: duri.link.FetchRowRequest
+	(*FetchRowReply)(nil),   // 18: duri.link.FetchRowReply
+	(*CompareRequest)(nil),  // 19: duri.link.CompareRequest
+	(*CompareReply)(nil),    // 20: duri.link.CompareReply
+	(*StatusRequest)(nil),   // 21: duri.link.StatusRequest
+	(*StatusReply)(nil),     // 22: duri.link.StatusReply
 }
 var file_link_proto_depIdxs = []int32{
 	0,  // 0: duri.link.Refusal.code:type_name -> duri.link.Code
@@ -1606,31 +1772,33 @@ var file_link_proto_depIdxs = []int32{
 	6,  // 2: duri.link.FollowRequest.ack:type_name -> duri.link.Ack
 	1,  // 3: duri.link.Start.hello:type_name -> duri.link.Hello
 	5,  // 4: duri.link.Start.incarnation:type_name -> duri.link.Incarnation
-	11, // 5: duri.link.Ack.clock:type_name -> duri.link.Clock
-	8,  // 6: duri.link.FollowReply.welcome:type_name -> duri.link.Welcome
-	9,  // 7: duri.link.FollowReply.frames:type_name -> duri.link.Frames
-	10, // 8: duri.link.FollowReply.heartbeat:type_name -> duri.link.Heartbeat
-	2,  // 9: duri.link.FollowReply.refusal:type_name -> duri.link.Refusal
-	11, // 10: duri.link.Heartbeat.clock:type_name -> duri.link.Clock
-	1,  // 11: duri.link.CopyRequest.hello:type_name -> duri.link.Hello
-	1,  // 12: duri.link.FetchRowRequest.hello:type_name -> duri.link.Hello
-	14, // 13: duri.link.FetchRowRequest.row:type_name -> duri.link.Value
-	14, // 14: duri.link.FetchRowReply.row:type_name -> duri.link.Value
-	1,  // 15: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
-	1,  // 16: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
-	12, // 17: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
-	15, // 18: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
-	17, // 19: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
-	19, // 20: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	13, // 21: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	16, // 22: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	18, // 23: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	20, // 24: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	21, // [21:25] is the sub-list for method output_type
-	17, // [17:21] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	13, // 5: duri.link.Ack.clock:type_name -> duri.link.Clock
+	7,  // 6: duri.link.Ack.statement:type_name -> duri.link.Statement
+	8,  // 7: duri.link.Statement.copies:type_name -> duri.link.CopyPosition
+	10, // 8: duri.link.FollowReply.welcome:type_name -> duri.link.Welcome
+	11, // 9: duri.link.FollowReply.frames:type_name -> duri.link.Frames
+	12, // 10: duri.link.FollowReply.heartbeat:type_name -> duri.link.Heartbeat
+	2,  // 11: duri.link.FollowReply.refusal:type_name -> duri.link.Refusal
+	13, // 12: duri.link.Heartbeat.clock:type_name -> duri.link.Clock
+	1,  // 13: duri.link.CopyRequest.hello:type_name -> duri.link.Hello
+	1,  // 14: duri.link.FetchRowRequest.hello:type_name -> duri.link.Hello
+	16, // 15: duri.link.FetchRowRequest.row:type_name -> duri.link.Value
+	16, // 16: duri.link.FetchRowReply.row:type_name -> duri.link.Value
+	1,  // 17: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
+	1,  // 18: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
+	14, // 19: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
+	17, // 20: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
+	19, // 21: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
+	21, // 22: duri.link.Link.Status:input_type -> duri.link.StatusRequest
+	15, // 23: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	18, // 24: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	20, // 25: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	22, // 26: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	23, // [23:27] is the sub-list for method output_type
+	19, // [19:23] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -1642,7 +1810,7 @@ func file_link_proto_init() {
 		(*FollowRequest_Start)(nil),
 		(*FollowRequest_Ack)(nil),
 	}
-	file_link_proto_msgTypes[6].OneofWrappers = []any{
+	file_link_proto_msgTypes[8].OneofWrappers = []any{
 		(*FollowReply_Welcome)(nil),
 		(*FollowReply_Frames)(nil),
 		(*FollowReply_Heartbeat)(nil),
@@ -1654,7 +1822,7 @@ func file_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_link_proto_rawDesc), len(file_link_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

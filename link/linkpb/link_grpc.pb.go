@@ -35,9 +35,9 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Follow, which ships the answering site's journal of one database from a position on and without end, is no method of the
-// service: commits wait for it, so that it has connections of its own (ALPN duri-follow/1). Each message on them is its length, four
-// bytes in network order, and then the message. The caller sends FollowRequest: start first, then ack only; the answer is
+// Follow, which ships the answering site's journal of one database, or its copy of another site's, from a position on and without
+// end, is no method of the service: commits wait for it, so that it has connections of its own (ALPN duri-follow/1). Each message on
+// them is its length, four bytes in network order, and then the message. The caller sends FollowRequest: start first, then ack only; the answer is
 // FollowReply: welcome first, then frames and heartbeats, and refusal last of all.
 type LinkClient interface {
 	// Copy streams the contents of a database, for a site that joins.
@@ -111,9 +111,9 @@ func (c *linkClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc
 // All implementations must embed UnimplementedLinkServer
 // for forward compatibility.
 //
-// Follow, which ships the answering site's journal of one database from a position on and without end, is no method of the
-// service: commits wait for it, so that it has connections of its own (ALPN duri-follow/1). Each message on them is its length, four
-// bytes in network order, and then the message. The caller sends FollowRequest: start first, then ack only; the answer is
+// Follow, which ships the answering site's journal of one database, or its copy of another site's, from a position on and without
+// end, is no method of the service: commits wait for it, so that it has connections of its own (ALPN duri-follow/1). Each message on
+// them is its length, four bytes in network order, and then the message. The caller sends FollowRequest: start first, then ack only; the answer is
 // FollowReply: welcome first, then frames and heartbeats, and refusal last of all.
 type LinkServer interface {
 	// Copy streams the contents of a database, for a site that joins.
