@@ -253,10 +253,10 @@ func (c *campaign) suffer(ctx context.Context, n int, f *fault) error {
 	return nil
 }
 
-// settled waits until both sites are members, let clients in, and stream.
+// settled waits until all sites are members, let clients in, and stream.
 func (c *campaign) settled(ctx context.Context) error {
 	begun := time.Now()
-	err := c.p.Wait(ctx, "both sites serve as before", func(ctx context.Context) (bool, error) {
+	err := c.p.Wait(ctx, "all sites serve as before", func(ctx context.Context) (bool, error) {
 		if time.Since(begun) > c.o.patience() {
 			c.rearm(ctx)
 		}
@@ -289,12 +289,17 @@ func (c *campaign) settled(ctx context.Context) error {
 // patience is how long a site is left to come back by itself: that takes the longer the more have been lost lately.
 func (o Options) patience() time.Duration { return o.Rearm + 2*time.Second }
 
-// rearm asks each site to take the other one back, as a person would.
+// rearm asks each site to take the others back, as a person would.
 func (c *campaign) rearm(ctx context.Context) {
-	for i, s := range c.p.Sites {
-		ask, cancel := context.WithTimeout(ctx, time.Second)
-		_, _ = s.Control.Rearm(ask, c.p.Sites[1-i].Name) // refused unless it is due
-		cancel()
+	for _, s := range c.p.Sites {
+		for _, other := range c.p.Sites {
+			if other == s {
+				continue
+			}
+			ask, cancel := context.WithTimeout(ctx, time.Second)
+			_, _ = s.Control.Rearm(ask, other.Name) // refused unless it is due
+			cancel()
+		}
 	}
 }
 

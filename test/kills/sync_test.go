@@ -18,10 +18,10 @@ import (
 	"github.com/duri-io/duri/server"
 )
 
-// syncPair starts two sites and a witness with a table, whose commits wait for each other.
-func syncPair(t *testing.T) *pair.Pair {
+// syncPair starts two sites, or those that are named, and a witness with a table, whose commits wait for each other.
+func syncPair(t *testing.T, names ...string) *pair.Pair {
 	t.Helper()
-	p := startPair(t, nil)
+	p := startPair(t, nil, names...)
 	settledPair(t, p)
 	unheeded(t, p, 1) // and the agents say that nothing waits yet
 	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
@@ -29,15 +29,15 @@ func syncPair(t *testing.T) *pair.Pair {
 	return p
 }
 
-// startPair starts two sites and a witness with a table; change, if any, is made to the sites' configuration.
-func startPair(t *testing.T, change func(site, text string) string) *pair.Pair {
+// startPair starts two sites, or those that are named, and a witness with a table; change, if any, is made to the sites' configuration.
+func startPair(t *testing.T, change func(site, text string) string, names ...string) *pair.Pair {
 	t.Helper()
 	binary, err := pair.Build(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
 	p, err := pair.Start(t.Context(), pair.Options{
-		Binary: binary, Relays: true, Sync: true, Rearm: 500 * time.Millisecond, Config: change,
+		Binary: binary, Names: names, Relays: true, Sync: true, Rearm: 500 * time.Millisecond, Config: change,
 		Seed: func(ctx context.Context, a *pair.Site) error {
 			return a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
 		},
@@ -46,6 +46,11 @@ func startPair(t *testing.T, change func(site, text string) string) *pair.Pair {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if t.Failed() {
+			for _, s := range p.Sites {
+				t.Logf("agent %s:\n%s", s.Name, s.Log())
+			}
+		}
 		if err := p.Close(); err != nil {
 			t.Error(err)
 		}
@@ -88,6 +93,12 @@ func settledPair(t *testing.T, p *pair.Pair) {
 // write updates a row through a site's door, as one transaction. An error says that it was not acknowledged in time.
 func write(t *testing.T, s *pair.Site, patience time.Duration) error {
 	t.Helper()
+	return run(t, s, patience, "UPDATE t SET n = n + 1 WHERE id = 1")
+}
+
+// run is write of some other statement.
+func run(t *testing.T, s *pair.Site, patience time.Duration, sql string) error {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	c, err := pgconn.Connect(ctx, fmt.Sprintf("postgres://postgres@%s/%s?sslmode=disable", s.Door, s.Database))
@@ -99,7 +110,7 @@ func write(t *testing.T, s *pair.Site, patience time.Duration) error {
 		defer cancel()
 		_ = c.Close(closeCtx)
 	}()
-	_, err = c.Exec(ctx, "UPDATE t SET n = n + 1 WHERE id = 1").ReadAll()
+	_, err = c.Exec(ctx, sql).ReadAll()
 	return err
 }
 
