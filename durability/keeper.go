@@ -134,6 +134,9 @@ func decide(v View) Action {
 		if v.Server.DiskStalled > v.Detect {
 			return do(Blocked, others, why+", so that not even a promise can be written: the others are told to go on without this site")
 		}
+		if !v.Settled {
+			return do(Blocked, others, why+"; the last take-over is not settled, so it cannot leave")
+		}
 		// Only to somebody who is there; else whoever is back first goes on.
 		if slices.ContainsFunc(others, func(s string) bool { return v.gone(s) == "" }) {
 			return do(Leave, []string{v.Self}, why)

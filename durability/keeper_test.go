@@ -107,6 +107,9 @@ func TestDecide(t *testing.T) {
 			v.Members, v.Settled = []string{"a", "c"}, false
 			v.Peers = []Peer{with(well("b"), func(p *Peer) { p.CaughtUp = true }), well("c")}
 		}, Nothing, "", ""},
+		{"not settled, and unfit", func(v *View) {
+			v.Members, v.Settled, v.Server, v.Peers = []string{"a", "c"}, false, Server{Refused: true, Down: time.Second}, []Peer{{Name: "b"}, well("c")}
+		}, Blocked, "c", "cannot leave"},
 		{"exchanged, but the other member is gone since", func(v *View) {
 			v.Members, v.Settled, v.Exchanged, v.Peers = []string{"a", "c"}, false, true, []Peer{{Name: "b"}, {Name: "c", Refused: true}}
 		}, Freeze, "c", ""},
@@ -191,8 +194,8 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 				t.Fatalf("%+v: settled already, or not exchanged", a)
 			}
 		case Leave:
-			if len(v.Members) < 2 {
-				t.Fatalf("%+v leaves nobody", a)
+			if len(v.Members) < 2 || !v.Settled {
+				t.Fatalf("%+v leaves nobody, or an unsettled register", a)
 			}
 		case Return:
 			if slices.Contains(v.Members, a.Sites[0]) || !slices.Contains(v.Arming, a.Sites[0]) {

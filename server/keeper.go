@@ -442,7 +442,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 	out := durability.Peer{Name: site, CaughtUp: true, Passed: true, Stable: time.Hour}
 	var heard time.Time
 	links := k.peersOf(site)
-	for i, p := range links {
+	for _, p := range links {
 		s := p.seenBy(now)
 		if s.heard.After(heard) {
 			heard = s.heard
@@ -456,10 +456,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		if said.Epoch != k.reg.Epoch {
 			said = link.Statement{}
 		}
-		if i == 0 {
-			out.Frozen, out.Armed = said.Frozen, said.Armed
-		}
-		out.Frozen, out.Armed = both(out.Frozen, said.Frozen), both(out.Armed, said.Armed)
+		out.Frozen, out.Armed = append(out.Frozen, said.Frozen...), append(out.Armed, said.Armed...)
 		if armed {
 			out.Passed = out.Passed && at != nil && s.ack.Epoch == k.reg.Epoch && s.ack.Durable >= at[p.n]
 		}
@@ -473,11 +470,6 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		out.Stable = min(out.Stable, now.Sub(k.losses[n-1]))
 	}
 	return out
-}
-
-// both are the names in a and in b.
-func both(a, b []string) []string {
-	return slices.DeleteFunc(slices.Clone(a), func(s string) bool { return !slices.Contains(b, s) })
 }
 
 // holdsOthers reports whether a site that comes back has what this one has of the other sites that are left out, in a
@@ -516,6 +508,10 @@ func (k *keeper) speak(v durability.View, now time.Time) (exchanged bool) {
 	}
 	exchanged = !k.reg.Settled && k.reg.Has(k.a.self.Name)
 	for _, n := range k.a.nodes {
+		if n.ready.Load() == nil { // what it has is not known yet, and must not be taken for nothing
+			exchanged = exchanged && !n.waits()
+			continue
+		}
 		s := &link.Statement{Epoch: k.reg.Epoch, Frozen: v.Frozen, Armed: armed, Secured: k.secured(n), Copies: n.copies()}
 		n.say(s, now)
 		exchanged = exchanged && (!n.waits() || k.exchanged(n, s))
@@ -524,17 +520,13 @@ func (k *keeper) speak(v durability.View, now time.Time) (exchanged bool) {
 }
 
 // secured reports whether what this site acknowledged in former epochs has the receipts that the present one asks for, all
-// of its journal, as it is when that is first looked at, counting as acknowledged. k.mu is held.
+// of its journal, as it is when that is first looked at, counting as acknowledged. The database is open. k.mu is held.
 func (k *keeper) secured(n *node) bool {
 	if k.reg.Settled || !n.waits() {
 		return true
 	}
-	c := n.ready.Load()
-	if c == nil {
-		return false
-	}
 	if _, known := k.owns[n]; !known {
-		k.owns[n] = c.journal.End()
+		k.owns[n] = n.ready.Load().journal.End()
 	}
 	return durability.Secured(k.owns[n], n.receipts(), k.place(), k.a.cfg.Durability.Receipts)
 }
@@ -576,9 +568,13 @@ func (k *keeper) settledCuts() quorum.Cuts {
 	return cuts
 }
 
-// copies are how far this site's copies of the others' journals are durable.
+// copies are how far this site's copies of the others' journals are durable, as third sites want to know; with two sites
+// there is none.
 func (n *node) copies() map[string]wal.LSN {
 	all := map[string]wal.LSN{}
+	if len(n.peers) < 2 {
+		return all
+	}
 	for _, p := range n.peers {
 		if in := p.live.Load(); in != nil {
 			if j, err := in.copy.Journal(); err == nil {

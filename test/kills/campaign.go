@@ -1,6 +1,6 @@
-// Package kills is the kill campaign: two sites and a witness, clients writing at both, and in each round one random fault.
-// A ledger outside the databases tells afterwards whether anything that was acknowledged is lost, or anything is there
-// twice; whether the sites are equal; and for how long the surviving site did not serve.
+// Package kills is the kill campaign: two sites or three and a witness, clients writing at all, and in each round one random
+// fault, or two. A ledger outside the databases tells afterwards whether anything that was acknowledged is lost, or anything is
+// there twice; whether the sites are equal; and for how long the surviving sites did not serve.
 package kills
 
 import (
@@ -21,6 +21,7 @@ import (
 // Options of a campaign. Binary is required.
 type Options struct {
 	Binary  string
+	Sites   []string // names; default two
 	Rounds  int
 	Seed    uint64
 	Faults  []string // kinds to choose from; empty: all that this process may make
@@ -81,7 +82,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		disk = diskBytes
 	}
 	p, err := pair.Start(ctx, pair.Options{
-		Binary: o.Binary, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: smallJournal,
+		Binary: o.Binary, Names: o.Sites, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: smallJournal,
 		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
 	})
 	if err != nil {
@@ -188,16 +189,8 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	}
 	sleep(ctx, load+time.Duration(c.rng.IntN(300))*time.Millisecond)
 	at := time.Now()
-	if err := c.suffer(ctx, n, f); err != nil {
+	if err := c.strike(ctx, n, f, &r); err != nil {
 		return r, err
-	}
-	if c.rng.Float64() < c.o.Twice {
-		second := c.choose()
-		r.Kind, r.Fault = twoFaults, fmt.Sprintf("%s, then %s", f, second)
-		sleep(ctx, time.Duration(c.rng.IntN(1500))*time.Millisecond)
-		if err := c.suffer(ctx, n, second); err != nil {
-			return r, err
-		}
 	}
 	ended := time.Now()
 	wait, cancel := context.WithTimeout(ctx, settleMax)
@@ -238,8 +231,34 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	return r, nil
 }
 
-// twoFaults is the kind of rounds with a second fault.
-const twoFaults = "a second fault during the repair"
+// Kinds of rounds with a second fault.
+const (
+	twoFaults = "a second fault during the repair"
+	twoAtOnce = "two sites at once"
+)
+
+// strike makes a fault, in some rounds followed by a second one; with three sites, that often strikes another one meanwhile.
+func (c *campaign) strike(ctx context.Context, n int, f *fault, r *Round) error {
+	if c.rng.Float64() >= c.o.Twice {
+		return c.suffer(ctx, n, f)
+	}
+	second, gap := c.choose(), time.Duration(c.rng.IntN(1500))*time.Millisecond
+	if len(c.p.Sites) > 2 && second.site != f.site && second.kind != f.kind {
+		r.Kind, r.Fault = twoAtOnce, fmt.Sprintf("%s, and meanwhile %s", f, second)
+		other := make(chan error, 1)
+		go func() {
+			sleep(ctx, gap)
+			other <- c.suffer(ctx, n, second)
+		}()
+		return errors.Join(c.suffer(ctx, n, f), <-other)
+	}
+	r.Kind, r.Fault = twoFaults, fmt.Sprintf("%s, then %s", f, second)
+	if err := c.suffer(ctx, n, f); err != nil {
+		return err
+	}
+	sleep(ctx, gap)
+	return c.suffer(ctx, n, second)
+}
 
 // suffer is a fault from its beginning to its end.
 func (c *campaign) suffer(ctx context.Context, n int, f *fault) error {

@@ -45,30 +45,35 @@ func Kinds() []string {
 // needDisk reports kinds that need pair.Options.DiskBytes.
 func needDisk(kind string) bool { return kind == diskFull || kind == diskHangs }
 
-// fault is one of them, at a site (its number; of no meaning for the link and the witness), for a while.
+// fault is one of them, at a site (its number; of no meaning for the witness) or at its link to another one, for a while.
 type fault struct {
-	kind   string
-	site   int
-	length time.Duration
+	kind        string
+	site, other int
+	length      time.Duration
 }
 
 func (f *fault) String() string {
-	where := ""
-	if f.kind != killWitness && f.kind != cutLink && f.kind != resetLink {
-		where = fmt.Sprintf(" of site %d", f.site+1)
+	where := fmt.Sprintf(" of site %d", f.site+1)
+	switch f.kind {
+	case killWitness:
+		where = ""
+	case cutLink, cutOneWay, resetLink:
+		where += fmt.Sprintf(" to site %d", f.other+1)
 	}
 	return fmt.Sprintf("%s%s for %s", f.kind, where, f.length)
 }
 
 func (c *campaign) choose() *fault {
-	f := &fault{kind: c.o.Faults[c.rng.IntN(len(c.o.Faults))], site: c.rng.IntN(len(c.p.Sites))}
+	n := len(c.p.Sites)
+	f := &fault{kind: c.o.Faults[c.rng.IntN(len(c.o.Faults))], site: c.rng.IntN(n)}
+	f.other = (f.site + 1 + c.rng.IntN(n-1)) % n
 	f.length = time.Duration(200+c.rng.IntN(4000)) * time.Millisecond
 	return f
 }
 
 func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
-	s := p.Sites[f.site]
-	there, back := p.Link(p.Sites[0].Name, p.Sites[1].Name), p.Link(p.Sites[1].Name, p.Sites[0].Name)
+	s, other := p.Sites[f.site], p.Sites[f.other]
+	there, back := p.Link(s.Name, other.Name), p.Link(other.Name, s.Name)
 	switch f.kind {
 	case killServer:
 		return s.Cluster.Kill()
@@ -88,7 +93,7 @@ func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
 		there.Cut()
 		back.Cut()
 	case cutOneWay:
-		[]*faultnet.Relay{there, back}[f.site].Drop(faultnet.ToTarget)
+		there.Drop(faultnet.ToTarget)
 	case resetLink:
 		there.Reset()
 		back.Reset()
@@ -97,8 +102,7 @@ func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
 	case fastStop:
 		return s.Cluster.Stop(ctx, "fast")
 	case cancelWait, endWait:
-		there.Cut() // so that commits wait
-		back.Cut()
+		eachLink(p, s, (*faultnet.Relay).Cut) // so that commits wait
 		return disturbWaiters(ctx, s, f.kind == endWait)
 	case diskFull:
 		return s.Disk.Fill()
@@ -129,13 +133,25 @@ func (f *fault) end(ctx context.Context, p *pair.Pair) error {
 		return s.Disk.Free()
 	case diskHangs:
 		return s.Disk.Thaw()
-	case cutLink, cutOneWay, cancelWait, endWait:
-		p.Link(p.Sites[0].Name, p.Sites[1].Name).Heal()
-		p.Link(p.Sites[1].Name, p.Sites[0].Name).Heal()
+	case cancelWait, endWait:
+		eachLink(p, s, (*faultnet.Relay).Heal)
+	case cutLink, cutOneWay:
+		p.Link(s.Name, p.Sites[f.other].Name).Heal()
+		p.Link(p.Sites[f.other].Name, s.Name).Heal()
 	case killWitness:
 		return p.Witness.Start()
 	}
 	return nil
+}
+
+// eachLink does something to all links of a site, in both directions.
+func eachLink(p *pair.Pair, s *pair.Site, do func(*faultnet.Relay)) {
+	for _, o := range p.Sites {
+		if o != s {
+			do(p.Link(s.Name, o.Name))
+			do(p.Link(o.Name, s.Name))
+		}
+	}
 }
 
 // killSession kills a client's session, one that is in the midst of something if there is one.

@@ -27,8 +27,10 @@ func main() {
 	defer stop()
 	var o kills.Options
 	var faults string
+	var sites int
 	flag.IntVar(&o.Rounds, "n", 20, "rounds")
 	flag.Uint64Var(&o.Seed, "seed", rand.Uint64N(1<<32), "seed of what is random")
+	flag.IntVar(&sites, "sites", 2, "sites, two or three")
 	flag.IntVar(&o.Clients, "clients", 4, "clients at each site")
 	flag.DurationVar(&o.Rearm, "rearm", time.Second, "durability.rearm: how long a link must be stable before a site is taken back")
 	flag.StringVar(&faults, "faults", "", "kinds of faults to choose from, separated by commas; default all: "+strings.Join(kills.Kinds(), ", "))
@@ -37,6 +39,9 @@ func main() {
 	flag.Parse()
 	if faults != "" {
 		o.Faults = strings.Split(faults, ",")
+	}
+	if o.Sites = []string{"a", "b", "c"}; sites >= 2 && sites <= 3 {
+		o.Sites = o.Sites[:sites]
 	}
 	o.Out = os.Stdout
 	if err := run(ctx, o); err != nil {
@@ -63,7 +68,7 @@ func run(ctx context.Context, o kills.Options) (err error) {
 	if o.Binary, err = pair.Build(ctx, dir); err != nil {
 		return err
 	}
-	fmt.Printf("seed %d: %d rounds, %d clients at each of two sites\n", o.Seed, o.Rounds, o.Clients)
+	fmt.Printf("seed %d: %d rounds, %d clients at each of %d sites\n", o.Seed, o.Rounds, o.Clients, len(o.Sites))
 	res, err := kills.Run(ctx, o)
 	fmt.Print("\n", res.Report())
 	if err == nil && res.Failed() {
