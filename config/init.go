@@ -32,7 +32,7 @@ type InitSpec struct {
 	// Witness is the host, or host:port, of a voter that holds no user data: the cluster then keeps a register, and
 	// commits wait for another site. Empty: neither.
 	Witness string
-	// Voters of the register, with a Witness; empty: the first two sites and the witness, on ports near those of the agents.
+	// Voters of the register; empty, with a Witness: the first two sites and it, on ports near those of the agents.
 	Voters []Voter
 }
 

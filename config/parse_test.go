@@ -234,6 +234,15 @@ func TestQuorumIsRead(t *testing.T) {
 	if diff := cmp.Diff([]string{"127.0.0.1:7481", "127.0.0.1:7483", "127.0.0.1:7485"}, c.RegisterEndpoints()); diff != "" {
 		t.Error(diff)
 	}
+	three := strings.Replace(minimal, "bootstrap", "  - {id: 3, name: daegu, address: \"127.0.0.1:7403\"}\nbootstrap", 1)
+	for _, voters := range []string{voters, strings.Replace(voters, "name: w,", "name: daegu,", 1)} { // with a witness, and without
+		if c = mustParse(t, three+voters+"durability: {level: sync, receipts: 2}\n"); !c.Waits("app") || len(c.Quorum.Members) != 3 {
+			t.Errorf("three sites: %+v", c.Quorum)
+		}
+	}
+	if c.WitnessName() != "" {
+		t.Errorf("of three sites, %s is the witness", c.WitnessName())
+	}
 	c = mustParse(t, minimal+"quorum: {external: [\"https://e:2379\"], tls: {ca: c, cert: /d, key: e}}\ndurability: {level: sync}\n")
 	if !c.HasRegister() || c.RegisterEndpoints()[0] != "https://e:2379" || c.Quorum.TLS != (TLS{CA: "/etc/duri/c", Cert: "/d", Key: "/etc/duri/e"}) {
 		t.Errorf("external: %+v", c.Quorum)

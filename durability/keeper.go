@@ -99,6 +99,7 @@ const (
 	Return   Kind = "return"    // propose the members with the site
 	Settle   Kind = "settle"    // propose the same members as settled
 	Renew    Kind = "renew"     // propose the same value in the next epoch, which ends all promises
+	Await    Kind = "await"     // that another member sees it likewise
 	Blocked  Kind = "blocked"   // something should be done that the rules do not allow
 )
 
@@ -213,7 +214,7 @@ func (v View) lose(others []string) Action {
 	case v.Preferred != "" && v.Preferred != v.Self && !slices.Contains(gone, v.Preferred) && v.FrozenFor < preferenceDelay:
 		return Action{} // it asks first
 	case v.disagree(others, gone) != "":
-		return do(Blocked, gone, why+"; "+v.disagree(others, gone)+" has not given up on it, and must have too")
+		return do(Await, gone, why+"; "+v.disagree(others, gone)+" has not given up on it, and must have too")
 	}
 	return do(TakeOver, gone, why)
 }

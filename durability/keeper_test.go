@@ -89,7 +89,7 @@ func TestDecide(t *testing.T) {
 		}, TakeOver, "b", ""},
 		{"one of three gone, and the other one hears it", func(v *View) {
 			v.Members, v.Peers, v.Frozen = []string{"a", "b", "c"}, []Peer{{Name: "b", Refused: true}, well("c")}, []string{"b"}
-		}, Blocked, "b", "c has not given up on it"},
+		}, Await, "b", "c has not given up on it"},
 		{"both have frozen it", func(v *View) {
 			v.Members, v.Frozen = []string{"a", "b", "c"}, []string{"b"}
 			v.Peers = []Peer{{Name: "b", Refused: true}, with(well("c"), func(p *Peer) { p.Frozen = []string{"b"} })}

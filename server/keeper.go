@@ -634,7 +634,7 @@ func (k *keeper) act(ctx context.Context, a durability.Action) {
 		k.kickAll()
 	case durability.TakeOver, durability.Leave, durability.Return, durability.Settle, durability.Renew:
 		k.propose(ctx, a)
-	case durability.Nothing, durability.Blocked:
+	case durability.Nothing, durability.Await, durability.Blocked:
 	}
 	if k.again(a.Kind) {
 		k.stir()

@@ -28,6 +28,7 @@ type DurabilityStatus struct {
 	Frozen    []string        `json:"frozen,omitempty"` // sites whose receipts do not count just now
 	Arming    []string        `json:"arming,omitempty"` // sites that come back
 	Blocked   string          `json:"blocked,omitempty"`
+	Awaits    string          `json:"awaits,omitempty"` // what other members must see likewise before it is done
 	// Unheeded are databases whose commits do not wait, because synchronous_standby_names does not name their agent.
 	Unheeded []string    `json:"unheeded,omitempty"`
 	Problem  *fault      `json:"problem,omitempty"`
@@ -58,8 +59,11 @@ func (k *keeper) status() *DurabilityStatus {
 		d.Frozen = append(d.Frozen, s)
 	}
 	slices.Sort(d.Frozen)
-	if k.last.Kind == durability.Blocked {
+	switch k.last.Kind {
+	case durability.Blocked:
 		d.Blocked = k.last.Why
+	case durability.Await:
+		d.Awaits = k.last.Why
 	}
 	if k.problem.Text != "" {
 		f := k.problem

@@ -110,6 +110,7 @@ func printRegister(w io.Writer, site string, s server.DurabilityStatus, style te
 	row("waiting", strings.Join(s.Frozen, ", "))
 	row("returning", strings.Join(s.Arming, ", "))
 	row("blocked", s.Blocked)
+	row("awaits", s.Awaits)
 	if s.Problem != nil {
 		lines = append(lines, problem("problem", s.Problem.Text, s.Problem.Hint))
 	}

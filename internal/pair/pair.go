@@ -34,6 +34,8 @@ type Options struct {
 	// Sync makes a register with a witness, and lets clients in through the agents' doors. Commits wait for the other site
 	// once HoldCommits was called. Rearm is durability.rearm.
 	Sync  bool
+	// NoWitness makes voters of the first three sites in place of a witness.
+	NoWitness bool
 	Rearm time.Duration
 	// More are further databases; nothing of them is seeded.
 	More     []string
@@ -56,7 +58,7 @@ type Options struct {
 
 // Pair is the sites.
 type Pair struct {
-	Witness  *Witness // with Options.Sync
+	Witness  *Witness // with Options.Sync, unless there is to be none
 	Sites    []*Site  // in the order of Options.Names; the first is the seed
 	Database string
 	dir      string

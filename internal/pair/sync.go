@@ -35,13 +35,16 @@ func (w *Witness) Signal(sig syscall.Signal) error { return w.process.signal(sig
 // Log returns the end of its log.
 func (w *Witness) Log() string { return w.process.log() }
 
-// addRegister asks for a witness, voters on free ports, and doors.
+// addRegister asks for voters on free ports, a witness among them, and doors.
 func (p *Pair) addRegister(spec *config.InitSpec) error {
 	if !p.opts.Sync {
 		return nil
 	}
-	spec.Witness = "127.0.0.1"
-	for _, name := range append(slices.Clone(p.opts.Names[:2]), config.WitnessFolder) {
+	voters := p.opts.Names[:min(3, len(p.opts.Names))]
+	if !p.opts.NoWitness {
+		spec.Witness, voters = "127.0.0.1", append(slices.Clone(voters[:2]), config.WitnessFolder)
+	}
+	for _, name := range voters {
 		v := config.Voter{Name: name}
 		for _, to := range []*string{&v.Peer, &v.Client} {
 			var err error
@@ -57,6 +60,9 @@ func (p *Pair) addRegister(spec *config.InitSpec) error {
 			return err
 		}
 		spec.Sites[i].Clients = s.Door
+	}
+	if p.opts.NoWitness {
+		return nil
 	}
 	dir := filepath.Join(spec.Out, config.WitnessFolder)
 	p.Witness = &Witness{binary: p.opts.Binary, configFile: filepath.Join(dir, config.FileName)}

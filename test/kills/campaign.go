@@ -1,4 +1,4 @@
-// Package kills is the kill campaign: two sites or three and a witness, clients writing at all, and in each round one random
+// Package kills is the kill campaign: two sites or more and a witness, clients writing at all, and in each round one random
 // fault, or two. A ledger outside the databases tells afterwards whether anything that was acknowledged is lost, or anything is
 // there twice; whether the sites are equal; and for how long the surviving sites did not serve.
 package kills
@@ -27,9 +27,11 @@ type Options struct {
 	Faults  []string // kinds to choose from; empty: all that this process may make
 	Twice   float64  // share of rounds in which a second fault comes while the first one is being repaired
 	Clients int      // at each site; default 4
-	Rearm   time.Duration
-	Out     io.Writer
-	Keep    bool // keep everything on disk when a round fails
+	// Receipts is durability.receipts: how many other sites a commit waits for; default 1.
+	Receipts int
+	Rearm    time.Duration
+	Out      io.Writer
+	Keep     bool // keep everything on disk when a round fails
 }
 
 // Round is what one round showed.
@@ -82,7 +84,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		disk = diskBytes
 	}
 	p, err := pair.Start(ctx, pair.Options{
-		Binary: o.Binary, Names: o.Sites, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: smallJournal,
+		Binary: o.Binary, Names: o.Sites, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: o.config,
 		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
 	})
 	if err != nil {
@@ -144,8 +146,11 @@ func permitted(asked []string) ([]string, error) {
 // diskBytes is what an agent's data has, if a disk may fill up or hang: a voter's log and the journals.
 const diskBytes = 640 << 20
 
-// smallJournal lets the journals begin new files often, which is when a full disk shows.
-func smallJournal(_, text string) string { return text + "\njournal:\n  segment: 1MiB\n  keep: 1m\n" }
+// config lets the journals begin new files often, which is when a full disk shows, and sets receipts.
+func (o Options) config(_, text string) string {
+	text = strings.Replace(text, "\ndurability:\n", fmt.Sprintf("\ndurability:\n  receipts: %d\n", max(o.Receipts, 1)), 1)
+	return text + "\njournal:\n  segment: 1MiB\n  keep: 1m\n"
+}
 
 func (r Round) String() string {
 	lines := []string{fmt.Sprintf("%s; without service %s, as before %s after it", r.Fault, r.Stall.Round(time.Millisecond), r.Recovered.Round(time.Millisecond))}

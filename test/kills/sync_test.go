@@ -18,10 +18,16 @@ import (
 	"github.com/duri-io/duri/server"
 )
 
-// syncPair starts two sites, or those that are named, and a witness with a table, whose commits wait for each other.
-func syncPair(t *testing.T, names ...string) *pair.Pair {
+// syncPair starts two sites and a witness with a table, whose commits wait for each other.
+func syncPair(t *testing.T) *pair.Pair {
 	t.Helper()
-	p := startPair(t, nil, names...)
+	return syncSites(t, pair.Options{})
+}
+
+// syncSites is syncPair with other options.
+func syncSites(t *testing.T, o pair.Options) *pair.Pair {
+	t.Helper()
+	p := startPair(t, o)
 	settledPair(t, p)
 	unheeded(t, p, 1) // and the agents say that nothing waits yet
 	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
@@ -29,19 +35,18 @@ func syncPair(t *testing.T, names ...string) *pair.Pair {
 	return p
 }
 
-// startPair starts two sites, or those that are named, and a witness with a table; change, if any, is made to the sites' configuration.
-func startPair(t *testing.T, change func(site, text string) string, names ...string) *pair.Pair {
+// startPair starts two sites and a witness with a table, or what the options ask for.
+func startPair(t *testing.T, o pair.Options) *pair.Pair {
 	t.Helper()
 	binary, err := pair.Build(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := pair.Start(t.Context(), pair.Options{
-		Binary: binary, Names: names, Relays: true, Sync: true, Rearm: 500 * time.Millisecond, Config: change,
-		Seed: func(ctx context.Context, a *pair.Site) error {
-			return a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
-		},
-	})
+	o.Binary, o.Relays, o.Sync, o.Rearm = binary, true, true, 500*time.Millisecond
+	o.Seed = func(ctx context.Context, a *pair.Site) error {
+		return a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
+	}
+	p, err := pair.Start(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}

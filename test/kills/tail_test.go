@@ -166,9 +166,9 @@ func TestWaitThatIsDisturbed(t *testing.T) {
 // TestBothSitesGoOn: with availability-first both acknowledge while they do not hear each other, and what is superseded
 // afterwards is on record.
 func TestBothSitesGoOn(t *testing.T) {
-	p := startPair(t, func(_, text string) string {
+	p := startPair(t, pair.Options{Config: func(_, text string) string {
 		return strings.Replace(text, "\ndurability:\n", "\ndurability:\n  policy: availability-first\n", 1)
-	})
+	}})
 	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
 	a, b := p.Sites[0], p.Sites[1]
 	p.Link("a", "b").Cut()

@@ -118,7 +118,7 @@ func expectRows(t *testing.T, p *pair.Pair, acked ...int) {
 // TestDeadSitesTailIsExchanged is S46: of what a acknowledged before it died, b has received more than c. c gets it from
 // b, unchanged; only then may another site be left out, and nothing is lost when it is. The two come back one by one.
 func TestDeadSitesTailIsExchanged(t *testing.T) {
-	p := syncPair(t, "a", "b", "c")
+	p := syncSites(t, pair.Options{Names: []string{"a", "b", "c"}})
 	a, b, c := p.Sites[0], p.Sites[1], p.Sites[2]
 	p.Link("a", "c").Cut()
 	p.Link("c", "a").Cut()
@@ -208,7 +208,7 @@ func TestDeadSitesTailIsExchanged(t *testing.T) {
 // TestThirdSiteHandsOnWhatACutKeepsBack: a and c do not hear each other, and b hears both: nobody is left out, all go on,
 // and each has what the others write.
 func TestThirdSiteHandsOnWhatACutKeepsBack(t *testing.T) {
-	p := syncPair(t, "a", "b", "c")
+	p := syncSites(t, pair.Options{Names: []string{"a", "b", "c"}, NoWitness: true})
 	a, c := p.Sites[0], p.Sites[2]
 	p.Link("a", "c").Cut()
 	p.Link("c", "a").Cut()

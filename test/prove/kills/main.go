@@ -30,7 +30,8 @@ func main() {
 	var sites int
 	flag.IntVar(&o.Rounds, "n", 20, "rounds")
 	flag.Uint64Var(&o.Seed, "seed", rand.Uint64N(1<<32), "seed of what is random")
-	flag.IntVar(&sites, "sites", 2, "sites, two or three")
+	flag.IntVar(&sites, "sites", 2, "sites, two to five")
+	flag.IntVar(&o.Receipts, "receipts", 1, "durability.receipts: how many other sites a commit waits for")
 	flag.IntVar(&o.Clients, "clients", 4, "clients at each site")
 	flag.DurationVar(&o.Rearm, "rearm", time.Second, "durability.rearm: how long a link must be stable before a site is taken back")
 	flag.StringVar(&faults, "faults", "", "kinds of faults to choose from, separated by commas; default all: "+strings.Join(kills.Kinds(), ", "))
@@ -40,9 +41,7 @@ func main() {
 	if faults != "" {
 		o.Faults = strings.Split(faults, ",")
 	}
-	if o.Sites = []string{"a", "b", "c"}; sites >= 2 && sites <= 3 {
-		o.Sites = o.Sites[:sites]
-	}
+	o.Sites = []string{"a", "b", "c", "d", "e"}[:min(max(sites, 2), 5)]
 	o.Out = os.Stdout
 	if err := run(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "prove kills:", err)
