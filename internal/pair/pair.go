@@ -33,10 +33,10 @@ type Options struct {
 	Database string // replicated database; default app
 	// Sync makes a register with a witness, and lets clients in through the agents' doors. Commits wait for the other site
 	// once HoldCommits was called. Rearm is durability.rearm.
-	Sync  bool
+	Sync bool
 	// NoWitness makes voters of the first three sites in place of a witness.
 	NoWitness bool
-	Rearm time.Duration
+	Rearm     time.Duration
 	// More are further databases; nothing of them is seeded.
 	More     []string
 	Names    []string // of the sites, two or more; default a, b
