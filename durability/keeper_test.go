@@ -205,7 +205,7 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 				switch {
 				case slices.Contains(v.Members, p.Name) && !slices.Contains(p.Armed, a.Sites[0]):
 					t.Fatalf("%+v: member %s does not wait for it", a, p.Name)
-				case p.Name == a.Sites[0] && !(p.Passed && p.CaughtUp):
+				case p.Name == a.Sites[0] && (!p.Passed || !p.CaughtUp):
 					t.Fatalf("%+v: it lacks something", a)
 				}
 			}

@@ -18,7 +18,7 @@ import (
 func TestCopyOfACopyIsTheJournal(t *testing.T) {
 	w := newWorld(t, nil)
 	h := header()
-	h.Site, h.SiteName, h.Incarnation.SystemID = 3, "daejeon", 9
+	h.Site, h.SiteName, h.SystemID = 3, "daejeon", 9
 	theirs := newJournal(t, h, journal.Options{SegmentBytes: 100 << 10})
 	past := newHistory(theirs, 4)
 	past.fill(t, 200)
