@@ -42,15 +42,15 @@ func writer(ctx context.Context, t *testing.T, s *pair.Site, first int) *inserts
 	return in
 }
 
-// awaitRegister waits until sites have read a register that fits.
+// awaitRegister waits until sites have read a register that fits, and let clients in.
 func awaitRegister(t *testing.T, p *pair.Pair, what string, fits func(r quorum.Register) bool, sites ...*pair.Site) {
 	t.Helper()
 	within(t, time.Minute, func(ctx context.Context) error {
 		return p.Wait(ctx, what, func(ctx context.Context) (bool, error) {
 			for _, s := range sites {
 				d, err := s.Control.Register(ctx)
-				if err != nil || !d.Known || !fits(d.Register) {
-					return false, errors.Join(err, fmt.Errorf("site %s: %+v; blocked %q, problem %v", s.Name, d, d.Blocked, d.Problem))
+				if err != nil || !d.Known || !fits(d.Register) || d.Door == nil || !d.Door.Open {
+					return false, errors.Join(err, fmt.Errorf("site %s: %s; door %+v, awaits %q, blocked %q, problem %v", s.Name, d.Guarantee, d.Door, d.Awaits, d.Blocked, d.Problem))
 				}
 			}
 			return true, nil
