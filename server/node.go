@@ -44,9 +44,11 @@ type node struct {
 	hooks    Hooks
 	keeper   *keeper // nil without a register
 	peers    []*peer
-	ready    atomic.Pointer[captured] // set once journal and index are open
-	over     atomic.Bool              // the journal budget is used up
-	gate     gate                     // of decoding
+	ready    atomic.Pointer[captured]     // set once journal and index are open
+	over     atomic.Bool                  // the journal budget is used up
+	room     atomic.Pointer[BudgetStatus] // of the journals
+	walRoom  atomic.Pointer[BudgetStatus] // of the WAL that the slot holds; nil: max_slot_wal_keep_size does not bound it
+	gate     gate                         // of decoding
 
 	sql  *session // for clock, heartbeat, barrier, maintenance
 	rows *session // for rows that peers fetch
@@ -69,6 +71,8 @@ type node struct {
 	recover atomic.Uint64             // what the server had flushed when the stream was last opened
 	ages    []age                     // used by the maintenance loop alone
 	told    map[string]bool           // findings that are in the log; used by open alone
+	used    usage                     // likewise
+	walUsed usage                     // used by the heartbeat loop alone
 }
 
 // captured is what exists once a database has been opened.
@@ -473,6 +477,7 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	var flush wal.LSN
+	held := false
 	err := n.withSQL(ctx, func(conn *pgconn.PgConn) error {
 		if err := n.measureClock(ctx, conn); err != nil {
 			return err
@@ -483,10 +488,16 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 			n.counted.Store(rows[0][1] == "true")
 			flush, err = wal.ParseLSN(rows[0][0])
 		}
+		if err == nil {
+			held, err = n.measureWAL(ctx, conn)
+		}
 		return err
 	})
 	if err != nil {
 		return err
+	}
+	if held {
+		n.alarm("wal_budget", *n.walRoom.Load(), WALUsed)
 	}
 	behind := flush > c.local.Position()
 	if time.Since(n.emitted) < heartbeatEvery && (!behind || time.Since(n.emitted) <= time.Second) {
@@ -542,7 +553,7 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 	now := time.Now()
 	n.ages = append(n.ages, age{now, c.journal.End()})
 	keep := n.cfg.Journal.Keep.Std()
-	if n.over.Load() {
+	if r := n.room.Load(); r != nil && r.Level != LevelOK {
 		keep = 0 // what is only kept for convenience goes first
 	}
 	old := wal.LSN(0)
@@ -571,6 +582,7 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 		return fmt.Errorf("prune journal: %w", err)
 	}
 	sizes[0] = c.journal.State().DiskBytes
+	n.measure(now, c, sizes)
 	n.pause(sizes)
 	return nil
 }
@@ -602,9 +614,14 @@ func positionOf(all []wal.Seen, site wal.SiteID) wal.LSN {
 	return 0
 }
 
+// share is this database's part of the budget.
+func (n *node) share() int64 {
+	return share(n.cfg.Journal.Budget.Bytes(), n.cfg.Journal.Segment.Bytes(), len(n.cfg.Databases))
+}
+
 // pause ends and lets go on what fills the journals, as their sizes, the own one's first, ask for.
 func (n *node) pause(sizes []int64) {
-	over, paused := overBudget(sizes, share(n.cfg.Journal.Budget.Bytes(), n.cfg.Journal.Segment.Bytes(), len(n.cfg.Databases)))
+	over, paused := overBudget(sizes, n.share())
 	n.over.Store(over)
 	n.gate.set(reason(paused[0], errBudget))
 	for i, p := range n.peers {

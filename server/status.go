@@ -44,7 +44,11 @@ type DatabaseStatus struct {
 	Journal    JournalStatus `json:"journal"`
 	Local      apply.Stats   `json:"local"`
 	OverBudget bool          `json:"over_budget"`
-	Links      []LinkStatus  `json:"links"`
+	// Budget is how much of its share of journal.budget the journals use; nil while the database is not open. WALBudget is
+	// the same for the WAL that the slot holds, where max_slot_wal_keep_size bounds it.
+	Budget    *BudgetStatus `json:"budget,omitempty"`
+	WALBudget *BudgetStatus `json:"wal_budget,omitempty"`
+	Links     []LinkStatus  `json:"links"`
 	// Policies are in force here; nil while the database is not open. The peers compare them with theirs.
 	Policies *policy.Set `json:"policies,omitempty"`
 	// ForeignKeys is about rows that lost their parent.
@@ -112,6 +116,12 @@ func (n *node) status() DatabaseStatus {
 	d.Policies, d.ForeignKeys = n.policies.Load(), n.checker.Status()
 	if d.State != stateReady && d.Health == HealthOK {
 		d.Health = HealthDegraded
+	}
+	d.Budget, d.WALBudget = n.room.Load(), n.walRoom.Load()
+	for _, b := range []*BudgetStatus{d.Budget, d.WALBudget} {
+		if b != nil && b.Level != LevelOK && d.Health == HealthOK {
+			d.Health = HealthDegraded
+		}
 	}
 	if d.OverBudget {
 		d.Health = HealthDown

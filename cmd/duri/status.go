@@ -94,8 +94,13 @@ func summary(s server.ClusterStatus) (string, bool) {
 		for _, d := range site.Databases {
 			if d.Health != server.HealthOK {
 				why := d.State
-				if d.Problem != nil {
+				switch {
+				case d.Problem != nil:
 					why = "has a problem"
+				case tight(d.Budget):
+					why = "uses up its journal.budget"
+				case tight(d.WALBudget):
+					why = "holds too much WAL"
 				}
 				bad = append(bad, fmt.Sprintf("database %s at %s %s", d.Name, site.Site, why))
 			}
@@ -144,6 +149,7 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 			if d.Problem != nil {
 				problems = append(problems, problem(d.Name+" at "+site.Site, d.Problem.Text, d.Problem.Hint))
 			}
+			problems = append(problems, room(d.Name+" at "+site.Site, d)...)
 			for _, v := range d.Verify {
 				problems = append(problems, differences(site.Site, v)...)
 			}
@@ -212,6 +218,21 @@ func setAside(site string, d server.DatabaseStatus) []string {
 	for _, t := range d.ParkedTables {
 		out = append(out, problem(subject, fmt.Sprintf("%s of %s hidden at every site, as newer rows have unique values of theirs", count(t.Rows, "row"), t.Table),
 			"they are in duri.parked, and come back when the newer rows are deleted or get other values"))
+	}
+	return out
+}
+
+// tight reports that a budget needs attention.
+func tight(b *server.BudgetStatus) bool { return b != nil && b.Level != server.LevelOK }
+
+// room are the lines about budgets that are nearly used up.
+func room(subject string, d server.DatabaseStatus) (out []string) {
+	if tight(d.Budget) {
+		out = append(out, problem(subject, d.Budget.Level+": "+d.Budget.Sentence(server.JournalsUsed), "bring back what is named, or raise journal.budget; at 95 % journal.full decides"))
+	}
+	if tight(d.WALBudget) {
+		out = append(out, problem(subject, d.WALBudget.Level+": "+d.WALBudget.Sentence(server.WALUsed),
+			"beyond the bound PostgreSQL drops WAL that the other sites need: let decoding go on, or raise max_slot_wal_keep_size"))
 	}
 	return out
 }
