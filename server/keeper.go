@@ -443,7 +443,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		}
 		out.Refused = out.Refused || s.refused
 		out.Stable = min(out.Stable, s.stable)
-		out.CaughtUp = out.CaughtUp && s.caughtUp && s.ack.Epoch == k.reg.Epoch
+		out.CaughtUp = out.CaughtUp && s.caughtUp && s.ack.Epoch == k.reg.Epoch && p.lacking.Load() == nil
 		if at, armed := k.arming[site]; armed {
 			out.Passed = out.Passed && at != nil && s.ack.Epoch == k.reg.Epoch && s.ack.Durable >= at[p.n]
 		}
@@ -556,6 +556,10 @@ func (k *keeper) arm(sites []string, epoch uint64) {
 		return
 	}
 	for _, s := range sites {
+		if slices.ContainsFunc(k.peersOf(s), func(p *peer) bool { return p.lacking.Load() != nil }) { // since that was decided
+			k.mu.Unlock()
+			return
+		}
 		k.arming[s] = nil // from now on nothing is acknowledged without it
 	}
 	k.mu.Unlock()

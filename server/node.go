@@ -59,11 +59,12 @@ type node struct {
 	policyMu sync.Mutex                 // held while policies and the workers' permits change
 	policies atomic.Pointer[policy.Set] // in force; nil until the database is open
 
-	mu      sync.Mutex // guards the fields up to the next gap
-	state   string
-	fault   fault
-	stepped time.Time // last backward clock step seen
-	parked  []ParkedTable
+	mu       sync.Mutex // guards the fields up to the next gap
+	state    string
+	fault    fault
+	stepped  time.Time // last backward clock step seen
+	parked   []ParkedTable
+	parkedAt time.Time // when they were counted
 
 	emitted time.Time                 // last heartbeat message; used by the heartbeat loop alone
 	counted atomic.Bool               // PostgreSQL lets commits wait for this agent
@@ -73,6 +74,8 @@ type node struct {
 	told    map[string]bool           // findings that are in the log; used by open alone
 	used    usage                     // likewise
 	walUsed usage                     // used by the heartbeat loop alone
+
+	forgotten error // see recall; set by open alone
 }
 
 // captured is what exists once a database has been opened.
@@ -81,6 +84,17 @@ type captured struct {
 	local   *apply.History
 	mesh    *apply.Mesh
 	capture *capture
+	opened  time.Time
+	past    *journal.Journal // see openPast; used by the maintenance loop alone once it runs
+}
+
+// ownBytes is the disk that this site's own journal takes, with what it remembers of what it let go of.
+func (c *captured) ownBytes() int64 {
+	bytes := c.journal.State().DiskBytes
+	if c.past != nil {
+		bytes += c.past.State().DiskBytes
+	}
+	return bytes
 }
 
 // fault is why a part does not work just now.
@@ -206,7 +220,11 @@ func (n *node) Run(ctx context.Context) error {
 	}
 	c := n.ready.Load()
 	defer func() {
-		if err := c.journal.Close(); err != nil {
+		err := c.journal.Close()
+		if c.past != nil {
+			err = errors.Join(err, c.past.Close())
+		}
+		if err != nil {
 			n.log.Error("close journal", "database", n.database.Name, "error", err)
 		}
 	}()
@@ -530,7 +548,8 @@ func (n *node) maintainLoop(ctx context.Context, c *captured) error {
 			}
 			asked = time.Now()
 		}
-		if err := n.retain(c, applied); err != nil {
+		n.settleGaps(ctx, c)
+		if err := n.retain(ctx, c, applied); err != nil {
 			return err
 		}
 		if time.Since(tables) < time.Hour {
@@ -549,7 +568,7 @@ func (n *node) maintainLoop(ctx context.Context, c *captured) error {
 
 // retain prunes journals by watermark and age, forgets local history that everybody has seen, and watches the budget.
 // applied is how far the peers have been applied here durably.
-func (n *node) retain(c *captured, applied []wal.Seen) error {
+func (n *node) retain(ctx context.Context, c *captured, applied []wal.Seen) error {
 	now := time.Now()
 	n.ages = append(n.ages, age{now, c.journal.End()})
 	keep := n.cfg.Journal.Keep.Std()
@@ -581,7 +600,9 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 	if err := c.journal.Prune(min(needed, old)); err != nil {
 		return fmt.Errorf("prune journal: %w", err)
 	}
-	sizes[0] = c.journal.State().DiskBytes
+	sizes[0] = c.ownBytes()
+	n.makeRoom(ctx, now, c, sizes)
+	sizes[0] = c.ownBytes()
 	n.measure(now, c, sizes)
 	n.pause(sizes)
 	return nil

@@ -173,6 +173,11 @@ func (k *keeper) force(ctx context.Context, req ForceRequest) (LossReport, error
 			return LossReport{}, &hinted{fmt.Sprintf("there is no site %q", s), "sites are " + strings.Join(k.siteNames(), ", ")}
 		}
 	}
+	for _, s := range req.Keep {
+		if slices.ContainsFunc(k.peersOf(s), func(p *peer) bool { return p.lacking.Load() != nil }) {
+			return LossReport{}, &hinted{"a gap is open: " + s + " lacks what this site wrote", "keep " + k.a.self.Name + " alone; the other one comes back by itself when it has re-synchronised"}
+		}
+	}
 	reg, err := k.store.Get(ctx)
 	if err != nil {
 		return LossReport{}, fmt.Errorf("read the register: %w", err)

@@ -97,6 +97,10 @@ func summary(s server.ClusterStatus) (string, bool) {
 				switch {
 				case d.Problem != nil:
 					why = "has a problem"
+				case len(d.Gaps) > 0 && d.Gaps[0].Peer == site.Site:
+					why = "is re-synchronising from " + d.Gaps[0].Origin
+				case len(d.Gaps) > 0:
+					why = "has a gap towards " + d.Gaps[0].Peer
 				case tight(d.Budget):
 					why = "uses up its journal.budget"
 				case tight(d.WALBudget):
@@ -148,6 +152,9 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 		for _, d := range site.Databases {
 			if d.Problem != nil {
 				problems = append(problems, problem(d.Name+" at "+site.Site, d.Problem.Text, d.Problem.Hint))
+			}
+			for _, g := range d.Gaps {
+				problems = append(problems, gap(d.Name+" at "+site.Site, site.Site, g))
 			}
 			problems = append(problems, room(d.Name+" at "+site.Site, d)...)
 			for _, v := range d.Verify {
@@ -224,6 +231,18 @@ func setAside(site string, d server.DatabaseStatus) []string {
 
 // tight reports that a budget needs attention.
 func tight(b *server.BudgetStatus) bool { return b != nil && b.Level != server.LevelOK }
+
+// gap is the line about a hole between two sites.
+func gap(subject, site string, g server.GapStatus) string {
+	text, hint := g.Sentence(site), "nothing is to be done: it re-synchronises by itself when it is back"
+	if site == g.Peer {
+		hint = "wait: it comes back by itself when all rows are equal"
+	}
+	if g.Problem != nil {
+		text, hint = text+"; "+g.Problem.Text, g.Problem.Hint
+	}
+	return problem(subject, text, hint)
+}
 
 // room are the lines about budgets that are nearly used up.
 func room(subject string, d server.DatabaseStatus) (out []string) {
