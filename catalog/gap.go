@@ -131,6 +131,18 @@ func GapRowsDone(ctx context.Context, c *pgconn.PgConn, gap int64, ids []int64) 
 	return nil
 }
 
+// UnparkForGap forgets the rows that are parked here, and writes down what they were. While a gap is open they may be parked
+// because of rows that are not there any more; what is rightly parked is so at the origin, too.
+func UnparkForGap(ctx context.Context, c *pgconn.PgConn, gap int64) error {
+	_, err := pg.Query(ctx, c, `WITH p AS (DELETE FROM duri.parked RETURNING table_schema, table_name, key, "row")
+		INSERT INTO duri.gap_row (gap, table_schema, table_name, key, before, done)
+		SELECT $1::int8, table_schema, table_name, key, p."row", true FROM p`, fmt.Sprint(gap))
+	if err != nil {
+		return fmt.Errorf("forget parked rows: %w", err)
+	}
+	return nil
+}
+
 // GapPassed counts a comparison of all tables.
 func GapPassed(ctx context.Context, c *pgconn.PgConn, gap int64) error {
 	_, err := pg.Query(ctx, c, "UPDATE duri.gap SET passes = passes + 1 WHERE id = $1::int8", fmt.Sprint(gap))

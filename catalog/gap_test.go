@@ -102,3 +102,20 @@ func TestBeginningAnewMovesTheProgressOnce(t *testing.T) {
 		t.Errorf("%v, %v", rows, err)
 	}
 }
+
+func TestWhatIsParkedDuringAGapIsForgottenOnRecord(t *testing.T) {
+	c, conn := migrated(t)
+	g, err := DeclareGap(t.Context(), conn, Gap{Origin: 1, Peer: 2, From: 100, To: 200, Reason: "tested"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, c, "shop", `INSERT INTO duri.parked (table_schema, table_name, key_norm, key, site, time, end_lsn, row, "constraint", rival)
+		VALUES ('public', 't', 'x', '["7"]', 1, now(), '0/0', '{"id": "7"}', 'u', 'y')`)
+	if err := UnparkForGap(t.Context(), conn, g.ID); err != nil {
+		t.Fatal(err)
+	}
+	rows := pgtest.Query(t, c, "shop", "SELECT key, before, after, done, (SELECT count(*) FROM duri.parked) FROM duri.gap_row")
+	if len(rows) != 1 || !slices.Equal(rows[0], []string{`["7"]`, `{"id": "7"}`, `\N`, "t", "0"}) {
+		t.Errorf("%q", rows)
+	}
+}

@@ -160,7 +160,13 @@ func (n *node) holders(now time.Time, c *captured, sizes []int64) []string {
 	}
 	var all []hold
 	if p := n.slowest(c); p != nil {
-		all = append(all, hold{sizes[0], fmt.Sprintf("%s of this site's own journal are kept for %s", term.Size(sizes[0]), p.standing(now))})
+		text := fmt.Sprintf("%s of this site's own journal are kept for %s", term.Size(sizes[0]), p.standing(now))
+		p.mu.Lock()
+		if p.kept != "" {
+			text += ", and not freed: " + p.kept
+		}
+		p.mu.Unlock()
+		all = append(all, hold{sizes[0], text})
 	}
 	for i, p := range n.peers {
 		why := "its changes are applied late here"

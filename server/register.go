@@ -227,6 +227,10 @@ func (k *keeper) losable(gone []string) (all []PossibleLoss) {
 			if err == nil && beat.End > j.Durable() {
 				loss.Bytes = int64(beat.End - j.Durable())
 			}
+			if g := p.missing.Load(); g != nil && g.ID != 0 { // what came behind a gap does not make up for it
+				loss.Have = g.From.String()
+				loss.Bytes = int64(max(beat.End, g.To) - g.From)
+			}
 			all = append(all, loss)
 		}
 	}

@@ -276,6 +276,9 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 	if why != "" {
 		return nil
 	}
+	if err := p.n.withSQL(ctx, func(c *pgconn.PgConn) error { return catalog.UnparkForGap(ctx, c, g.ID) }); err != nil {
+		return err
+	}
 	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, remove: remove, count: p.countMended}
 	rep, err := verify.Repair(ctx, here, p.remote(), verify.RepairOptions{
 		Apply: true, From: p.site.Name, Settle: p.settle, Sites: [2]wal.SiteID{p.n.self.ID, p.site.ID}, SiteName: p.n.siteName,

@@ -159,7 +159,7 @@ func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 			t.Fatal(err)
 		}
 	}
-	sql(t, a, "UPDATE t SET u = -u WHERE id IN (11, 12); UPDATE t SET u = 23 - id WHERE id IN (11, 12)")
+	sql(t, a, "UPDATE t SET u = -u WHERE id IN (11, 12); UPDATE t SET u = 23 - id WHERE id IN (11, 12); UPDATE t SET u = 7000020 WHERE id = 20")
 	fill(200, 9)
 	if limit := int64(gapBudget + gapBudget/4); most > limit {
 		t.Errorf("the journals took %d bytes, the budget is %d", most, gapBudget)
@@ -176,6 +176,8 @@ func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 	if err := errors.Join(b.SignalAgent(syscall.SIGKILL), b.StartAgent()); err != nil {
 		t.Fatal(err)
 	}
+	// Behind the gap, a row that collides with one that b still has.
+	sql(t, a, "INSERT INTO t VALUES (900010, 10, 20, 'a')")
 	sql(t, a, "UPDATE t SET v = 'while b re-synchronises' WHERE id BETWEEN 100 AND 120; DELETE FROM t WHERE id = 130; UPDATE d SET n = n + 1 WHERE id = 2")
 	for _, s := range p.Sites {
 		eventually(t, p, s, "the gap is closed", func(d server.DatabaseStatus) bool { return len(d.Gaps) == 0 && d.State == "ready" })
@@ -193,7 +195,7 @@ func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 	}
 	for query, want := range map[string]string{
 		"SELECT string_agg(id || ':' || n || ':' || v, ' ' ORDER BY id) FROM t WHERE id IN (5, 6, 7, 8, 9)":        "5:5:a 7:-1:tail 9:5:a",
-		"SELECT string_agg(id || ':' || n || ':' || v, ' ' ORDER BY id) FROM t WHERE id > 900000 AND id < 1000000": "900001:-1:tail 900002:2:a 900003:3:b",
+		"SELECT string_agg(id || ':' || n || ':' || v, ' ' ORDER BY id) FROM t WHERE id > 900000 AND id < 1000000": "900001:-1:tail 900002:2:a 900003:3:b 900010:10:a",
 		"SELECT count(*) || ' ' || count(*) FILTER (WHERE v = 'tail') FROM nokey":                                  "42 1",
 		"SELECT string_agg(id || ':' || u, ' ' ORDER BY id) FROM t WHERE id IN (11, 12)":                           "11:12 12:11",
 	} {
