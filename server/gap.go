@@ -218,12 +218,24 @@ func (n *node) letGo(ctx context.Context, c *captured, p *peer) error {
 	return c.journal.Prune(to)
 }
 
-// makeRoom frees what a peer that is away holds, as journal.full says, one file at a time.
+// makeRoomFor is how long files are freed at a time: the budget is to be looked at meanwhile.
+const makeRoomFor = 100 * time.Millisecond
+
+// makeRoom frees what a peer that is away holds, as journal.full says. sizes are those of the journals, the own one's first.
 func (n *node) makeRoom(ctx context.Context, now time.Time, c *captured, sizes []int64) {
+	began := time.Now()
+	for more := true; more && time.Since(began) < makeRoomFor; {
+		more = n.makeRoomOnce(ctx, now, c, sizes)
+		sizes[0] = c.ownBytes()
+	}
+}
+
+// makeRoomOnce frees a file, if one is to be freed.
+func (n *node) makeRoomOnce(ctx context.Context, now time.Time, c *captured, sizes []int64) (freed bool) {
 	p := n.slowest(c)
 	_, to, ok := c.journal.Oldest()
 	if p == nil || !ok || to <= min(p.acked().Durable, p.seen()) {
-		return
+		return false
 	}
 	total := int64(0)
 	for _, s := range sizes {
@@ -253,12 +265,16 @@ func (n *node) makeRoom(ctx context.Context, now time.Time, c *captured, sizes [
 	p.mu.Unlock()
 	if !yes {
 		p.unrelease()
-		return
+		return false
 	}
-	if err := n.letGo(ctx, c, p); err != nil && ctx.Err() == nil {
-		p.note(&p.gapFault, "free the journal", err)
+	if err := n.letGo(ctx, c, p); err != nil {
 		p.unrelease()
+		if ctx.Err() == nil {
+			p.note(&p.gapFault, "free the journal", err)
+		}
+		return false
 	}
+	return true
 }
 
 // unrelease takes release back when no gap was declared.

@@ -602,7 +602,6 @@ func (n *node) retain(ctx context.Context, c *captured, applied []wal.Seen) erro
 	}
 	sizes[0] = c.ownBytes()
 	n.makeRoom(ctx, now, c, sizes)
-	sizes[0] = c.ownBytes()
 	n.measure(now, c, sizes)
 	n.pause(sizes)
 	return nil
