@@ -130,6 +130,9 @@ func (p *repairer) run(ctx context.Context) error {
 			continue
 		}
 		err := p.table(ctx, r.tables[i], t.Differences)
+		if err == nil {
+			err = p.restless(ctx, r.tables[i])
+		}
 		if te, ok := isTableError(err); ok {
 			p.problem(te.Table, te.Error(), te.Hint)
 			continue

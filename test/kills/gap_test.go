@@ -124,6 +124,33 @@ func TestAPeerThatWasAwayForTooLongResynchronises(t *testing.T) {
 	}
 }
 
+// restless writes some rows all the time until it is told to be quiet; then it tells how often.
+func restless(t *testing.T, s *pair.Site) (quiet func() int) {
+	ctx, cancel := context.WithCancel(t.Context())
+	type result struct {
+		writes int
+		err    error
+	}
+	done := make(chan result, 1)
+	go func() {
+		var r result
+		for ctx.Err() == nil && r.err == nil {
+			if r.err = s.Cluster.Exec(context.WithoutCancel(ctx), s.Database, "UPDATE t SET n = n + 1 WHERE id IN (1, 105); UPDATE d SET n = n + 1 WHERE id = 2"); r.err == nil {
+				r.writes++
+			}
+		}
+		done <- r
+	}()
+	return func() int {
+		cancel()
+		r := <-done
+		if r.err != nil {
+			t.Error(r.err)
+		}
+		return r.writes
+	}
+}
+
 func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 	a, b := p.Sites[0], p.Sites[1]
 	if err := b.SignalAgent(syscall.SIGKILL); err != nil {
@@ -170,6 +197,7 @@ func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 		t.Errorf("a, alone: %+v", d)
 	}
 
+	quiet := restless(t, a)
 	if err := errors.Join(b.Cluster.Start(t.Context()), b.StartAgent()); err != nil {
 		t.Fatal(err)
 	}
@@ -182,6 +210,9 @@ func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 	sql(t, a, "UPDATE t SET v = 'while b re-synchronises' WHERE id BETWEEN 100 AND 120; DELETE FROM t WHERE id = 130; UPDATE d SET n = n + 1 WHERE id = 2")
 	for _, s := range p.Sites {
 		eventually(t, p, s, "the gap is closed", func(d server.DatabaseStatus) bool { return len(d.Gaps) == 0 && d.State == "ready" })
+	}
+	if writes := quiet(); writes < 50 {
+		t.Errorf("%d writes meanwhile", writes)
 	}
 	if sync {
 		settledPair(t, p)
