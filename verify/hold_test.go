@@ -86,6 +86,9 @@ func TestRowsThatAreNeverAtRestAreDecided(t *testing.T) {
 		ended <- nil
 	}()
 	settle := func(ctx context.Context) error {
+		if _, err := sleep(ctx, 50*time.Millisecond, nil); err != nil { // several writes come meanwhile, unless the rows are held
+			return err
+		}
 		for want := committed.Load(); arrived.Load() < want; {
 			if _, err := sleep(ctx, time.Millisecond, nil); err != nil {
 				return err
