@@ -137,6 +137,37 @@ func (l *History) Add(t *wal.Txn) error {
 	return nil
 }
 
+// Trace is what a history keeps of a transaction, as a transaction: added in its place, it leaves the same history. It shares
+// what it keeps with t.
+func (l *History) Trace(t *wal.Txn) (*wal.Txn, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := *t
+	out.Changes = nil
+	for i := range t.Changes {
+		c := &t.Changes[i]
+		kept := c.Op == wal.Truncate || l.columnMode(c.Relation)
+		if !kept && c.Op != wal.Insert && c.OldKind != wal.OldNone {
+			names, err := l.keys(c.Relation)
+			if err != nil {
+				return nil, err
+			}
+			kept = len(names) > 0 && (c.Op == wal.Delete || !sameRelationKey(names, c))
+		}
+		if kept {
+			out.Changes = append(out.Changes, *c)
+		}
+	}
+	return &out, nil
+}
+
+// sameRelationKey reports whether an update leaves its row under the same key.
+func sameRelationKey(names []namedKey, c *wal.Change) bool {
+	was, ok := relationKey(nil, names, c.Relation, c.Old)
+	is, okNew := relationKey(nil, names, c.Relation, c.New)
+	return ok && okNew && string(was) == string(is)
+}
+
 // bury notes the tombstones that a change leaves: a delete, the old key of a key change (rule 10), a TRUNCATE.
 func (l *History) bury(p past, c *wal.Change) error {
 	switch {

@@ -675,3 +675,62 @@ func BenchmarkPlan(b *testing.B) {
 		}
 	}
 }
+
+// TestTracesLeaveTheSameHistory: what a history keeps of transactions judges as the transactions themselves do, and has no values
+// of rows that still stand.
+func TestTracesLeaveTheSameHistory(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		whole, traced := newTestLocal(), newTestLocal()
+		columns := rapid.Bool().Draw(t, "column mode")
+		for _, l := range []*History{whole, traced} {
+			l.columnMode = func(*wal.Relation) bool { return columns }
+		}
+		key := func(name string) string { return fmt.Sprint(rapid.IntRange(1, 5).Draw(t, name)) }
+		row := func(k string) wal.Tuple {
+			return wal.Tuple{text(k), text(rapid.SampledFrom([]string{"x", "y"}).Draw(t, "v")), {Kind: wal.Null}}
+		}
+		for n := 1; n <= rapid.IntRange(1, 20).Draw(t, "transactions"); n++ {
+			var changes []wal.Change
+			for range rapid.IntRange(0, 4).Draw(t, "changes") {
+				k := key("key")
+				c := wal.Change{Op: wal.Insert, Relation: planRelation, New: row(k)}
+				switch rapid.IntRange(0, 5).Draw(t, "op") {
+				case 0:
+					c = deleteOf(k)
+				case 1:
+					c = wal.Change{Op: wal.Update, Relation: planRelation, OldKind: wal.OldFull, Old: row(k), New: row(key("new key"))}
+				case 2:
+					c = wal.Change{Op: wal.Truncate, Relation: planRelation}
+				case 3:
+					c = wal.Change{Op: wal.Update, Relation: planRelation, OldKind: wal.OldFull, Old: row(k), New: row(k)}
+				}
+				changes = append(changes, c)
+			}
+			txn := localTxnAt(n, wal.Time(1000*n+rapid.IntRange(-1500, 1500).Draw(t, "time")), changes...)
+			trace, err := whole.Trace(txn)
+			if err == nil {
+				err = errors.Join(whole.Add(txn), traced.Add(trace))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range trace.Changes {
+				if !columns && c.Op == wal.Insert || !columns && c.Op == wal.Update && string(c.Old[0].Data) == string(c.New[0].Data) {
+					t.Fatalf("the trace keeps %s of a row that stands", c.Op)
+				}
+			}
+		}
+		same := func(what string, a, b any) {
+			if d := cmp.Diff(a, b, cmp.AllowUnexported(past{}, minimum{}, deadKey{}, grave{}, touched{})); d != "" {
+				t.Fatalf("%s: %s", what, d)
+			}
+		}
+		same("graves", whole.graves, traced.graves)
+		same("dead", whole.dead, traced.dead)
+		same("truncated", whole.all, traced.all)
+		same("transactions", whole.txns, traced.txns)
+		same("by xid", whole.byXID, traced.byXID)
+		same("minima", whole.minima, traced.minima)
+		same("touches", whole.touches, traced.touches)
+	})
+}

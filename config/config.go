@@ -122,7 +122,17 @@ type Journal struct {
 	Keep    Duration `yaml:"keep" json:"keep"`       // keep at least this long after every site has applied it
 	Budget  Size     `yaml:"budget" json:"budget"`   // of disk, for all journals of this site
 	Segment Size     `yaml:"segment" json:"segment"` // size of one file
+	Full    Full     `yaml:"full" json:"full"`       // what happens when a site that is away has used up Budget
 }
+
+// Full is what happens when a site that is away has used up the journal's budget.
+type Full string
+
+// The policies, as journal.full names them.
+const (
+	FullDetach     Full = "detach"      // its backlog is freed; it re-synchronises when it is back
+	FullStopWrites Full = "stop-writes" // nothing is decoded any more: commits that wait for other sites wait
+)
 
 // Apply bounds one apply transaction and its patience.
 type Apply struct {
@@ -213,7 +223,7 @@ func defaults() *Config {
 		DataDir:      "data",
 		Durability:   Durability{Level: Async, Receipts: 1, Policy: DurabilityFirst, Detect: 2 * Second, Rearm: 10 * Second},
 		TLS:          TLS{CA: "ca.crt", Cert: "site.crt", Key: "site.key"},
-		Journal:      Journal{Keep: Hour, Budget: 8 * GiB, Segment: 64 * MiB},
+		Journal:      Journal{Keep: Hour, Budget: 8 * GiB, Segment: 64 * MiB, Full: FullDetach},
 		Apply:        Apply{BatchTransactions: 2000, BatchBytes: 8 * MiB, LockTimeout: 200 * Millisecond},
 		Conflict:     Conflict{Keep: 720 * Hour},
 		Verify:       Verify{Enabled: true, Period: 300 * Second, CPU: 0.02},

@@ -490,6 +490,7 @@ journal:
   keep: {{.Default.Journal.Keep}}   # at least this long after every site has applied it
   budget: {{.Default.Journal.Budget}}   # of disk, for all journals of this site
   segment: {{.Default.Journal.Segment}}   # one file
+  full: {{.Default.Journal.Full}}   # or stop-writes: when a site that is away has used up the budget
 
 apply:   # bounds of one apply transaction
   batch_transactions: {{.Default.Apply.BatchTransactions}}

@@ -264,6 +264,7 @@ func (d *decoder) validateDSN(key, dsn string) {
 
 func (d *decoder) validateLimits(c *Config) {
 	within(d, "journal.keep", c.Journal.Keep, 0, 87600*Hour)
+	d.choice("journal.full", string(c.Journal.Full), string(FullDetach), string(FullStopWrites))
 	within(d, "journal.segment", c.Journal.Segment, MiB, GiB)
 	// Four segments: one that is written, one that is read, and room to delete whole ones.
 	within(d, "journal.budget", c.Journal.Budget, 4*min(max(c.Journal.Segment, MiB), GiB), 1024*1024*TiB)

@@ -632,6 +632,16 @@ func (j *Journal) Prune(upTo wal.LSN) error {
 	return nil
 }
 
+// Oldest is the coverage of the oldest file; ok is false when it is the only one, which Prune never removes.
+func (j *Journal) Oldest() (from, to wal.LSN, ok bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.segments) < 2 {
+		return 0, 0, false
+	}
+	return j.segments[0].head.From, j.segments[0].to, true
+}
+
 // Close syncs and closes the journal; readers that wait get ErrClosed. After a failure it only closes, and returns
 // ErrFailed. A second call does nothing.
 func (j *Journal) Close() error {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -32,9 +33,9 @@ type CopyConfig struct {
 type CopyWriter struct {
 	c       CopyConfig
 	created chan struct{}
+	once    sync.Once // closes created
 	acks    chan struct{}
 	kick    chan struct{} // has a value when something is to be fsynced
-	closing chan struct{}
 	wg      sync.WaitGroup
 
 	ackMu  sync.Mutex // held while positions are read, before mu
@@ -42,6 +43,8 @@ type CopyWriter struct {
 
 	mu      sync.Mutex // guards the rest; never held during I/O
 	j       *journal.Journal
+	from    wal.LSN       // CopyConfig.From, or that of BeginAnew
+	closing chan struct{} // closed to end syncLoop
 	applied wal.LSN
 	err     error // sticky: held, or the journal failed
 	stuck   error // what came last could not be written, and is tried again: a full disk
@@ -58,9 +61,7 @@ func OpenCopy(c CopyConfig) (*CopyWriter, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	w := &CopyWriter{
-		c: c, created: make(chan struct{}), acks: make(chan struct{}, 1), kick: make(chan struct{}, 1), closing: make(chan struct{}),
-	}
+	w := &CopyWriter{c: c, from: c.From, created: make(chan struct{}), acks: make(chan struct{}, 1), kick: make(chan struct{}, 1)}
 	j, err := journal.Open(c.Dir, c.Journal)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -74,11 +75,41 @@ func OpenCopy(c CopyConfig) (*CopyWriter, error) {
 
 // adopt takes the journal into use.
 func (w *CopyWriter) adopt(j *journal.Journal) {
+	closing := make(chan struct{})
 	w.mu.Lock()
-	w.j = j
+	w.j, w.closing = j, closing
 	w.mu.Unlock()
-	close(w.created)
-	w.wg.Go(func() { w.syncLoop(j) })
+	w.once.Do(func() { close(w.created) })
+	w.wg.Go(func() { w.syncLoop(j, closing) })
+}
+
+// BeginAnew removes the copy, because what the origin still has does not join on to it: the next Follow makes a new one, which
+// begins at from. It must not be called while a Follow is under way; readers of the copy end with journal.ErrClosed.
+func (w *CopyWriter) BeginAnew(from wal.LSN) error {
+	if err := w.shut(); err != nil && !errors.Is(err, journal.ErrFailed) {
+		return fmt.Errorf("begin a copy anew: %w", err)
+	}
+	if err := os.RemoveAll(w.c.Dir); err != nil {
+		return fmt.Errorf("begin a copy anew: %w", err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.from, w.err = from, nil
+	return nil
+}
+
+// shut closes the journal, if there is one.
+func (w *CopyWriter) shut() error {
+	w.mu.Lock()
+	j, closing := w.j, w.closing
+	w.j = nil
+	w.mu.Unlock()
+	if j == nil {
+		return nil
+	}
+	close(closing)
+	w.wg.Wait()
+	return j.Close()
 }
 
 // Journal is the copy. The error says that there is none yet; Created tells when.
@@ -91,7 +122,7 @@ func (w *CopyWriter) Journal() (*journal.Journal, error) {
 	return w.j, nil
 }
 
-// Created is closed as soon as there is a copy.
+// Created is closed as soon as there is a copy for the first time.
 func (w *CopyWriter) Created() <-chan struct{} { return w.created }
 
 // Err is why the copy takes nothing any more: a HoldError, or the journal's own failure; nil as long as it does.
@@ -121,9 +152,11 @@ func (w *CopyWriter) fail(err error) error {
 
 // Position is that of Sink.
 func (w *CopyWriter) Position() (inc journal.Incarnation, have bool, end wal.LSN) {
-	j, err := w.Journal()
-	if err != nil {
-		return inc, false, w.c.From
+	w.mu.Lock()
+	j, from := w.j, w.from
+	w.mu.Unlock()
+	if j == nil {
+		return inc, false, from
 	}
 	return j.Header().Incarnation, true, j.End()
 }
@@ -209,11 +242,11 @@ func (w *CopyWriter) judge(j *journal.Journal, err error) error {
 }
 
 // syncLoop makes durable what came, for as long as the copy is open.
-func (w *CopyWriter) syncLoop(j *journal.Journal) {
+func (w *CopyWriter) syncLoop(j *journal.Journal, closing <-chan struct{}) {
 	for {
 		select {
 		case <-w.kick:
-		case <-w.closing:
+		case <-closing:
 			return
 		}
 		if err := j.Sync(); err != nil {
@@ -346,15 +379,13 @@ func (w *CopyWriter) Heard() (Heartbeat, time.Time) {
 func (w *CopyWriter) Close() error {
 	w.mu.Lock()
 	closed, j := w.closed, w.j
+	closing := w.closing
 	w.closed = true
 	w.mu.Unlock()
-	if closed {
+	if closed || j == nil {
 		return nil
 	}
-	close(w.closing)
+	close(closing)
 	w.wg.Wait()
-	if j == nil {
-		return nil
-	}
 	return j.Close()
 }

@@ -738,3 +738,64 @@ func TestClocksAreCompared(t *testing.T) {
 		t.Error("an estimate of a site that never followed")
 	}
 }
+
+// TestCopyBeginsAnewBehindWhatIsPruned: the copy's next position is gone at the origin. Follow says so, with what is there, and
+// the copy goes on from that.
+func TestCopyBeginsAnewBehindWhatIsPruned(t *testing.T) {
+	w := newWorld(t, nil)
+	h := newHistory(w.db.j, 3)
+	h.fill(t, 100)
+	dir := t.TempDir()
+	cp := openCopy(t, dir)
+	client := w.client(nil)
+	f := follow(t, client, cp)
+	waitFor(t, "the copy to be complete", func() bool { return cp.Ack().Durable == w.db.j.End() })
+	f.stop(t)
+	had := cp.Ack().Durable
+	h.fill(t, 2000)
+	_, to, ok := w.db.j.Oldest()
+	if err := w.db.j.Prune(to); !ok || err != nil {
+		t.Fatal(ok, err)
+	}
+	var pruned *Error
+	if err := follow(t, client, cp).wait(t); !errors.Is(err, ErrPruned) || !errors.As(err, &pruned) || pruned.Start != to {
+		t.Fatalf("got %v, want that it begins at %s", err, to)
+	}
+	old, err := cp.Journal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := old.NewReader(had)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := r.Next(context.Background())
+		ended <- errors.Join(err, r.Close())
+	}()
+	cp.Freeze()
+	if err := cp.BeginAnew(pruned.Start); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, journal.ErrClosed) {
+		t.Errorf("a reader of the old copy got %v", err)
+	}
+	if _, have, at := cp.Position(); have || at != to || cp.Ack() != (Ack{}) {
+		t.Errorf("begun anew: %t, %s, %+v", have, at, cp.Ack())
+	}
+	cp.Thaw()
+	f = follow(t, client, cp)
+	waitFor(t, "the new copy to be complete", func() bool { return cp.Ack().Durable == w.db.j.End() })
+	f.stop(t)
+	if j, err := cp.Journal(); err != nil || j.Start() != to {
+		t.Errorf("the new copy begins at %s, want %s, %v", j.Start(), to, err)
+	}
+	expectEqual(t, w.db.j, cp)
+	if err := cp.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if again := openCopy(t, dir); again.Ack().Durable != w.db.j.End() {
+		t.Errorf("opened again it ends at %s", again.Ack().Durable)
+	}
+}

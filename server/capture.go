@@ -24,8 +24,9 @@ type capture struct {
 	step  func(t *wal.Txn) // told of a backward clock step
 
 	seen    []wal.Seen
-	maxTime wal.Time // greatest version time so far
-	foreign wal.Time // greatest commit time applied here
+	bound   atomic.Pointer[bound] // see bindSeen
+	maxTime wal.Time              // greatest version time so far
+	foreign wal.Time              // greatest commit time applied here
 
 	pending   wal.LSN // passed, but not yet in the journal as a position
 	waited    bool    // somebody may wait for it
@@ -56,6 +57,7 @@ func newCapture(n *node, j *journal.Journal, mesh *apply.Mesh) *capture {
 // Commit journals a local transaction; of one applied from elsewhere only its position counts (rule 20).
 func (c *capture) Commit(m *decode.Commit) error {
 	t := m.Txn
+	c.unbind(t.EndLSN)
 	c.decoded.Store(time.Now().UnixNano())
 	if m.Origin != "" && !c.n.ownOrigin(m.Origin) {
 		site, ok := c.n.siteOf(m.Origin)
@@ -137,7 +139,50 @@ func (c *capture) busy() bool {
 	return time.Now().UnixNano()-c.decoded.Load() < 2*int64(barrierPatience)
 }
 
+// bound keeps what this site's transactions say they have seen of a site from going beyond most, while rows here are not what
+// that site's are: something of it is missing. From the position resume on, in this site's own WAL, they have seen it up to seen;
+// resume 0: not yet.
+type bound struct {
+	site               wal.SiteID
+	most, resume, seen wal.LSN
+}
+
+// bindSeen begins that.
+func (c *capture) bindSeen(site wal.SiteID, most wal.LSN) {
+	c.bound.Store(&bound{site: site, most: most})
+}
+
+// bindOpen goes on with what the gaps in duri.gap ask for.
+func (c *capture) bindOpen() {
+	for _, p := range c.n.peers {
+		if g := p.missing.Load(); g != nil {
+			c.bindSeen(p.site.ID, g.From)
+		} else if g := p.mended.Load(); g != nil && wal.SeenOf(c.seen, p.site.ID) < g.Seen {
+			c.bound.Store(&bound{p.site.ID, g.From, g.Resume, g.Seen})
+		}
+	}
+}
+
+// freeSeen ends it: what is committed here beyond resume has seen the site up to seen.
+func (c *capture) freeSeen(site wal.SiteID, resume, seen wal.LSN) {
+	most := wal.LSN(0)
+	if b := c.bound.Load(); b != nil {
+		most = b.most
+	}
+	c.bound.Store(&bound{site, most, resume, seen})
+}
+
+// unbind is told how far the stream is.
+func (c *capture) unbind(at wal.LSN) {
+	if b := c.bound.Load(); b != nil && b.resume != 0 && at > b.resume && c.bound.CompareAndSwap(b, nil) {
+		c.see(b.site, b.seen)
+	}
+}
+
 func (c *capture) see(site wal.SiteID, lsn wal.LSN) {
+	if b := c.bound.Load(); b != nil && b.site == site {
+		lsn = min(lsn, b.most)
+	}
 	i, ok := slices.BinarySearchFunc(c.seen, site, func(s wal.Seen, id wal.SiteID) int { return int(s.Site) - int(id) })
 	switch {
 	case !ok:
@@ -155,6 +200,7 @@ func (c *capture) Advance(to wal.LSN) error {
 }
 
 func (c *capture) advance(to wal.LSN) error {
+	c.unbind(to)
 	c.pending = max(c.pending, to)
 	c.local.Advance(to)
 	return nil

@@ -451,7 +451,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		out.Refused = out.Refused || s.refused
 		out.Stable = min(out.Stable, s.stable)
 		at, armed := k.arming[site]
-		out.CaughtUp = out.CaughtUp && s.caughtUp(armed) && s.ack.Epoch == k.reg.Epoch && k.holdsOthers(p)
+		out.CaughtUp = out.CaughtUp && s.caughtUp(armed) && s.ack.Epoch == k.reg.Epoch && k.holdsOthers(p) && p.lacking.Load() == nil
 		said := p.says()
 		if said.Epoch != k.reg.Epoch {
 			said = link.Statement{}
@@ -699,6 +699,10 @@ func (k *keeper) arm(sites []string, epoch uint64) {
 		return
 	}
 	for _, s := range sites {
+		if slices.ContainsFunc(k.peersOf(s), func(p *peer) bool { return p.lacking.Load() != nil }) { // since that was decided
+			k.mu.Unlock()
+			return
+		}
 		k.arming[s] = nil // from now on nothing is acknowledged without it
 	}
 	k.mu.Unlock()

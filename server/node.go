@@ -44,9 +44,11 @@ type node struct {
 	hooks    Hooks
 	keeper   *keeper // nil without a register
 	peers    []*peer
-	ready    atomic.Pointer[captured] // set once journal and index are open
-	over     atomic.Bool              // the journal budget is used up
-	gate     gate                     // of decoding
+	ready    atomic.Pointer[captured]     // set once journal and index are open
+	over     atomic.Bool                  // the journal budget is used up
+	room     atomic.Pointer[BudgetStatus] // of the journals
+	walRoom  atomic.Pointer[BudgetStatus] // of the WAL that the slot holds; nil: max_slot_wal_keep_size does not bound it
+	gate     gate                         // of decoding
 
 	sql  *session // for clock, heartbeat, barrier, maintenance
 	rows *session // for rows that peers fetch
@@ -57,11 +59,12 @@ type node struct {
 	policyMu sync.Mutex                 // held while policies and the workers' permits change
 	policies atomic.Pointer[policy.Set] // in force; nil until the database is open
 
-	mu      sync.Mutex // guards the fields up to the next gap
-	state   string
-	fault   fault
-	stepped time.Time // last backward clock step seen
-	parked  []ParkedTable
+	mu       sync.Mutex // guards the fields up to the next gap
+	state    string
+	fault    fault
+	stepped  time.Time // last backward clock step seen
+	parked   []ParkedTable
+	parkedAt time.Time // when they were counted
 
 	emitted  time.Time                 // last heartbeat message; used by the heartbeat loop alone
 	counted  atomic.Bool               // PostgreSQL lets commits wait for this agent
@@ -73,6 +76,10 @@ type node struct {
 	// statement is what this site says of itself to the others; nil without a register. Replaced by the keeper.
 	statement atomic.Pointer[link.Statement]
 	said      time.Time // when that was; the keeper's
+	used      usage     // used by the maintenance loop alone
+	walUsed   usage     // used by the heartbeat loop alone
+
+	forgotten error // see recall; set by open alone
 }
 
 // captured is what exists once a database has been opened.
@@ -81,6 +88,17 @@ type captured struct {
 	local   *apply.History
 	mesh    *apply.Mesh
 	capture *capture
+	opened  time.Time
+	past    *journal.Journal // see openPast; used by the maintenance loop alone once it runs
+}
+
+// ownBytes is the disk that this site's own journal takes, with what it remembers of what it let go of.
+func (c *captured) ownBytes() int64 {
+	bytes := c.journal.State().DiskBytes
+	if c.past != nil {
+		bytes += c.past.State().DiskBytes
+	}
+	return bytes
 }
 
 // fault is why a part does not work just now.
@@ -206,7 +224,11 @@ func (n *node) Run(ctx context.Context) error {
 	}
 	c := n.ready.Load()
 	defer func() {
-		if err := c.journal.Close(); err != nil {
+		err := c.journal.Close()
+		if c.past != nil {
+			err = errors.Join(err, c.past.Close())
+		}
+		if err != nil {
 			n.log.Error("close journal", "database", n.database.Name, "error", err)
 		}
 	}()
@@ -477,6 +499,7 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	var flush wal.LSN
+	held := false
 	err := n.withSQL(ctx, func(conn *pgconn.PgConn) error {
 		if err := n.measureClock(ctx, conn); err != nil {
 			return err
@@ -487,10 +510,16 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 			n.counted.Store(rows[0][1] == "true")
 			flush, err = wal.ParseLSN(rows[0][0])
 		}
+		if err == nil {
+			held, err = n.measureWAL(ctx, conn)
+		}
 		return err
 	})
 	if err != nil {
 		return err
+	}
+	if held {
+		n.alarm("wal_budget", *n.walRoom.Load(), WALUsed)
 	}
 	behind := flush > c.local.Position()
 	if time.Since(n.emitted) < heartbeatEvery && (!behind || time.Since(n.emitted) <= time.Second) {
@@ -523,7 +552,8 @@ func (n *node) maintainLoop(ctx context.Context, c *captured) error {
 			}
 			asked = time.Now()
 		}
-		if err := n.retain(c, applied); err != nil {
+		n.settleGaps(ctx, c)
+		if err := n.retain(ctx, c, applied); err != nil {
 			return err
 		}
 		if time.Since(tables) < time.Hour {
@@ -542,11 +572,11 @@ func (n *node) maintainLoop(ctx context.Context, c *captured) error {
 
 // retain prunes journals by watermark and age, forgets local history that everybody has seen, and watches the budget.
 // applied is how far the peers have been applied here durably.
-func (n *node) retain(c *captured, applied []wal.Seen) error {
+func (n *node) retain(ctx context.Context, c *captured, applied []wal.Seen) error {
 	now := time.Now()
 	n.ages = append(n.ages, age{now, c.journal.End()})
 	keep := n.cfg.Journal.Keep.Std()
-	if n.over.Load() {
+	if r := n.room.Load(); r != nil && r.Level != LevelOK {
 		keep = 0 // what is only kept for convenience goes first
 	}
 	old := wal.LSN(0)
@@ -574,7 +604,9 @@ func (n *node) retain(c *captured, applied []wal.Seen) error {
 	if err := c.journal.Prune(min(needed, old)); err != nil {
 		return fmt.Errorf("prune journal: %w", err)
 	}
-	sizes[0] = c.journal.State().DiskBytes
+	sizes[0] = c.ownBytes()
+	n.makeRoom(ctx, now, c, sizes)
+	n.measure(now, c, sizes)
 	n.pause(sizes)
 	return nil
 }
@@ -606,9 +638,14 @@ func positionOf(all []wal.Seen, site wal.SiteID) wal.LSN {
 	return 0
 }
 
+// share is this database's part of the budget.
+func (n *node) share() int64 {
+	return share(n.cfg.Journal.Budget.Bytes(), n.cfg.Journal.Segment.Bytes(), len(n.cfg.Databases))
+}
+
 // pause ends and lets go on what fills the journals, as their sizes, the own one's first, ask for.
 func (n *node) pause(sizes []int64) {
-	over, paused := overBudget(sizes, share(n.cfg.Journal.Budget.Bytes(), n.cfg.Journal.Segment.Bytes(), len(n.cfg.Databases)))
+	over, paused := overBudget(sizes, n.share())
 	n.over.Store(over)
 	n.gate.set(reason(paused[0], errBudget))
 	for i, p := range n.peers {

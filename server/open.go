@@ -230,6 +230,9 @@ func (n *node) enrolled(ctx context.Context, c *pgconn.PgConn) error {
 	if err := catalog.SetMeta(ctx, c, metaEnrolled, time.Now().UTC().Format(time.RFC3339)); err != nil {
 		return err
 	}
+	if err := catalog.DropGaps(ctx, c); err != nil { // the whole content was copied
+		return err
+	}
 	return catalog.Event(ctx, c, "enrolled", fmt.Sprintf("database %s joined cluster %s as site %s", n.database.Name, n.cfg.Cluster.Name, n.self.Name), nil)
 }
 
@@ -407,8 +410,24 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err := n.openPolicies(ctx); err != nil {
 		return err
 	}
+	if err := n.openGaps(ctx); err != nil {
+		return err
+	}
+	past, err := n.openPast()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil && past != nil {
+			err = errors.Join(err, past.Close())
+		}
+	}()
+	applied, err := n.progress(ctx)
+	if err != nil {
+		return err
+	}
 	for i, p := range n.peers {
-		copies[i], err = link.OpenCopy(link.CopyConfig{Dir: n.dir(p.site.Name), Journal: n.journalOptions(), Prompt: n.waits(), Logger: p.log})
+		copies[i], err = p.openCopy(ctx, link.CopyConfig{Dir: n.dir(p.site.Name), Journal: n.journalOptions(), Prompt: n.waits(), Logger: p.log}, applied)
 		if err != nil {
 			return fmt.Errorf("open the copy of %s's journal: %w", p.site.Name, err)
 		}
@@ -418,7 +437,7 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 		return err
 	}
 	local := apply.NewHistory(n.self.ID, seen, n.keys)
-	if err := rebuild(ctx, j, local, seen); err != nil {
+	if err := n.recall(ctx, past, j, local, seen); err != nil {
 		return fmt.Errorf("rebuild the history of local changes: %w", err)
 	}
 	mesh, err := n.openMesh(ctx, local, copies)
@@ -428,8 +447,9 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err := n.withSQL(ctx, func(c *pgconn.PgConn) error { return mesh.Parking.Load(ctx, c) }); err != nil {
 		return err
 	}
-	c := &captured{journal: j, local: local, mesh: mesh}
+	c := &captured{journal: j, local: local, mesh: mesh, opened: time.Now(), past: past}
 	c.capture = newCapture(n, j, mesh)
+	c.capture.bindOpen()
 	if c.capture.foreign, err = n.newestApplied(ctx); err != nil {
 		return err
 	}

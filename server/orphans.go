@@ -45,6 +45,9 @@ type known struct{ n *node }
 // Settled is fkey.Settler.Settled. What is known of a site is what its journal's copy holds, what its last heartbeat told,
 // and what other sites' applied transactions had seen of it. None of it needs an answer from anybody.
 func (k known) Settled(ctx context.Context) (bool, error) {
+	if slices.ContainsFunc(k.n.peers, func(p *peer) bool { return p.missing.Load() != nil }) {
+		return false, nil // the parent may be in the gap
+	}
 	if err := (side{k.n.db, k.n}).Reach(ctx, k.n.knownEnds()); err != nil {
 		return false, nil // not in time
 	}

@@ -36,6 +36,13 @@ type peer struct {
 	running sync.Mutex  // held while the worker runs
 	theirs  *policy.Set // what the peer said is declared there; nil: it was never asked. Guarded by the node's policyMu
 
+	lacking  atomic.Pointer[catalog.Gap] // what it lacks of this site's; nil: nothing. See gap.go
+	missing  atomic.Pointer[catalog.Gap] // what this site lacks of it, likewise. See resync.go
+	mended   atomic.Pointer[catalog.Gap] // the last of these that was repaired
+	applying gate                        // shut while its copy begins anew
+	gapMu    sync.Mutex                  // held while missing begins, grows or ends; before anew
+	anew     sync.Mutex                  // held by a run of the worker, and while its copy begins anew
+
 	mu         sync.Mutex     // guards the rest
 	refusedAt  time.Time      // when its address last refused connections; zero once it was heard again
 	upSince    time.Time      // since when its journal is followed without a break
@@ -44,6 +51,9 @@ type peer struct {
 	ack        link.Ack       // what the peer says of our journal
 	stated     link.Statement // what it says to all sites
 	linkFault  fault
+	gapFault   fault  // why a gap is not declared or closed
+	kept       string // why its backlog is not freed, where it would be time to
+	mending    mending
 	applyFault fault     // why the worker does not run at all
 	applySince time.Time // when its present run began
 	ages       []age     // used by the maintenance loop alone
@@ -117,6 +127,7 @@ func (p *peer) run(ctx context.Context) error {
 	g.Go(func() error { return p.applyLoop(gctx, in) })
 	g.Go(func() error { return p.ackLoop(gctx, in) })
 	g.Go(func() error { return p.askLoop(gctx) })
+	g.Go(func() error { return p.mendLoop(gctx, in) })
 	return errors.Join(g.Wait(), in.copy.Close())
 }
 
@@ -155,7 +166,7 @@ func (p *peer) followLoop(ctx context.Context, w *link.CopyWriter) error {
 			err = p.client.Follow(ctx, p.n.database.Name, w)
 			p.probe(ctx)
 			p.relay(ctx, w)
-			return err
+			return p.goOnBehind(ctx, w, err)
 		})
 		if err != nil {
 			return err
@@ -262,6 +273,16 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 	attempt := func(ctx context.Context) error {
 		return retry(ctx, failed, "apply "+p.site.Name, longestPause, func() error {
 			started = false
+			ctx, leave, err := p.applying.enter(ctx)
+			if err != nil {
+				return err
+			}
+			defer leave()
+			p.anew.Lock()
+			defer p.anew.Unlock()
+			if p.n.forgotten != nil {
+				return p.n.forgotten
+			}
 			if err := p.checkIncarnation(ctx, in.copy); err != nil {
 				return err
 			}
@@ -269,9 +290,9 @@ func (p *peer) applyLoop(ctx context.Context, in *incoming) error {
 			p.mu.Lock()
 			p.applyFault, p.applySince = fault{}, time.Now()
 			p.mu.Unlock()
-			err := in.worker.Run(ctx)
+			err = in.worker.Run(ctx)
 			if err == nil {
-				return ctx.Err()
+				return context.Cause(ctx)
 			}
 			return err
 		})
@@ -342,7 +363,7 @@ func (p *peer) retain(now time.Time, keep time.Duration, done wal.LSN) (bytes in
 		p.ages = p.ages[1:]
 	}
 	if now.Sub(p.ages[0].at) >= keep {
-		if err := j.Prune(min(done, p.ages[0].end)); err != nil {
+		if err := j.Prune(min(done, p.ages[0].end)); err != nil && !errors.Is(err, journal.ErrClosed) { // it begins anew just now
 			return 0, fmt.Errorf("prune the copy of %s's journal: %w", p.site.Name, err)
 		}
 	}

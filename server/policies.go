@@ -314,6 +314,7 @@ type ParkedTable struct {
 // countParked counts the parked rows for the status.
 func (n *node) countParked(ctx context.Context) error {
 	var all []ParkedTable
+	began := time.Now().UTC()
 	err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
 		rows, err := pg.Rows(ctx, c, "SELECT table_schema, table_name, count(*) FROM duri.parked GROUP BY 1, 2 ORDER BY 1, 2")
 		if err != nil {
@@ -331,7 +332,7 @@ func (n *node) countParked(ctx context.Context) error {
 	})
 	if err == nil {
 		n.mu.Lock()
-		n.parked = all
+		n.parked, n.parkedAt = all, began
 		n.mu.Unlock()
 	}
 	return err

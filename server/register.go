@@ -186,6 +186,11 @@ func (k *keeper) force(ctx context.Context, req ForceRequest) (LossReport, error
 			return LossReport{}, &hinted{fmt.Sprintf("there is no site %q", s), "sites are " + strings.Join(k.siteNames(), ", ")}
 		}
 	}
+	for _, s := range req.Keep {
+		if slices.ContainsFunc(k.peersOf(s), func(p *peer) bool { return p.lacking.Load() != nil }) {
+			return LossReport{}, &hinted{"a gap is open: " + s + " lacks what this site wrote", "keep " + k.a.self.Name + " alone; the other one comes back by itself when it has re-synchronised"}
+		}
+	}
 	reg, err := k.store.Get(ctx)
 	if err != nil {
 		return LossReport{}, fmt.Errorf("read the register: %w", err)
@@ -234,6 +239,10 @@ func (k *keeper) losable(gone []string) (all []PossibleLoss) {
 			}
 			if err == nil && beat.End > j.Durable() {
 				loss.Bytes = int64(beat.End - j.Durable())
+			}
+			if g := p.missing.Load(); g != nil && g.ID != 0 { // what came behind a gap does not make up for it
+				loss.Have = g.From.String()
+				loss.Bytes = int64(max(beat.End, g.To) - g.From)
 			}
 			all = append(all, loss)
 		}

@@ -44,7 +44,13 @@ type DatabaseStatus struct {
 	Journal    JournalStatus `json:"journal"`
 	Local      apply.Stats   `json:"local"`
 	OverBudget bool          `json:"over_budget"`
-	Links      []LinkStatus  `json:"links"`
+	// Budget is how much of its share of journal.budget the journals use; nil while the database is not open. WALBudget is
+	// the same for the WAL that the slot holds, where max_slot_wal_keep_size bounds it.
+	Budget    *BudgetStatus `json:"budget,omitempty"`
+	WALBudget *BudgetStatus `json:"wal_budget,omitempty"`
+	// Gaps are open holes between this site and another one, at both.
+	Gaps  []GapStatus  `json:"gaps,omitempty"`
+	Links []LinkStatus `json:"links"`
 	// Policies are in force here; nil while the database is not open. The peers compare them with theirs.
 	Policies *policy.Set `json:"policies,omitempty"`
 	// ForeignKeys is about rows that lost their parent.
@@ -52,6 +58,8 @@ type DatabaseStatus struct {
 	// Parked counts the rows that are set aside because of a unique value.
 	Parked       int           `json:"parked"`
 	ParkedTables []ParkedTable `json:"parked_tables,omitempty"`
+	// ParkedAt is when they were last counted.
+	ParkedAt time.Time `json:"parked_at,omitzero"`
 	// Verify is about the comparison in the background with each peer, at the site that drives it.
 	Verify []verify.WatchStatus `json:"verify,omitempty"`
 }
@@ -104,13 +112,22 @@ func (n *node) status() DatabaseStatus {
 		f := n.fault
 		d.Problem, d.Health = &f, HealthDown
 	}
-	d.ParkedTables = n.parked
+	d.ParkedTables, d.ParkedAt = n.parked, n.parkedAt
 	n.mu.Unlock()
 	for _, t := range d.ParkedTables {
 		d.Parked += t.Rows
 	}
 	d.Policies, d.ForeignKeys = n.policies.Load(), n.checker.Status()
 	if d.State != stateReady && d.Health == HealthOK {
+		d.Health = HealthDegraded
+	}
+	d.Budget, d.WALBudget = n.room.Load(), n.walRoom.Load()
+	for _, b := range []*BudgetStatus{d.Budget, d.WALBudget} {
+		if b != nil && b.Level != LevelOK && d.Health == HealthOK {
+			d.Health = HealthDegraded
+		}
+	}
+	if d.Gaps = n.gaps(); len(d.Gaps) > 0 && d.Health == HealthOK {
 		d.Health = HealthDegraded
 	}
 	if d.OverBudget {

@@ -150,6 +150,14 @@ const (
 
 // disturbed tells why this pair should not be compared just now; empty: it may.
 func (p *peer) disturbed() string {
+	if p.lacking.Load() != nil || p.missing.Load() != nil {
+		return "a gap between the two is not repaired yet"
+	}
+	return p.busy()
+}
+
+// busy tells what keeps the two sites from being compared, gap or not; empty: nothing.
+func (p *peer) busy() string {
 	c := p.n.ready.Load()
 	if c == nil || p.n.status().State != stateReady {
 		return "the database is not ready"

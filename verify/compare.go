@@ -40,6 +40,7 @@ type comparison struct {
 	pending  []Range    // ranges that differ and were not looked into yet
 	suspects []*suspect // not decided yet
 	real     []*suspect
+	restless []*suspect // with a key, written too often to be decided about
 }
 
 func newComparison(r *runner, m match) *comparison {
@@ -423,6 +424,9 @@ func (c *comparison) conclude() {
 		case !s.done:
 			c.rep.Unsettled++
 			c.rep.InFlight++
+			if s.key != nil {
+				c.restless = append(c.restless, s)
+			}
 		default:
 			c.rep.InFlight++
 		}

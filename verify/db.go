@@ -39,6 +39,7 @@ type DBConfig struct {
 type DB struct {
 	cfg   DBConfig
 	slots chan struct{} // one per connection in use
+	holds holds
 
 	mu   sync.Mutex // guards what follows
 	idle []*pgconn.PgConn

@@ -175,6 +175,7 @@ func (db *DB) Mend(ctx context.Context, t Table, by Digest, fixes []Fix) ([]Outc
 	settings := db.settings()
 	delete(settings, "default_transaction_read_only")
 	settings["application_name"], settings["lock_timeout"] = "duri repair", "2s"
+	settings["synchronous_commit"] = "local" // what it writes is of the other site, and waits for none
 	if m.conn, err = pg.Connect(ctx, db.cfg.DSN, db.cfg.Database, settings); err != nil {
 		return nil, withHint(fmt.Errorf("connect to PostgreSQL of %s: %w", db.cfg.Name, err), pg.Hint(err))
 	}

@@ -11,12 +11,13 @@ import (
 
 // request is what a Remote sends. Fields that Op does not need are empty.
 type request struct {
-	Op    string     `json:"op"` // tables, bounds, hash, rows; mark, reach; versions, mend
+	Op    string     `json:"op"` // tables, bounds, hash, rows; mark, reach; versions, mend; hold, release
 	Table *Table     `json:"table,omitempty"`
 	Range *Range     `json:"range,omitempty"`
 	N     int        `json:"n,omitempty"` // rows of Bounds, limit of Hash and Rows
 	Marks []wal.Seen `json:"marks,omitempty"`
 	Fixes []Fix      `json:"fixes,omitempty"`
+	Hold  string     `json:"hold,omitempty"` // what to release
 }
 
 // reply answers a request.
@@ -30,6 +31,7 @@ type reply struct {
 	Marks    []wal.Seen     `json:"marks,omitempty"`
 	Versions []VersionedRow `json:"versions,omitempty"`
 	Outcomes []Outcome      `json:"outcomes,omitempty"`
+	Hold     string         `json:"hold,omitempty"` // by what it is released
 }
 
 // replyError carries an error with its hint. Table is set for a *TableError.

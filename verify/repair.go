@@ -33,6 +33,8 @@ type RepairReport struct {
 	Rows   []RepairedRow `json:"rows"`
 	Done   int           `json:"done"` // rows that were mended
 	Left   int           `json:"left"` // rows that still differ
+	// Unsettled are rows that were written so often that they could not be compared.
+	Unsettled int `json:"unsettled,omitempty"`
 	// Problems are tables that could not be compared or mended, or not to the end.
 	Problems []RepairProblem `json:"problems,omitempty"`
 	Started  time.Time       `json:"started"`
@@ -47,6 +49,7 @@ type RepairProblem struct {
 	Table string `json:"table"`
 	Error string `json:"error"`
 	Hint  string `json:"hint,omitempty"`
+	More  bool   `json:"more,omitempty"` // it only had too many rows for one run
 }
 
 // What becomes of a RepairedRow.
@@ -127,6 +130,9 @@ func (p *repairer) run(ctx context.Context) error {
 			continue
 		}
 		err := p.table(ctx, r.tables[i], t.Differences)
+		if err == nil {
+			err = p.restless(ctx, r.tables[i])
+		}
 		if te, ok := isTableError(err); ok {
 			p.problem(te.Table, te.Error(), te.Hint)
 			continue
@@ -139,7 +145,7 @@ func (p *repairer) run(ctx context.Context) error {
 }
 
 func (p *repairer) problem(table, text, hint string) {
-	p.rep.Problems = append(p.rep.Problems, RepairProblem{table, text, hint})
+	p.rep.Problems = append(p.rep.Problems, RepairProblem{Table: table, Error: text, Hint: hint})
 }
 
 // problems notes what comparing tells that rows cannot mend.
@@ -151,6 +157,7 @@ func (p *repairer) problems(rep Report) {
 	}
 	for _, t := range rep.Tables {
 		name := t.Schema + "." + t.Table
+		p.rep.Unsettled += t.Unsettled
 		switch {
 		case t.Error != "":
 			p.problem(name, t.Error, t.Hint)
@@ -158,6 +165,7 @@ func (p *repairer) problems(rep Report) {
 			p.problem(name, fmt.Sprintf("column %s is not the same at both sites", t.Columns[0].Column), "make the tables' definitions equal first")
 		case t.More:
 			p.problem(name, fmt.Sprintf("more than %d rows differ", len(t.Differences)), "repeat when these are repaired")
+			p.rep.Problems[len(p.rep.Problems)-1].More = true
 		}
 	}
 }

@@ -95,6 +95,19 @@ func serveMore(ctx context.Context, s Side, req request) (rep reply, err error) 
 			return rep, settler.Reach(ctx, req.Marks)
 		}
 	}
+	if lender, ok := s.(interface {
+		hold(ctx context.Context, t Table, keys []Key) (string, error)
+		releaseHold(name string)
+	}); ok {
+		switch {
+		case req.Op == "release":
+			lender.releaseHold(req.Hold)
+			return rep, nil
+		case req.Op == "hold" && req.Table != nil && req.Range != nil:
+			rep.Hold, err = lender.hold(ctx, *req.Table, req.Range.Keys)
+			return rep, err
+		}
+	}
 	m, ok := s.(Mender)
 	switch {
 	case !ok || req.Table == nil || req.Range == nil:

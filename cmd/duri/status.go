@@ -94,8 +94,17 @@ func summary(s server.ClusterStatus) (string, bool) {
 		for _, d := range site.Databases {
 			if d.Health != server.HealthOK {
 				why := d.State
-				if d.Problem != nil {
+				switch {
+				case d.Problem != nil:
 					why = "has a problem"
+				case len(d.Gaps) > 0 && d.Gaps[0].Peer == site.Site:
+					why = "is re-synchronising from " + d.Gaps[0].Origin
+				case len(d.Gaps) > 0:
+					why = "has a gap towards " + d.Gaps[0].Peer
+				case tight(d.Budget):
+					why = "uses up its journal.budget"
+				case tight(d.WALBudget):
+					why = "holds too much WAL"
 				}
 				bad = append(bad, fmt.Sprintf("database %s at %s %s", d.Name, site.Site, why))
 			}
@@ -144,6 +153,10 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 			if d.Problem != nil {
 				problems = append(problems, problem(d.Name+" at "+site.Site, d.Problem.Text, d.Problem.Hint))
 			}
+			for _, g := range d.Gaps {
+				problems = append(problems, gap(d.Name+" at "+site.Site, site.Site, g))
+			}
+			problems = append(problems, room(d.Name+" at "+site.Site, d)...)
 			for _, v := range d.Verify {
 				problems = append(problems, differences(site.Site, v)...)
 			}
@@ -212,6 +225,33 @@ func setAside(site string, d server.DatabaseStatus) []string {
 	for _, t := range d.ParkedTables {
 		out = append(out, problem(subject, fmt.Sprintf("%s of %s hidden at every site, as newer rows have unique values of theirs", count(t.Rows, "row"), t.Table),
 			"they are in duri.parked, and come back when the newer rows are deleted or get other values"))
+	}
+	return out
+}
+
+// tight reports that a budget needs attention.
+func tight(b *server.BudgetStatus) bool { return b != nil && b.Level != server.LevelOK }
+
+// gap is the line about a hole between two sites.
+func gap(subject, site string, g server.GapStatus) string {
+	text, hint := g.Sentence(site), "nothing is to be done: it re-synchronises by itself when it is back"
+	if site == g.Peer {
+		hint = "wait: it comes back by itself when all rows are equal"
+	}
+	if g.Problem != nil {
+		text, hint = text+"; "+g.Problem.Text, g.Problem.Hint
+	}
+	return problem(subject, text, hint)
+}
+
+// room are the lines about budgets that are nearly used up.
+func room(subject string, d server.DatabaseStatus) (out []string) {
+	if tight(d.Budget) {
+		out = append(out, problem(subject, d.Budget.Level+": "+d.Budget.Sentence(server.JournalsUsed), "bring back what is named, or raise journal.budget; at 95 % journal.full decides"))
+	}
+	if tight(d.WALBudget) {
+		out = append(out, problem(subject, d.WALBudget.Level+": "+d.WALBudget.Sentence(server.WALUsed),
+			"beyond the bound PostgreSQL drops WAL that the other sites need: let decoding go on, or raise max_slot_wal_keep_size"))
 	}
 	return out
 }

@@ -18,7 +18,7 @@ const (
 
 // small gives a site's journals little room.
 func small(_, text string) string {
-	return text + "\njournal:\n  keep: 1s\n  budget: 6MiB\n  segment: 1MiB\n"
+	return text + "\njournal:\n  keep: 1s\n  budget: 6MiB\n  segment: 1MiB\n  full: stop-writes\n"
 }
 
 // write puts about mb megabytes that do not compress into a site's journal, in transactions of about 100 kB.
