@@ -141,8 +141,13 @@ func (w *Worker) ghostOf(ctx context.Context, t *wal.Txn) (string, error) {
 	if t.Mark.LTXID == "" || w.cfg.Outcomes == nil {
 		return "", nil
 	}
-	if w.cfg.Unacknowledged != nil && w.cfg.Unacknowledged(t) {
-		return ghostTail, nil
+	if w.cfg.Unacknowledged != nil {
+		switch yes, err := w.cfg.Unacknowledged(ctx, t); {
+		case err != nil:
+			return "", err
+		case yes:
+			return w.ghost(t, ghostTail), nil
+		}
 	}
 	w.auxMu.Lock()
 	defer w.auxMu.Unlock()
@@ -151,12 +156,20 @@ func (w *Worker) ghostOf(ctx context.Context, t *wal.Txn) (string, error) {
 		return "", err
 	}
 	if !ok {
-		return ghostAborted, nil
+		return w.ghost(t, ghostAborted), nil
 	}
 	w.takenMu.Lock()
 	w.taken[t.Mark.LTXID]++
 	w.takenMu.Unlock()
 	return "", nil
+}
+
+// ghost tells of a transaction that does not take effect.
+func (w *Worker) ghost(t *wal.Txn, reason string) string {
+	if w.cfg.Ghost != nil {
+		w.cfg.Ghost(t)
+	}
+	return reason
 }
 
 // arrived notes that the marked transactions of a batch are in duri.outcome.

@@ -1,6 +1,7 @@
 package apply
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -12,7 +13,7 @@ import (
 )
 
 // outcomesRig is two sites with a table each of which settles marked transactions.
-func outcomesRig(t *testing.T, unacknowledged func(*wal.Txn) bool) (a, b *site, of map[wal.SiteID]*Outcomes) {
+func outcomesRig(t *testing.T, unacknowledged func(context.Context, *wal.Txn) (bool, error)) (a, b *site, of map[wal.SiteID]*Outcomes) {
 	t.Helper()
 	of = map[wal.SiteID]*Outcomes{}
 	a, b = newRig(t, "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE bag (v text); CREATE ROLE app LOGIN; GRANT ALL ON t, bag TO app", rigOptions{
@@ -49,7 +50,7 @@ func decide(t *testing.T, s *site, o *Outcomes, n int) bool {
 }
 
 func TestFateOfMarkedTransactions(t *testing.T) {
-	a, b, of := outcomesRig(t, func(txn *wal.Txn) bool { return txn.Mark.LTXID == ltxid(5) })
+	a, b, of := outcomesRig(t, func(_ context.Context, txn *wal.Txn) (bool, error) { return txn.Mark.LTXID == ltxid(5), nil })
 	app, err := pg.Connect(t.Context(), a.cluster.DSN(a.db, "app"), a.db, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -59,8 +59,10 @@ type Config struct {
 	// Outcomes settles the fate of marked transactions; nil: marks mean nothing.
 	Outcomes *Outcomes
 	// Unacknowledged says of a marked transaction that it was never acknowledged and must not take effect any more: its site
-	// had been left out when it committed it. nil: none is.
-	Unacknowledged func(t *wal.Txn) bool
+	// had been left out when it committed it. It may wait until that is known. nil: none is.
+	Unacknowledged func(ctx context.Context, t *wal.Txn) (bool, error)
+	// Ghost is told of every transaction that does not take effect, before that is put down. It must not block. nil: nobody asks.
+	Ghost func(t *wal.Txn)
 	// Clock is the local PostgreSQL server's clock (rule 1).
 	Clock func() wal.Time
 
@@ -96,6 +98,7 @@ func (c *Config) defaults() {
 type Status struct {
 	Applied      wal.LSN    `json:"applied"`      // committed here
 	Durable      wal.LSN    `json:"durable"`      // and flushed here
+	Passed       wal.LSN    `json:"-"`            // Applied, but for what waits for locks
 	AppliedTime  wal.Time   `json:"-"`            // version time of the last transaction applied
 	Seen         wal.LSN    `json:"seen"`         // of this site, by the last transaction applied
 	SeenOthers   []wal.Seen `json:"-"`            // of third sites, likewise
@@ -575,7 +578,7 @@ func (w *Worker) reached(to wal.LSN, m *mark) {
 
 // show puts the positions into the status: neither passes what waits. w.mu is held.
 func (w *Worker) show() {
-	w.status.Applied, w.status.Durable = min(w.at, w.floor), min(w.flushedTo, w.floor)
+	w.status.Applied, w.status.Durable, w.status.Passed = min(w.at, w.floor), min(w.flushedTo, w.floor), w.at
 	w.cfg.Mesh.setApplied(w.cfg.Origin, w.status.Applied)
 }
 

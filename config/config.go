@@ -221,7 +221,7 @@ func (c *Config) Redacted() *Config {
 func defaults() *Config {
 	return &Config{
 		DataDir:      "data",
-		Durability:   Durability{Level: Async, Receipts: 1, Policy: DurabilityFirst, Detect: 2 * Second, Rearm: 10 * Second},
+		Durability:   Durability{Level: Async, Receipts: 1, Policy: DurabilityFirst, Detect: 2 * Second, Rearm: 10 * Second, ReturningTail: Reverse},
 		TLS:          TLS{CA: "ca.crt", Cert: "site.crt", Key: "site.key"},
 		Journal:      Journal{Keep: Hour, Budget: 8 * GiB, Segment: 64 * MiB, Full: FullDetach},
 		Apply:        Apply{BatchTransactions: 2000, BatchBytes: 8 * MiB, LockTimeout: 200 * Millisecond},

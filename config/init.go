@@ -452,6 +452,7 @@ durability:   # what an acknowledged commit promises; the same at every site
   preferred: ""   # the site of preferred-site
   detect: {{.Default.Durability.Detect}}   # silence of a site after which it is taken for dead
   rearm: {{.Default.Durability.Rearm}}   # how long a link must have been stable before its site is taken back
+  returning_tail: {{.Default.Durability.ReturningTail}}   # or merge: transactions of a site that was left out and that nobody acknowledged
 
 gateway:   # the way of clients to PostgreSQL through the agent, which keeps them out while the site may not serve
   listen: ""   # host:port; default: clients do not come this way

@@ -54,7 +54,18 @@ type Durability struct {
 	Preferred string    `yaml:"preferred" json:"preferred"` // site of PreferredSite
 	Detect    Duration  `yaml:"detect" json:"detect"`       // silence after which a peer is taken for dead
 	Rearm     Duration  `yaml:"rearm" json:"rearm"`         // how long a link must be stable before its site is taken back
+	// ReturningTail is what becomes of transactions that a site which was left out had committed and nobody acknowledged.
+	ReturningTail Tail `yaml:"returning_tail" json:"returning_tail"`
 }
+
+// Tail is what becomes of such transactions.
+type Tail string
+
+// The ways to deal with a tail. Transactions without a mark may have been acknowledged, and are always merged.
+const (
+	Reverse Tail = "reverse" // they do not count, and are reversed at their own site
+	Merge   Tail = "merge"   // they go to the other sites with their versions
+)
 
 // Gateway is the way of clients to PostgreSQL through the agent.
 type Gateway struct {
@@ -161,6 +172,9 @@ func (d *decoder) validateDurability(c *Config) {
 	d.choice("durability.policy", string(u.Policy), texts(Partitions)...)
 	within(d, "durability.receipts", u.Receipts, 1, max(1, len(c.Sites)-1))
 	within(d, "durability.detect", u.Detect, 500*Millisecond, 60*Second)
+	if u.ReturningTail != Reverse && u.ReturningTail != Merge {
+		d.invalid("durability.returning_tail", fmt.Sprintf("durability.returning_tail is %q", u.ReturningTail), "write reverse or merge")
+	}
 	within(d, "durability.rearm", u.Rearm, 100*Millisecond, 600*Second)
 	waits := ""
 	if u.Level == Sync {

@@ -230,6 +230,11 @@ func (c *Control) Rearm(ctx context.Context, site string) (DurabilityStatus, err
 	return out, c.post(ctx, "/v1/register/rearm", RearmRequest{site}, &out)
 }
 
+// Outcome settles the fate of a marked transaction whose site was left out of the register.
+func (c *Control) Outcome(ctx context.Context, req OutcomeRequest) (out OutcomeReport, err error) {
+	return out, c.post(ctx, "/v1/outcome", req, &out)
+}
+
 // Fence keeps clients out of the agent's site, or lets them in again.
 func (c *Control) Fence(ctx context.Context, req FenceRequest) (DurabilityStatus, error) {
 	var out DurabilityStatus

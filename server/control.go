@@ -61,6 +61,7 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("GET /v1/register", a.getRegister)
 	mux.HandleFunc("POST /v1/register/force", a.postForce)
 	mux.HandleFunc("POST /v1/register/rearm", a.postRearm)
+	mux.HandleFunc("POST /v1/outcome", a.postOutcome)
 	mux.HandleFunc("POST /v1/fence", a.postFence)
 	srv := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second,

@@ -55,6 +55,7 @@ type keeper struct {
 	// Of the disk of data_dir: since when a small durable write to it is under way, and why the last one failed.
 	diskBusy  time.Time
 	diskFault string
+	deciding  int // decisions on marked transactions that are under way
 	last      durability.Action
 	problem   fault
 	fence     string // a person's reason to keep clients out; empty: none
@@ -451,7 +452,8 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		out.Refused = out.Refused || s.refused
 		out.Stable = min(out.Stable, s.stable)
 		at, armed := k.arming[site]
-		out.CaughtUp = out.CaughtUp && s.caughtUp(armed) && s.ack.Epoch == k.reg.Epoch && k.holdsOthers(p) && p.lacking.Load() == nil
+		out.CaughtUp = out.CaughtUp && s.caughtUp(armed) && s.ack.Epoch == k.reg.Epoch && k.holdsOthers(p) && p.lacking.Load() == nil &&
+			len(p.ghosts) == 0 && (armed || s.unjudged == 0)
 		said := p.says()
 		if said.Epoch != k.reg.Epoch {
 			said = link.Statement{}
@@ -800,6 +802,10 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 	case durability.Leave:
 		next, err = quorum.Leave(reg, self, receipts, lastCuts(reg.Members[1:], own), note)
 	case durability.Return:
+		if k.deciding > 0 || slices.ContainsFunc(k.peersOf(a.Sites[0]), func(p *peer) bool { return len(p.ghosts) > 0 }) {
+			k.mu.Unlock() // what is committed there from then on counts
+			return
+		}
 		next, err = quorum.Rearm(reg, a.Sites[0], note)
 	case durability.Settle:
 		next, err = quorum.Settle(reg, k.settledCuts(), note)
@@ -810,6 +816,7 @@ func (k *keeper) propose(ctx context.Context, a durability.Action) {
 		k.leaving = false
 		k.note("change the register", err)
 	}
+	k.doubt = k.doubt || err == nil // from now on, in step with what was looked at: see swap
 	k.mu.Unlock()
 	if err != nil {
 		return

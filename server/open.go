@@ -413,6 +413,11 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err := n.openGaps(ctx); err != nil {
 		return err
 	}
+	for _, p := range n.peers {
+		if err := p.loadGhosts(ctx); err != nil {
+			return err
+		}
+	}
 	past, err := n.openPast()
 	if err != nil {
 		return err

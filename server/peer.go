@@ -43,6 +43,9 @@ type peer struct {
 	gapMu    sync.Mutex                  // held while missing begins, grows or ends; before anew
 	anew     sync.Mutex                  // held by a run of the worker, and while its copy begins anew
 
+	ghosts   map[wal.LSN]wal.LSN // its transactions that do not count and are not reversed there: commit and end. See ghost.go
+	reversed wal.LSN             // up to where this site has reversed its own, as it says. Both guarded by the keeper's mu
+
 	mu         sync.Mutex     // guards the rest
 	refusedAt  time.Time      // when its address last refused connections; zero once it was heard again
 	upSince    time.Time      // since when its journal is followed without a break
@@ -128,6 +131,9 @@ func (p *peer) run(ctx context.Context) error {
 	g.Go(func() error { return p.ackLoop(gctx, in) })
 	g.Go(func() error { return p.askLoop(gctx) })
 	g.Go(func() error { return p.mendLoop(gctx, in) })
+	if p.n.keeper != nil {
+		g.Go(func() error { return p.ghostLoop(gctx, in) })
+	}
 	return errors.Join(g.Wait(), in.copy.Close())
 }
 
@@ -215,6 +221,8 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 		},
 		Policy:            n.policyOf,
 		Outcomes:          n.outcomes,
+		Unacknowledged:    p.unacknowledged,
+		Ghost:             p.haunted,
 		Applied:           n.touched,
 		Clock:             n.clock.Now,
 		BatchTransactions: n.cfg.Apply.BatchTransactions,

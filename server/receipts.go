@@ -129,7 +129,9 @@ type seenPeer struct {
 	stable  time.Duration
 	lacks   wal.LSN // bytes of this site's WAL that it has not acknowledged
 	tail    wal.LSN // bytes of its WAL that are not here, as it says
-	ack     link.Ack
+	// unjudged are bytes of its WAL whose transactions may turn out not to count.
+	unjudged wal.LSN
+	ack      link.Ack
 }
 
 // nearlyAll is how much may be under way to a site that counts as caught up, in bytes of WAL; and how much both ways, once
@@ -176,6 +178,7 @@ func (p *peer) seenBy(now time.Time) (s seenPeer) {
 	s.lacks = behind(s.ack.Durable, c.journal.End())
 	if j, err := in.copy.Journal(); err == nil && beat.End > 0 {
 		s.tail = behind(j.Durable(), beat.End)
+		s.unjudged = behind(in.worker.Status().Passed, beat.End)
 	}
 	return s
 }

@@ -356,6 +356,9 @@ func (p *peer) mendedAll(ctx context.Context, in *incoming, g catalog.Gap) error
 		return err
 	}
 	p.n.ready.Load().capture.freeSeen(p.site.ID, done.Resume, done.Seen)
+	if err := p.reversedAll(ctx, g); err != nil {
+		return err
+	}
 	p.mended.Store(&done)
 	p.missing.Store(nil)
 	p.mu.Lock()

@@ -49,7 +49,12 @@ type DatabaseStatus struct {
 	Budget    *BudgetStatus `json:"budget,omitempty"`
 	WALBudget *BudgetStatus `json:"wal_budget,omitempty"`
 	// Gaps are open holes between this site and another one, at both.
-	Gaps  []GapStatus  `json:"gaps,omitempty"`
+	Gaps []GapStatus `json:"gaps,omitempty"`
+	// Ghosts are transactions of other sites that do not count and that those have not reversed yet; Reversed is up to where
+	// this site has reversed its own, as another one told of them.
+	Ghosts   []Ghosts       `json:"ghosts,omitempty"`
+	Reversed []ReversedUpTo `json:"reversed,omitempty"`
+
 	Links []LinkStatus `json:"links"`
 	// Policies are in force here; nil while the database is not open. The peers compare them with theirs.
 	Policies *policy.Set `json:"policies,omitempty"`
@@ -125,6 +130,15 @@ func (n *node) status() DatabaseStatus {
 	for _, b := range []*BudgetStatus{d.Budget, d.WALBudget} {
 		if b != nil && b.Level != LevelOK && d.Health == HealthOK {
 			d.Health = HealthDegraded
+		}
+	}
+	for _, p := range n.peers {
+		g, reversed := p.toldGhosts()
+		if g.Open > 0 {
+			d.Ghosts = append(d.Ghosts, g)
+		}
+		if reversed > 0 {
+			d.Reversed = append(d.Reversed, ReversedUpTo{p.site.Name, reversed})
 		}
 	}
 	if d.Gaps = n.gaps(); len(d.Gaps) > 0 && d.Health == HealthOK {

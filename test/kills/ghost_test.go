@@ -1,0 +1,94 @@
+package kills
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/server"
+)
+
+// TestGhostsAreReversed is S42 with marks: a site dies with commits that no other site has. One was asked about, and its client
+// was told that it was aborted; one was never asked about; one has no mark. When the site is back, the first never shows up and
+// is reversed there, the second likewise, unless the configuration merges it, and the third is merged.
+func TestGhostsAreReversed(t *testing.T) {
+	for _, tail := range []string{"reverse", "merge"} {
+		t.Run(tail, func(t *testing.T) { ghosts(t, tail) })
+	}
+}
+
+func ghosts(t *testing.T, tail string) {
+	p := startPair(t, pair.Options{Config: func(_, text string) string {
+		return strings.Replace(text, "\ndurability:\n", "\ndurability:\n  detect: 6s\n  returning_tail: "+tail+"\n", 1)
+	}})
+	settledPair(t, p)
+	unheeded(t, p, 1)
+	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
+	unheeded(t, p, 0)
+	a, b := p.Sites[0], p.Sites[1]
+	p.Link("a", "b").Cut()
+	p.Link("b", "a").Cut()
+	id := func(n int) string { return fmt.Sprintf("%016d", n) }
+	marked := func(n int, sql string) string {
+		return fmt.Sprintf("BEGIN; %s; SELECT duri.mark('%s'); COMMIT", sql, id(n))
+	}
+	waits := []waiting{
+		beginWait(t, a, marked(1, "UPDATE t SET n = 111 WHERE id = 1; DELETE FROM t WHERE id = 9; INSERT INTO t VALUES (11, 1)")),
+		beginWait(t, a, marked(2, "UPDATE t SET n = 222 WHERE id = 2; INSERT INTO t VALUES (12, 2)")),
+		beginWait(t, a, "UPDATE t SET n = 333 WHERE id = 3"),
+	}
+	if err := errors.Join(a.SignalAgent(syscall.SIGKILL), a.Cluster.Kill()); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range waits {
+		if err := <-w.answer; err == nil {
+			t.Error("a commit without a receipt was acknowledged")
+		}
+	}
+	soloAmong(t, b)
+	ask := func(s *pair.Site, n int) (server.OutcomeReport, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		return s.Control.Outcome(ctx, server.OutcomeRequest{Database: a.Database, Origin: "a", LTXID: []byte(id(n))})
+	}
+	for range 2 {
+		if out, err := ask(b, 1); err != nil || out.Committed {
+			t.Fatalf("the fate of what nobody else has: %+v, %v", out, err)
+		}
+	}
+	if err := b.Cluster.Exec(t.Context(), b.Database, "UPDATE t SET n = n + 7 WHERE id IN (2, 4)"); err != nil {
+		t.Fatal(err)
+	}
+	p.Link("a", "b").Heal()
+	p.Link("b", "a").Heal()
+	if err := errors.Join(a.Cluster.Start(t.Context()), a.StartAgent()); err != nil {
+		t.Fatal(err)
+	}
+	settledPair(t, p)
+	within(t, time.Minute, p.WaitApplied)
+	want := "[[1 0] [2 7] [3 333] [4 7] [5 0] [6 0] [7 0] [8 0] [9 0] [10 0]]"
+	ghosts := []string{id(1), id(2)}
+	if tail == "merge" {
+		want = "[[1 0] [2 7] [3 333] [4 7] [5 0] [6 0] [7 0] [8 0] [9 0] [10 0] [12 2]]"
+		ghosts = ghosts[:1]
+	}
+	if x, y := rows(t, a), rows(t, b); x != want || y != want {
+		t.Errorf("the sites have\n%s\n%s, want\n%s", x, y, want)
+	}
+	have, err := b.Cluster.QueryText(t.Context(), b.Database, "SELECT convert_from(ltxid, 'UTF8') FROM duri.ghost WHERE reversed IS NOT NULL ORDER BY 1")
+	if got, want := fmt.Sprint(have), "["+"["+strings.Join(ghosts, "] [")+"]"+"]"; err != nil || got != want {
+		t.Errorf("reversed ghosts on record: %s, %v, want %s", got, err, want)
+	}
+	before, err := a.Cluster.QueryText(t.Context(), a.Database, "SELECT before->>'id', before->>'n', after->>'n' FROM duri.gap_row WHERE before->>'n' IN ('111', '1') OR before IS NULL ORDER BY 1")
+	if got, want := fmt.Sprint(before), "[[1 111 0] [11 1 ] [  0]]"; err != nil || got != want {
+		t.Errorf("what was reversed: %s, %v, want %s", got, err, want)
+	}
+	if _, err := ask(b, 3); err == nil || !strings.Contains(err.Error(), "is a member") {
+		t.Errorf("a question when the site is a member again: %v", err)
+	}
+}
