@@ -85,7 +85,7 @@ func ghosts(t *testing.T, tail string) {
 		t.Errorf("reversed ghosts on record: %s, %v, want %s", got, err, want)
 	}
 	before, err := a.Cluster.QueryText(t.Context(), a.Database, "SELECT before->>'id', before->>'n', after->>'n' FROM duri.gap_row WHERE before->>'n' IN ('111', '1') OR before IS NULL ORDER BY 1")
-	if got, want := fmt.Sprint(before), "[[1 111 0] [11 1 ] [  0]]"; err != nil || got != want {
+	if got, want := fmt.Sprint(before), `[[1 111 0] [11 1 \N] [\N \N 0]]`; err != nil || got != want {
 		t.Errorf("what was reversed: %s, %v, want %s", got, err, want)
 	}
 	if _, err := ask(b, 3); err == nil || !strings.Contains(err.Error(), "is a member") {

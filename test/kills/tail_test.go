@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -21,11 +22,15 @@ type waiting struct {
 	warned chan string // what the server warned of
 }
 
+// waiters tells them apart.
+var waiters atomic.Int64
+
 // beginWait sends a statement through a site's door and returns when its commit waits.
 func beginWait(t *testing.T, s *pair.Site, sql string) waiting {
 	t.Helper()
 	w := waiting{make(chan error, 1), make(chan string, 10)}
-	cfg, err := pgconn.ParseConfig(fmt.Sprintf("postgres://postgres@%s/%s?sslmode=disable&application_name=waiting", s.Door, s.Database))
+	name := fmt.Sprintf("waiting_%d", waiters.Add(1))
+	cfg, err := pgconn.ParseConfig(fmt.Sprintf("postgres://postgres@%s/%s?sslmode=disable&application_name=%s", s.Door, s.Database, name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,7 +52,7 @@ func beginWait(t *testing.T, s *pair.Site, sql string) waiting {
 	}()
 	within(t, 10*time.Second, func(ctx context.Context) error {
 		for {
-			n, err := s.Cluster.QueryText(ctx, s.Database, "SELECT pid FROM pg_stat_activity WHERE application_name = 'waiting' AND wait_event = 'SyncRep'")
+			n, err := s.Cluster.QueryText(ctx, s.Database, "SELECT pid FROM pg_stat_activity WHERE application_name = '"+name+"' AND wait_event = 'SyncRep'")
 			if err != nil || len(n) == 1 {
 				return err
 			}
