@@ -260,3 +260,42 @@ func TestReturnNeedsEveryMember(t *testing.T) {
 		t.Errorf("returned: %+v, %+v", b.reg, c.standing())
 	}
 }
+
+// TestReturnNeedsWhatOtherLostSitesHad: b is alone; a comes back, and c does not. What c had acknowledged counts at a too
+// from then on.
+func TestReturnNeedsWhatOtherLostSitesHad(t *testing.T) {
+	all := threeKeepers(t)
+	a, b := all["a"], all["b"]
+	b.reach(t, "c", 0x500)
+	for _, lost := range []string{"a", "c"} {
+		b.do(t, durability.Freeze, lost, "it is gone")
+		b.do(t, durability.TakeOver, lost, "it is gone")
+		if lost == "a" { // c, still a member, has nothing of it
+			all["c"].read(t.Context())
+			for range 2 {
+				b.hears(t, all["c"])
+				all["c"].hears(t, b)
+			}
+			b.do(t, durability.Settle, "", "exchanged")
+		}
+	}
+	if cut, ok := b.reg.Cut("app", "c"); len(b.reg.Members) != 1 || !ok || cut != 0x500 {
+		t.Fatalf("alone: %+v", b.reg)
+	}
+	a.read(t.Context())
+	holds := func() bool {
+		b.hears(t, a)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.holdsOthers(b.peer(t, "a"))
+	}
+	a.reach(t, "c", 0x400)
+	if holds() {
+		t.Error("a comes back although it lacks some of c")
+	}
+	a.reach(t, "c", 0x500)
+	b.reach(t, "c", 0x600) // beyond the cut
+	if !holds() {
+		t.Error("a does not come back although it has what counts of c")
+	}
+}
