@@ -1,7 +1,6 @@
 package server
 
 import (
-	"io"
 	"log/slog"
 	"path/filepath"
 	"testing"
@@ -168,7 +167,7 @@ func TestThePastKeepsWhatTheHistoryNeedsOverARestart(t *testing.T) {
 	k.a.cfg.Journal.Segment = config.MiB
 	p := withPeer(k)
 	n := p.n
-	n.log, n.clock = slog.New(slog.NewTextHandler(io.Discard, nil)), &serverClock{}
+	n.log, n.clock = slog.New(slog.DiscardHandler), &serverClock{}
 	p.lacking.Store(&catalog.Gap{ID: 1})
 	keys := apply.NewKeys("", "")
 	j := ownJournal(t, n.dir("a"), 40)
