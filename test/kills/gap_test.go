@@ -77,7 +77,7 @@ func value(t *testing.T, s *pair.Site, query string) string {
 func eventually(t *testing.T, p *pair.Pair, s *pair.Site, what string, ok func(server.DatabaseStatus) bool) server.DatabaseStatus {
 	t.Helper()
 	var d server.DatabaseStatus
-	within(t, 2*time.Minute, func(ctx context.Context) error {
+	within(t, 4*time.Minute, func(ctx context.Context) error {
 		return p.Wait(ctx, what, func(ctx context.Context) (bool, error) {
 			var err error
 			ask, cancel := context.WithTimeout(ctx, 2*time.Second)
