@@ -51,8 +51,10 @@ func TestAGapGrowsIsRepairedAndCounted(t *testing.T) {
 	}
 	rows := pgtest.Query(t, c, "shop", "SELECT key, before, after, want, done FROM duri.gap_row ORDER BY id")
 	want := [][]string{
-		{`["1"]`, `{"v": "x�"}`, `{"v": null}`, "0", "t"}, {`["2"]`, `{"v": "gone"}`, `\N`, "0", "t"},
-		{`["3"]`, `\N`, `{"v": "x�"}`, "0", "f"}, {`\N`, `\N`, `{"v": "x�"}`, "1", "t"},
+		{`["1"]`, `{"v": "x�"}`, `{"v": null}`, "0", "t"},
+		{`["2"]`, `{"v": "gone"}`, `\N`, "0", "t"},
+		{`["3"]`, `\N`, `{"v": "x�"}`, "0", "f"},
+		{`\N`, `\N`, `{"v": "x�"}`, "1", "t"},
 	}
 	if !slices.EqualFunc(rows, want, slices.Equal) {
 		t.Errorf("%q, want %q", rows, want)

@@ -94,7 +94,7 @@ func (w *CopyWriter) BeginAnew(from wal.LSN) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.from, w.err = from, nil
+	w.from, w.err, w.stuck = from, nil, nil
 	return nil
 }
 

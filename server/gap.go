@@ -76,7 +76,7 @@ func detach(d detaching) (yes bool, why string) {
 	case d.sites != 2:
 		return false, fmt.Sprintf("with %d sites nothing is freed: this version re-synchronises two", d.sites)
 	case !d.away:
-		return false, "it is there, and has to take it"
+		return false, "it is not away, or not for long enough"
 	case d.lacks:
 		return false, "this site itself lacks changes of it, so what was written here is kept"
 	case d.member != "":

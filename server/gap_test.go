@@ -1,7 +1,6 @@
 package server
 
 import (
-	"io"
 	"log/slog"
 	"path/filepath"
 	"testing"
@@ -15,6 +14,7 @@ import (
 	"github.com/duri-io/duri/durability"
 	"github.com/duri-io/duri/internal/quorumtest"
 	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
 )
 
@@ -167,7 +167,7 @@ func TestThePastKeepsWhatTheHistoryNeedsOverARestart(t *testing.T) {
 	k.a.cfg.Journal.Segment = config.MiB
 	p := withPeer(k)
 	n := p.n
-	n.log, n.clock = slog.New(slog.NewTextHandler(io.Discard, nil)), &serverClock{}
+	n.log, n.clock = slog.New(slog.DiscardHandler), &serverClock{}
 	p.lacking.Store(&catalog.Gap{ID: 1})
 	keys := apply.NewKeys("", "")
 	j := ownJournal(t, n.dir("a"), 40)
@@ -267,5 +267,21 @@ func TestWhatIsMissingHasNotBeenSeen(t *testing.T) {
 	c.bindOpen() // nothing more is to be done
 	if c.bound.Load() != nil {
 		t.Error("it is bound for ever")
+	}
+}
+
+func TestOnlyRowsThatNothingElseMovesAreRemovedFirst(t *testing.T) {
+	row := func(key, reason string) verify.RepairedRow {
+		return verify.RepairedRow{Schema: "public", Table: "t", Key: []string{key}, State: verify.RepairLeft, Right: "a", Reason: reason}
+	}
+	stuck := verify.RepairReport{Left: 2, Rows: []verify.RepairedRow{row("1", "duplicate key value"), row("2", "the row has changed since it was compared")}}
+	one := refusedBy(stuck, nil)
+	two := refusedBy(stuck, one)
+	if d := cmp.Diff(map[string]int{rowText("public", "t", []string{"1"}): 2}, two); d != "" {
+		t.Error(d)
+	}
+	stuck.Done = 1
+	if again := refusedBy(stuck, two); len(again) != 0 {
+		t.Errorf("others could be mended, which may make room: %v", again)
 	}
 }

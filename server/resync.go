@@ -21,7 +21,8 @@ type mending struct {
 	progress verify.Progress
 	waits    string // why nothing is compared just now
 	problem  fault  // why it does not come to an end
-	stuck    int    // passes in a row that mended nothing although rows differ
+	// refused are rows that PostgreSQL did not take as they shall be, in passes in a row that mended nothing.
+	refused map[string]int
 }
 
 // GapStatus is a hole between two sites that is open: what Origin wrote from From to To, Peer never received.
@@ -271,7 +272,7 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 	}
 	p.mu.Lock()
 	p.mending.waits = why
-	remove := p.mending.stuck >= 2
+	refused := p.mending.refused
 	p.mu.Unlock()
 	if why != "" {
 		return nil
@@ -279,7 +280,7 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 	if err := p.n.withSQL(ctx, func(c *pgconn.PgConn) error { return catalog.UnparkForGap(ctx, c, g.ID) }); err != nil {
 		return err
 	}
-	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, remove: remove, count: p.countMended}
+	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, refused: refused, count: p.countMended}
 	rep, err := verify.Repair(ctx, here, p.remote(), verify.RepairOptions{
 		Apply: true, From: p.site.Name, Settle: p.settle, Sites: [2]wal.SiteID{p.n.self.ID, p.site.ID}, SiteName: p.n.siteName,
 		Progress: func(x verify.Progress) {
@@ -297,9 +298,7 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 	p.countMended(func(g *catalog.Gap) { g.Passes++ })
 	p.log.Info("re-synchronising", "from", p.site.Name, "made_equal", rep.Done, "left", rep.Left, "unsettled", rep.Unsettled, "problems", len(rep.Problems))
 	p.mu.Lock()
-	if p.mending.stuck++; rep.Done > 0 || rep.Left == 0 {
-		p.mending.stuck = 0
-	}
+	p.mending.refused = refusedBy(rep, refused)
 	p.mu.Unlock()
 	if err := unequal(rep); err != nil {
 		return err
@@ -311,6 +310,25 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 		return nil
 	}
 	return p.mendedAll(ctx, in, g)
+}
+
+// refusedBy counts for each row in how many passes in a row it was refused while nothing else could be mended.
+func refusedBy(rep verify.RepairReport, before map[string]int) map[string]int {
+	if rep.Done > 0 {
+		return nil
+	}
+	out := map[string]int{}
+	for _, x := range rep.Rows {
+		if x.Refused() && len(x.Key) > 0 {
+			k := rowText(x.Schema, x.Table, x.Key)
+			out[k] = before[k] + 1
+		}
+	}
+	return out
+}
+
+func rowText(schema, table string, key []string) string {
+	return keyText(append([]string{schema, table}, key...))
 }
 
 // unequal says what a pass cannot mend, if so.
@@ -415,9 +433,9 @@ func (p *peer) countMended(change func(*catalog.Gap)) {
 // keptSide is this site's side of a repair, which writes down each row before it writes over it. It is for one Repair.
 type keptSide struct {
 	side
-	gap    int64
-	remove bool // remove rows that differ first: with unique values that moved between rows, none can be written as it shall be
-	count  func(func(*catalog.Gap))
+	gap     int64
+	refused map[string]int // see refusedBy
+	count   func(func(*catalog.Gap))
 
 	columns []verify.Column
 	before  map[string][]*string // by key, as last read
@@ -440,7 +458,7 @@ func (s *keptSide) Mend(ctx context.Context, t verify.Table, by verify.Digest, f
 	rows := make([]catalog.GapRow, len(fixes))
 	for i := range fixes {
 		f := &fixes[i]
-		if s.remove && len(f.Key) > 0 && f.Hash != "" {
+		if f.Hash != "" && s.refused[rowText(t.Schema, t.Name, f.Key)] >= 2 { // unique values have moved between rows: each waits for the other
 			f.Image = nil
 		}
 		rows[i] = catalog.GapRow{Key: f.Key, After: byColumn(t.Columns, f.Image), Copies: f.Copies, Want: f.Want}

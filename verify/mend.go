@@ -54,6 +54,7 @@ const (
 	mendRows, mendBytes, mendMax = 200, 4 << 20, 10_000
 	// whyChanged is why a fix is left most often.
 	whyChanged = "the row has changed since it was compared"
+	whyLocked  = "a client holds the row or its table: try again"
 )
 
 var errChanged = errors.New(whyChanged)
@@ -229,7 +230,7 @@ func (m *mender) group(ctx context.Context, g mendGroup) error {
 // refusal words why the server refuses a row.
 func refusal(err error) string {
 	if pg.SQLState(err) == "55P03" {
-		return "a client holds the row or its table: try again"
+		return whyLocked
 	}
 	if pe, ok := errors.AsType[*pgconn.PgError](err); ok {
 		return pe.Message

@@ -79,6 +79,15 @@ type RepairedRow struct {
 	CopiesB  int64              `json:"copies_b"`
 }
 
+// Refused reports a row that PostgreSQL does not take as it shall be: because of a constraint, most often of a unique value that
+// another row has still.
+func (r RepairedRow) Refused() bool {
+	return r.State == RepairLeft && r.Right != "" && r.Reason != whyChanged && r.Reason != whyLocked && r.Reason != whyNotReached
+}
+
+// whyNotReached is why a fix is left after an error.
+const whyNotReached = "not reached"
+
 // RepairVersion is a row's version: when and at which site it was written.
 type RepairVersion struct {
 	At   time.Time `json:"at"`
@@ -399,7 +408,7 @@ func (p *repairer) carryOut(ctx context.Context, c *comparison, plans []plan) er
 			out, err = s.Mend(ctx, c.t, c.by, fixes)
 		}
 		for i, x := range of {
-			x.row.State, x.row.Reason = RepairLeft, "not reached"
+			x.row.State, x.row.Reason = RepairLeft, whyNotReached
 			if err != nil {
 				x.row.Reason = "it is not known whether it was written: " + err.Error()
 			}

@@ -77,7 +77,7 @@ func value(t *testing.T, s *pair.Site, query string) string {
 func eventually(t *testing.T, p *pair.Pair, s *pair.Site, what string, ok func(server.DatabaseStatus) bool) server.DatabaseStatus {
 	t.Helper()
 	var d server.DatabaseStatus
-	within(t, 2*time.Minute, func(ctx context.Context) error {
+	within(t, 4*time.Minute, func(ctx context.Context) error {
 		return p.Wait(ctx, what, func(ctx context.Context) (bool, error) {
 			var err error
 			ask, cancel := context.WithTimeout(ctx, 2*time.Second)
@@ -119,7 +119,7 @@ func TestAPeerThatWasAwayForTooLongResynchronises(t *testing.T) {
 		name    string
 		sync    bool
 		restart bool
-	}{{"sync", true, false}, {"sync, the origin's agent restarts", true, true}, {"async, the origin's agent restarts", false, true}} {
+	}{{"sync, the origin's agent restarts", true, true}, {"async", false, false}} {
 		t.Run(c.name, func(t *testing.T) { gap(t, gapPair(t, c.sync), c.sync, c.restart) })
 	}
 }
@@ -169,9 +169,9 @@ func gap(t *testing.T, p *pair.Pair, sync, restart bool) {
 	sql(t, a, "UPDATE d SET n = n + 1; DELETE FROM nokey WHERE v = 'x1'; INSERT INTO nokey VALUES ('x2')")
 	most := int64(0)
 	fill := func(first, mb int) {
-		for i := range 10 * mb {
+		for i := range 4 * mb {
 			id := 1000000 + 100*(first+i)
-			sql(t, a, fmt.Sprintf(`INSERT INTO t SELECT %[1]d + i, 0, %[1]d + i, (SELECT string_agg(md5(random()::text || j || i), '') FROM generate_series(1, 310) j) FROM generate_series(1, 10) i;
+			sql(t, a, fmt.Sprintf(`INSERT INTO t SELECT %[1]d + i, 0, %[1]d + i, (SELECT string_agg(md5(random()::text || j || i), '') FROM generate_series(1, 310) j) FROM generate_series(1, 25) i;
 				UPDATE t SET n = n + 1, v = 'w' WHERE id %% 97 = %[2]d AND id > 100 AND id <= 2000; DELETE FROM t WHERE id = %[1]d + 3 OR id = %[3]d`, id, i%97, 1000+first+i))
 			most = max(most, journalBytes(t, a))
 		}
