@@ -97,7 +97,7 @@ func genTxn(t *rapid.T, from wal.LSN, rels []*wal.Relation) *wal.Txn {
 	txn := &wal.Txn{
 		Origin: 1, XID: rapid.Uint32().Draw(t, "xid"), CommitLSN: commit, EndLSN: commit + wal.LSN(rapid.Uint64Range(0, 200).Draw(t, "len")),
 		CommitTime: wal.Time(rapid.Int64().Draw(t, "time")), Received: wal.Time(rapid.Int64Range(0, 1<<50).Draw(t, "received")),
-		Mark: rapid.SampledFrom([]wal.Mark{{}, {LTXID: "0123456789abcdef", Level: wal.CommitOn}, {LTXID: strings.Repeat("\x00\xff", 20)}}).Draw(t, "mark"),
+		Mark:    rapid.SampledFrom([]wal.Mark{{}, {LTXID: "0123456789abcdef", Level: wal.CommitOn}, {LTXID: strings.Repeat("\x00\xff", 20)}}).Draw(t, "mark"),
 		Changes: rapid.SliceOfN(rapid.Custom(func(t *rapid.T) wal.Change { return genChange(t, rels) }), 0, 12).Draw(t, "changes"),
 		Seen:    genSeen(t),
 	}
