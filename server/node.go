@@ -356,9 +356,9 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 		return err
 	}
 	inc := c.journal.Header().Incarnation
-	want := decode.Expected{SystemID: inc.SystemID, Timeline: inc.Timeline, Slot: slot, End: c.journal.End()}
-	if err := decode.CheckSlot(want, got); err != nil {
-		return err
+	want := decode.Expected{SystemID: inc.SystemID, Timeline: inc.Timeline, Slot: slot, Start: c.journal.Start(), End: c.journal.End()}
+	if v := decode.Recognise(want, decode.Observed{Identity: got}); v.Action != decode.Resume {
+		return v.Err
 	}
 	if err := n.measureClock(ctx, conn); err != nil {
 		return err
