@@ -41,9 +41,28 @@ func (e *GapError) Error() string {
 // HintText is the advice that goes with the error.
 func (e *GapError) HintText() string { return e.Hint }
 
+var errStandby = &standbyError{}
+
+type standbyError struct{}
+
+func (*standbyError) Error() string { return "the server is a standby, or still in recovery" }
+
+// HintText is the advice that goes with the error.
+func (*standbyError) HintText() string {
+	return "it goes on by itself once the server is promoted; if that is not intended, correct postgres.dsn"
+}
+
 // Observe reads what the server says of the slot. c is a replication connection to the slot's database.
 func Observe(ctx context.Context, c *pgconn.PgConn, slot string) (Identity, error) {
 	var id Identity
+	// A standby has a position, and for a moment of its promotion the timeline, of what it was.
+	recovering, err := pg.Rows(ctx, c, "SELECT pg_catalog.pg_is_in_recovery()")
+	if err != nil {
+		return id, err
+	}
+	if recovering[0][0] == "t" {
+		return id, errStandby
+	}
 	sys, err := pg.Rows(ctx, c, "IDENTIFY_SYSTEM")
 	if err != nil {
 		return id, err
