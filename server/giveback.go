@@ -236,25 +236,19 @@ func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id de
 	n.log.Warn(why, "database", n.database.Name, "timeline", id.Timeline, "from", v.From.String(), "to", v.To.String())
 	again := n.haltWorkers() // none may still be busy with the server that was
 	defer again()
-	slot := Slot(n.database.Name)
 	at := id.Confirmed
 	if v.Action == decode.GiveBack {
-		if err := n.passPositions(ctx, v.To); err != nil {
+		var err error
+		if at, err = n.newSlot(ctx, conn, id, v); err != nil {
+			var gap *decode.GapError
+			if errors.As(err, &gap) {
+				n.stopped.Store(true)
+				n.back.Store(nil)
+			}
 			return err
 		}
-		if id.Exists {
-			if err := decode.DropSlot(ctx, conn, slot); err != nil {
-				return fmt.Errorf("drop the slot of the earlier state: %w", err)
-			}
-		}
-		var err error
-		if at, err = decode.CreateSlot(ctx, conn, slot); err != nil {
-			return fmt.Errorf("create slot %s: %w", slot, err)
-		}
 	}
-	if err := n.emit(ctx, "turn"); err != nil { // flushes what the slot begins at
-		return err
-	}
+	slot := Slot(n.database.Name)
 	if err := c.local.SetBack(v.From, v.To); err != nil {
 		return err
 	}
@@ -275,32 +269,94 @@ func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id de
 	return nil
 }
 
-// passPositions writes WAL until what comes lies beyond a position: the server was set back, and no position that this site
-// has ever given may be given again.
-func (n *node) passPositions(ctx context.Context, to wal.LSN) error {
+// newSlot makes a slot beyond the positions of the journal, on a server that was set back: no position that this site has ever
+// given may be given again. What was written since the server was set back is in no slot, so it must be nothing.
+func (n *node) newSlot(ctx context.Context, conn *pgconn.PgConn, id decode.Identity, v decode.Verdict) (at wal.LSN, err error) {
+	slot := Slot(n.database.Name)
+	written, err := decode.NewWritten(ctx, conn, Publication, v.From)
+	if err != nil {
+		return 0, err
+	}
+	for to := wal.LSN(0); to <= v.To; { // in steps, as the server removes WAL that it needs no more
+		if to, err = n.fill(ctx, v.To); err != nil {
+			return 0, fmt.Errorf("pass the positions up to %s: %w", v.To, err)
+		}
+		if err := n.unwritten(ctx, written, id, v, to); err != nil {
+			return 0, err
+		}
+	}
+	if id.Exists {
+		if err := decode.DropSlot(ctx, conn, slot); err != nil {
+			return 0, fmt.Errorf("drop the slot of the earlier state: %w", err)
+		}
+	}
+	if at, err = decode.CreateSlot(ctx, conn, slot); err != nil {
+		return 0, fmt.Errorf("create slot %s: %w", slot, err)
+	}
+	if err := n.emit(ctx, "turn"); err != nil { // flushes what the slot begins at
+		return 0, err
+	}
+	return at, n.unwritten(ctx, written, id, v, at)
+}
+
+// fill writes some WAL, as long as the server is not beyond a position, and tells how far it is flushed then.
+func (n *node) fill(ctx context.Context, to wal.LSN) (at wal.LSN, err error) {
 	const piece, most = 1 << 20, 64
-	for {
-		var at wal.LSN
-		err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
-			rows, err := pg.Rows(ctx, c, "SELECT pg_catalog.pg_current_wal_insert_lsn()")
-			if err != nil {
-				return err
-			}
-			if at, err = wal.ParseLSN(rows[0][0]); err != nil || at > to {
-				return err
-			}
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		rows, err := pg.Rows(ctx, c, "SELECT pg_catalog.pg_current_wal_insert_lsn()")
+		if err != nil {
+			return err
+		}
+		if at, err = wal.ParseLSN(rows[0][0]); err != nil {
+			return err
+		}
+		if at <= to {
 			size := min(uint64(to-at)+1, piece)
 			count := min((uint64(to-at)+size)/size, most)
 			_, err = pg.Rows(ctx, c, fmt.Sprintf("SELECT count(pg_catalog.pg_logical_emit_message(false, 'duri.turn', pg_catalog.repeat('x', %d))) FROM pg_catalog.generate_series(1, %d)", size, count))
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("pass the positions up to %s: %w", to, err)
 		}
-		if at > to {
-			return nil
+		return err
+	})
+	if err == nil {
+		err = n.emit(ctx, "turn") // flushes it
+	}
+	if err != nil {
+		return 0, err
+	}
+	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		rows, err := pg.Rows(ctx, c, "SELECT pg_catalog.pg_current_wal_flush_lsn()")
+		if err == nil {
+			at, err = wal.ParseLSN(rows[0][0])
+		}
+		return err
+	})
+	return at, err
+}
+
+// unwritten makes sure that no client has changed a replicated table up to a position.
+func (n *node) unwritten(ctx context.Context, written *decode.Written, id decode.Identity, v decode.Verdict, to wal.LSN) error {
+	slot := Slot(n.database.Name)
+	gap := func(why string) error {
+		return &decode.GapError{
+			Slot: slot, From: v.From, Reason: fmt.Sprintf("the server was set back to %s, and %s", v.From, why),
+			Hint: "let clients in through gateway.listen only. What they wrote is not in the journal: compare with `duri verify`, then re-join this site (docs/guide/runbook.md)",
 		}
 	}
+	conn, err := decode.Connect(ctx, n.cfg.Postgres.DSN, n.database.Name, slot+"_wal")
+	if err != nil {
+		return err
+	}
+	defer pg.Close(conn)
+	if err := written.Read(ctx, conn, id.Timeline, to); err != nil {
+		if ctx.Err() != nil || pg.IsConnectionError(err) {
+			return err
+		}
+		return gap(fmt.Sprintf("whether clients have written before it had a slot again cannot be told: %v", err))
+	}
+	if at, ok := written.Committed(); ok {
+		return gap(fmt.Sprintf("clients have written at %s, before it had a slot again", at))
+	}
+	return nil
 }
 
 // fits refuses a server that is not the one that the journal is of now: it is looked at first (reconcile).
