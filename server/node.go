@@ -328,8 +328,8 @@ func (n *node) captureLoop(ctx context.Context, c *captured) error {
 			now := time.Now()
 			n.mute.CompareAndSwap(nil, &now)
 			n.recover.Store(0) // what the server has committed until the next stream begins is not known
-			if n.gate.reason() == nil {
-				n.known.Store(false) // it may be another one that comes back
+			if pg.IsConnectionError(err) {
+				n.known.Store(false) // it may be another server that comes back
 			}
 			n.keeper.stir()
 			return err
