@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
@@ -219,12 +220,16 @@ func (n *node) reconcile(ctx context.Context, c *captured, conn *pgconn.PgConn) 
 	n.stopped.Store(v.Err != nil)
 	switch v.Action {
 	case decode.Resume:
-		return nil
 	case decode.GiveBack, decode.Continue:
-		return n.turn(ctx, c, conn, id, got.Restored, v)
-	default: // the other sites' transactions are applied all the same
+		if err := n.turn(ctx, c, conn, id, got.Restored, v); err != nil {
+			return err
+		}
+	default:
 		return v.Err
 	}
+	n.known.Store(true)
+	n.fitted.Store(true)
+	return nil
 }
 
 // turn lets the journal go on with a database that has this site's transactions up to v.From only. Until the journal has
@@ -232,8 +237,9 @@ func (n *node) reconcile(ctx context.Context, c *captured, conn *pgconn.PgConn) 
 func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id decode.Identity, restored []decode.Restored, v decode.Verdict) error {
 	why := n.lacks(v.From)
 	n.setBehind(why)
-	n.setState(stateBehind)
-	n.log.Warn(why, "database", n.database.Name, "timeline", id.Timeline, "from", v.From.String(), "to", v.To.String())
+	if err := n.haveAll(ctx, c); err != nil {
+		return err
+	}
 	again := n.haltWorkers() // none may still be busy with the server that was
 	defer again()
 	at := id.Confirmed
@@ -248,6 +254,8 @@ func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id de
 			return err
 		}
 	}
+	n.setState(stateBehind)
+	n.log.Warn(why, "database", n.database.Name, "timeline", id.Timeline, "from", v.From.String(), "to", v.To.String())
 	slot := Slot(n.database.Name)
 	if err := c.local.SetBack(v.From, v.To); err != nil {
 		return err
@@ -267,6 +275,56 @@ func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id de
 	n.event("turn", fmt.Sprintf("the journal goes on as %s; the database had this site's transactions up to %s, the journal up to %s", next, v.From, v.To))
 	wake(n.turned)
 	return nil
+}
+
+// haveAll makes sure that the own journal has all that the other sites have of it. In the process that has shipped it that is so.
+// After a restart it may not be: what was shipped but not on this site's disk yet is lost with the machine, and could be decoded
+// again only from the server that was.
+func (n *node) haveAll(ctx context.Context, c *captured) error {
+	if n.fitted.Load() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, askMax)
+	defer cancel()
+	for _, p := range n.peers {
+		has, err := p.hasOfOurs(ctx)
+		if err != nil {
+			return &hinted{
+				fmt.Sprintf("whether site %s has more of this site's transactions than the journal here is not known: %v", p.site.Name, err),
+				"it goes on by itself when that site's agent answers",
+			}
+		}
+		if end := c.journal.End(); has > end {
+			return &hinted{
+				fmt.Sprintf("site %s has this site's transactions up to %s, the journal here only up to %s, and the database was set back: they differ", p.site.Name, has, end),
+				"bring the newest " + n.dir(n.self.Name) + " back, or re-join this site (docs/guide/runbook.md)",
+			}
+		}
+	}
+	return nil
+}
+
+// hasOfOurs asks the peer how far its copy of this site's journal reaches.
+func (p *peer) hasOfOurs(ctx context.Context) (wal.LSN, error) {
+	doc, err := p.client.Status(ctx)
+	if err != nil {
+		return 0, err
+	}
+	var st SiteStatus
+	if err := json.Unmarshal(doc, &st); err != nil {
+		return 0, fmt.Errorf("read its status: %w", err)
+	}
+	for _, d := range st.Databases {
+		if d.Name != p.n.database.Name || d.State == stateStarting || d.State == stateWaiting {
+			continue
+		}
+		for _, l := range d.Links {
+			if l.From == p.n.self.Name {
+				return l.Received.End, nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("its database %s is not open", p.n.database.Name)
 }
 
 // newSlot makes a slot beyond the positions of the journal, on a server that was set back: no position that this site has ever

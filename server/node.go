@@ -51,6 +51,7 @@ type node struct {
 	back    atomic.Pointer[givingBack] // what the database lacks of its journal; nil: nothing
 	stopped atomic.Bool                // the server is not the one that the journal is of, and decoding has stopped
 	known   atomic.Bool                // the server was compared with the journal since decoding began or ended
+	fitted  atomic.Bool                // it was in this life of the agent
 	turned  chan struct{}              // has a value when the journal has turned
 
 	sql  *session // for clock, heartbeat, barrier, maintenance
@@ -372,7 +373,6 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 	if err := n.reconcile(ctx, c, conn); err != nil {
 		return err
 	}
-	n.known.Store(true)
 	if err := n.measureClock(ctx, conn); err != nil {
 		return err
 	}
