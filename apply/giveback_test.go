@@ -80,8 +80,11 @@ func TestGivenBackMeetsOnlyWhatCameAfterTheTurn(t *testing.T) {
 		origin wal.SiteID
 		rival  bool
 	}{
-		{own(200), 1, false}, {own(300), 1, false}, {own(301), 1, true},
-		{own(200), 2, true}, {past{end: 200, made: wal.Version{Site: 2}}, 1, true},
+		{own(200), 1, false},
+		{own(300), 1, false},
+		{own(301), 1, true},
+		{own(200), 2, true},
+		{past{end: 200, made: wal.Version{Site: 2}}, 1, true},
 	} {
 		if got := m.rival(c.p, c.origin); got != c.rival {
 			t.Errorf("%+v for site %d: %t", c.p, c.origin, got)

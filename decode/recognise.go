@@ -20,7 +20,8 @@ type Expected struct {
 	Slot     string
 	Start    wal.LSN    // the journal is kept from here on
 	End      wal.LSN    // how far it reaches; nothing beyond it was ever reported
-	Seen     []wal.Seen // of other sites, applied in the database when the journal ended
+	Seen     []wal.Seen // of other sites, applied in the database when the journal ended; nil while it is given back
+	Made     wal.LSN    // the slot was made here and never confirmed less; zero: not known
 }
 
 // Restored is what the database says of one other site's transactions, and what this site's copy of them has.
@@ -80,9 +81,9 @@ func NeedsPresent(want Expected, got Observed) bool {
 }
 
 // behind reports that a database on the journal's own timeline is an older copy: its WAL ends before the journal does, or it
-// lacks what other sites' transactions it had applied then.
+// lacks what other sites' transactions it had applied then, or has a slot of before.
 func behind(want Expected, got Observed) bool {
-	return got.Flush < want.End || slices.ContainsFunc(got.Restored, func(r Restored) bool {
+	return got.Flush < want.End || got.Exists && got.Confirmed < want.Made || slices.ContainsFunc(got.Restored, func(r Restored) bool {
 		return r.Applied < wal.SeenOf(want.Seen, r.ID)
 	})
 }

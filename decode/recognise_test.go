@@ -12,7 +12,7 @@ import (
 
 // TestRecognise goes through the table "slot identity" of durability.md section 3, and section 10.
 func TestRecognise(t *testing.T) {
-	want := Expected{SystemID: 7, Timeline: 2, Slot: "duri_app", Start: 40, End: 100, Seen: []wal.Seen{{Site: 2, LSN: 500}}}
+	want := Expected{SystemID: 7, Timeline: 2, Slot: "duri_app", Start: 40, End: 100, Made: 50, Seen: []wal.Seen{{Site: 2, LSN: 500}}}
 	left := func(at wal.LSN) []Switch { return []Switch{{1, 20}, {2, at}} }
 	for _, tc := range []struct {
 		name   string
@@ -43,6 +43,7 @@ func TestRecognise(t *testing.T) {
 
 		{"an older copy, by position", func(o *Observed) { o.Flush, o.Present, o.PresentKnown = 99, 80, true }, GiveBack, 80, ""},
 		{"an older copy whose WAL has gone on", func(o *Observed) { o.Restored[0].Applied, o.Present, o.PresentKnown = 499, 80, true }, GiveBack, 80, ""},
+		{"an older copy of before the slot was made", func(o *Observed) { o.Confirmed, o.Present, o.PresentKnown = 49, 80, true }, GiveBack, 80, ""},
 		{"an older copy without the slot", func(o *Observed) { o.Flush, o.Present, o.PresentKnown, o.Exists = 99, 80, true, false }, GiveBack, 80, ""},
 		{"an older copy, too old", func(o *Observed) { o.Flush = 99 }, Rejoin, 0, "none of the transactions"},
 		{"an older copy, and a copy that is kept no more", func(o *Observed) {

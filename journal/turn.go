@@ -27,8 +27,8 @@ func (j *Journal) turn(next Incarnation, back wal.LSN) error {
 			return err
 		}
 	}
-	h := j.nextHeader()
-	h.Turns = append(h.clone().Turns, Turn{h.Incarnation, back, j.in.at.to})
+	h := j.nextHeader().clone()
+	h.Turns = append(h.Turns, Turn{h.Incarnation, back, j.in.at.to})
 	h.Incarnation = next
 	return j.rotate(h)
 }

@@ -79,13 +79,12 @@ func (n *node) lacks(after wal.LSN) string {
 }
 
 // loadBehind finds out at the start whether something is still to be given back.
-func (n *node) loadBehind(ctx context.Context, j *journal.Journal) {
-	switch turns, err := n.pending(ctx, j); {
-	case err != nil:
-		n.setBehind(fmt.Sprintf("database %s is compared with its journal: %v", n.database.Name, err))
-	case len(turns) > 0:
+func (n *node) loadBehind(ctx context.Context, j *journal.Journal) error {
+	turns, err := n.pending(ctx, j)
+	if err == nil && len(turns) > 0 {
 		n.setBehind(n.lacks(turns[0].Back))
 	}
+	return err
 }
 
 // observe adds to what a server says of itself what is needed to compare it with the journal.
@@ -93,6 +92,16 @@ func (n *node) observe(ctx context.Context, c *captured, conn *pgconn.PgConn, id
 	st, inc := c.journal.State(), c.journal.Current().Incarnation
 	want = decode.Expected{SystemID: inc.SystemID, Timeline: inc.Timeline, Slot: inc.Slot, Start: st.Start, End: st.End, Seen: st.Seen}
 	got.Identity = id
+	if len(c.journal.Current().Turns) > 0 {
+		want.Made = inc.CreatedLSN
+	}
+	pending, err := n.pending(ctx, c.journal)
+	if err != nil {
+		return want, got, err
+	}
+	if len(pending) > 0 {
+		want.Seen = nil
+	}
 	applied, err := n.progress(ctx)
 	if err != nil {
 		return want, got, err
@@ -220,6 +229,9 @@ func (n *node) reconcile(ctx context.Context, c *captured, conn *pgconn.PgConn) 
 	n.stopped.Store(v.Err != nil)
 	switch v.Action {
 	case decode.Resume:
+		if n.back.Load() != nil { // what is left to do, or nothing when the server that was is back
+			wake(n.turned)
+		}
 	case decode.GiveBack, decode.Continue:
 		if err := n.turn(ctx, c, conn, id, got.Restored, v); err != nil {
 			return err
@@ -246,8 +258,7 @@ func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id de
 	if v.Action == decode.GiveBack {
 		var err error
 		if at, err = n.newSlot(ctx, conn, id, v); err != nil {
-			var gap *decode.GapError
-			if errors.As(err, &gap) {
+			if _, ok := errors.AsType[*decode.GapError](err); ok {
 				n.stopped.Store(true)
 				n.back.Store(nil)
 			}
@@ -452,9 +463,6 @@ func (n *node) pending(ctx context.Context, j *journal.Journal) (turns []journal
 		return nil, nil
 	}
 	err = n.withSQL(ctx, func(c *pgconn.PgConn) error {
-		if err := n.fits(ctx, j, c); err != nil {
-			return err
-		}
 		done := wal.LSN(0)
 		text, ok, err := catalog.Meta(ctx, c, metaGivenBack)
 		if err == nil && ok {
@@ -491,6 +499,12 @@ func (n *node) giveBackLoop(ctx context.Context, c *captured) error {
 }
 
 func (n *node) giveBack(ctx context.Context, c *captured) error {
+	if len(c.journal.Current().Turns) == 0 && n.back.Load() == nil {
+		return nil
+	}
+	if err := n.withSQL(ctx, func(conn *pgconn.PgConn) error { return n.fits(ctx, c.journal, conn) }); err != nil {
+		return err
+	}
 	turns, err := n.pending(ctx, c.journal)
 	if err != nil {
 		return err

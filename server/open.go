@@ -424,7 +424,9 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err := n.renamed(ctx, j, local); err != nil {
 		return fmt.Errorf("find the transactions that were given back: %w", err)
 	}
-	n.loadBehind(ctx, j)
+	if err := n.loadBehind(ctx, j); err != nil {
+		return err
+	}
 	mesh, err := n.openMesh(ctx, local, copies)
 	if err != nil {
 		return err

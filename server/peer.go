@@ -288,7 +288,7 @@ func (p *peer) checkIncarnation(ctx context.Context, w *link.CopyWriter) error {
 			return err
 		}
 		// After a fail-over there the positions go on, and so does the progress.
-		before := slices.ContainsFunc(h.Turns, func(t journal.Turn) bool { return t.Incarnation.String() == was })
+		before := slices.ContainsFunc(h.Turns, func(t journal.Turn) bool { return t.String() == was })
 		if !ok || before {
 			return catalog.SetMeta(ctx, c, key, now)
 		}
