@@ -177,7 +177,7 @@ func (m *Mesh) touchedSince(rel *wal.Relation, table, key string, v wal.Version,
 	for _, h := range histories {
 		h.mu.Lock()
 		for _, t := range h.touches[grave{table, key}] {
-			if !v.Less(t.made) {
+			if !v.Less(t.made) || !m.rival(t.past, origin) {
 				continue
 			}
 			names := t.names

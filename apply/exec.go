@@ -235,6 +235,13 @@ func (x *execution) finish(ctx context.Context) (wal.LSN, error) {
 	if !x.wrote {
 		tail = append(tail, call{seenSQL, nil})
 	}
+	if x.w.cfg.Origin == x.w.cfg.Site { // before others can see the rows
+		xid, err := strconv.ParseUint(x.xid, 10, 32)
+		if err != nil {
+			return 0, fmt.Errorf("read a transaction id: %w", err)
+		}
+		x.w.cfg.Mesh.Local.Rename(uint32(xid), x.b.to())
+	}
 	tail = append(tail,
 		call{appliedSQL, appliedParams(x.b, x.w.cfg.Origin, x.w.cfg.Site, len(x.records))},
 		call{constraintsSQL, nil},

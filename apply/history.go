@@ -232,6 +232,49 @@ func relationKey(b []byte, names []namedKey, rel *wal.Relation, t wal.Tuple) ([]
 	return b, true
 }
 
+// Disown notes that the database lost the transactions of (from, to]: the numbers that they had there are others' now. What
+// they did stands here, and they are given back.
+func (l *History) Disown(from, to wal.LSN) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.txns {
+		t := &l.txns[i]
+		if t.end <= from || t.end > to || t.xid == 0 {
+			continue
+		}
+		if l.byXID[t.xid].end == t.end {
+			delete(l.byXID, t.xid)
+		}
+		t.xid = 0
+	}
+}
+
+// SetBack is Disown for a database that was just found to have lost them: reading goes on behind to, and nothing is known any
+// more of what is decoded. It fails when a transaction was added that the journal, which ends at to, does not have.
+func (l *History) SetBack(from, to wal.LSN) error {
+	l.Disown(from, to)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n := len(l.txns); n > 0 && l.txns[n-1].end > to {
+		return fmt.Errorf("transaction that ends at %s was not journalled, and is lost: restart the agent", l.txns[n-1].end)
+	}
+	l.pos = to
+	l.settled, l.taken = snapshot{}, snapshot{}
+	return nil
+}
+
+// Rename notes that the transaction that ends at end was given back by the one with the number xid.
+func (l *History) Rename(xid uint32, end wal.LSN) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	i := sort.Search(len(l.txns), func(i int) bool { return l.txns[i].end >= end })
+	if i == len(l.txns) || l.txns[i].end != end {
+		return // every peer has seen it
+	}
+	l.txns[i].xid = xid
+	l.byXID[xid] = l.txns[i]
+}
+
 // Advance says that every transaction with EndLSN <= to has been added.
 func (l *History) Advance(to wal.LSN) {
 	l.mu.Lock()

@@ -118,6 +118,10 @@ func undisputed(r *ref, h held) bool {
 func (h held) toward(r *ref) conflict.State {
 	s := h.State
 	s.Behind = h.behind
+	if h.Version.Site == r.txn.Origin && h.end > r.txn.EndLSN && h.end != ownRow {
+		s.Version.Site, s.Saw = 0, true // of the same site, and newer: r's transaction is given back
+		return s
+	}
 	if h.end != 0 {
 		s.Seen = h.end <= r.txn.SeenOf(s.Version.Site)
 		s.Saw = wal.SeenOf(h.seen, r.txn.Origin) >= r.txn.EndLSN

@@ -31,6 +31,7 @@ type Mesh struct {
 	commit sync.Mutex
 
 	mu      sync.Mutex // guards the rest
+	turned  wal.LSN    // see GiveBack
 	applied map[wal.SiteID]wal.LSN
 	merged  map[mergedID]map[string]past
 	skipped map[grave]bool // keys of changes that could not be completed, as their origin has the row no more
@@ -86,6 +87,40 @@ func (m *Mesh) publish(t *wal.Txn) error {
 	return nil
 }
 
+// GiveBack says that own transactions up to a position are given back to this database: until then, what the own history
+// holds up to there is their past or their future, and stands in the rows or will.
+func (m *Mesh) GiveBack(to wal.LSN) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.turned = max(m.turned, to)
+}
+
+// rival reports whether p competes with a change of origin: another site's does, and of the own ones those that this
+// database made itself while earlier ones were given back to it.
+func (m *Mesh) rival(p past, origin wal.SiteID) bool {
+	if origin != m.Local.site || p.made.Site != origin {
+		return true
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return p.end > m.turned
+}
+
+// RestartAt notes from where on a site is applied: after a crash, or when an older state of the database was put back, that
+// can be less than it was.
+func (m *Mesh) RestartAt(site wal.SiteID, at wal.LSN) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.applied[site] = at
+}
+
+// Applied is how far a site has been applied here.
+func (m *Mesh) Applied(site wal.SiteID) wal.LSN {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.applied[site]
+}
+
 // setApplied notes how far a site has been applied here.
 func (m *Mesh) setApplied(site wal.SiteID, to wal.LSN) {
 	m.mu.Lock()
@@ -116,6 +151,7 @@ func (m *Mesh) behind(t *wal.Txn) bool {
 // that has just what it left before them.
 func (m *Mesh) tombstone(table, key string, origin wal.SiteID) (past, bool) {
 	best, found := m.Local.tombstone(table, key)
+	found = found && m.rival(best, origin)
 	for site, h := range m.peers {
 		if site == origin {
 			continue
@@ -194,6 +230,7 @@ func (m *Mesh) keptOutBy(origin wal.SiteID, table, key string) (held, bool) {
 // truncated finds the newest TRUNCATE of a table that origin did not make.
 func (m *Mesh) truncated(table string, origin wal.SiteID) (past, bool) {
 	best, found := m.Local.truncated(table)
+	found = found && m.rival(best, origin)
 	for site, h := range m.peers {
 		if site == origin {
 			continue
@@ -207,7 +244,11 @@ func (m *Mesh) truncated(table string, origin wal.SiteID) (past, bool) {
 
 // safeBefore returns a time such that every row not of t's origin with a commit time below it had been seen by t.
 func (m *Mesh) safeBefore(t *wal.Txn) wal.Time {
-	before := m.Local.safeBefore(t.SeenOf(m.Local.site))
+	seen := t.SeenOf(m.Local.site)
+	if t.Origin == m.Local.site { // given back
+		seen = t.EndLSN
+	}
+	before := m.Local.safeBefore(seen)
 	for site, h := range m.peers {
 		if site != t.Origin {
 			before = min(before, h.safeBefore(t.SeenOf(site)))

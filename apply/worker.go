@@ -36,12 +36,16 @@ type Reader interface {
 
 // Config of a Worker.
 type Config struct {
-	Site       wal.SiteID // this site
-	Origin     wal.SiteID // whose transactions are applied
-	OriginName string     // replication origin, see OriginName
+	Site wal.SiteID // this site
+	// Origin is whose transactions are applied. When it is this site, they are given back to a database that lost them
+	// (docs/adr/0008): one by one, because a row of this site is known by its transaction.
+	Origin     wal.SiteID
+	OriginName string // replication origin, see OriginName
 	SiteOf     func(originName string) (wal.SiteID, bool)
 	DSN        string
 	Database   string
+	// Check refuses a server that is not the one that the journal is of, on a connection to it; nil: none is refused.
+	Check func(ctx context.Context, c *pgconn.PgConn) error
 	// Open returns a reader of the origin's journal behind a position.
 	Open func(from wal.LSN) (Reader, error)
 	// Mesh is what the workers of this database share.
@@ -79,6 +83,9 @@ type Config struct {
 func (c *Config) defaults() {
 	if c.BatchTransactions == 0 {
 		c.BatchTransactions = 2000
+	}
+	if c.Origin == c.Site {
+		c.BatchTransactions = 1
 	}
 	if c.BatchBytes == 0 {
 		c.BatchBytes = 8 << 20
@@ -220,6 +227,11 @@ func (w *Worker) run(ctx context.Context) error {
 	}
 	defer w.close()
 	defer w.giveUp()
+	if w.cfg.Check != nil {
+		if err := w.cfg.Check(ctx, w.session.conn); err != nil {
+			return err
+		}
+	}
 	from, err := w.progress(ctx)
 	if err != nil {
 		return fmt.Errorf("read progress of origin %s: %w", w.cfg.OriginName, err)
@@ -227,6 +239,7 @@ func (w *Worker) run(ctx context.Context) error {
 	if err := w.loadAside(ctx); err != nil {
 		return err
 	}
+	w.cfg.Mesh.RestartAt(w.cfg.Origin, from)
 	w.reached(from, nil)
 	r, err := w.cfg.Open(from)
 	if err != nil {

@@ -339,38 +339,6 @@ func checkChange(t *testing.T, ch wal.Change) {
 	}
 }
 
-func TestCheckSlot(t *testing.T) {
-	want := Expected{SystemID: 7, Timeline: 2, Slot: "duri_app", End: 100}
-	good := Identity{SystemID: 7, Timeline: 2, Flush: 200, Exists: true, Confirmed: 90}
-	for _, tc := range []struct {
-		name   string
-		change func(*Identity)
-		reason string // empty: the slot continues the journal
-	}{
-		{"as it was", func(*Identity) {}, ""},
-		{"confirmed exactly", func(id *Identity) { id.Confirmed = 100 }, ""},
-		{"nothing new", func(id *Identity) { id.Flush = 100 }, ""},
-		{"another cluster", func(id *Identity) { id.SystemID = 8 }, "another database cluster"},
-		{"an older copy, by timeline", func(id *Identity) { id.Timeline = 1 }, "older copy"},
-		{"a fail-over", func(id *Identity) { id.Timeline = 3 }, "moved from timeline 2 to 3"},
-		{"an older copy, by position", func(id *Identity) { id.Flush = 99 }, "older copy"},
-		{"dropped", func(id *Identity) { id.Exists, id.Confirmed = false, 0 }, "does not exist"},
-		{"lost", func(id *Identity) { id.Lost = true }, "max_slot_wal_keep_size"},
-		{"created anew", func(id *Identity) { id.Confirmed = 101 }, "re-created or advanced"},
-	} {
-		id := good
-		tc.change(&id)
-		err := CheckSlot(want, id)
-		var gap *GapError
-		switch {
-		case tc.reason == "" && err != nil:
-			t.Errorf("%s: %v", tc.name, err)
-		case tc.reason != "" && (!errors.As(err, &gap) || !strings.Contains(err.Error(), tc.reason) || gap.HintText() == "" || gap.From != 100):
-			t.Errorf("%s: %v, want a gap because of %q", tc.name, err, tc.reason)
-		}
-	}
-}
-
 // recorder is a Handler that may block.
 type recorder struct {
 	block   chan struct{} // nil: it does not
@@ -505,8 +473,8 @@ func TestSlotLifeCycle(t *testing.T) {
 	if err != nil || !id.Exists || id.Active || id.Lost || id.Confirmed != at {
 		t.Fatalf("after: %+v, %v; created at %s", id, err, at)
 	}
-	if err := CheckSlot(Expected{id.SystemID, id.Timeline, slot, at}, id); err != nil {
-		t.Error(err)
+	if v := Recognise(Expected{SystemID: id.SystemID, Timeline: id.Timeline, Slot: slot, End: at}, Observed{Identity: id}); v.Action != Resume {
+		t.Error(v.Err)
 	}
 	other, err := Connect(ctx, c.DSN("postgres", ""), "postgres", "duri_test")
 	if err != nil {

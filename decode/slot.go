@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -23,14 +24,6 @@ type Identity struct {
 	Confirmed wal.LSN // the slot's confirmed_flush_lsn
 }
 
-// Expected is what the journal remembers of the slot.
-type Expected struct {
-	SystemID uint64
-	Timeline uint32
-	Slot     string
-	End      wal.LSN // how far the journal reaches; nothing beyond it was ever reported
-}
-
 // GapError says that the slot can no longer continue the journal. Continuing would lose changes silently, so the
 // direction stops until a person or a re-synchronisation closes the gap.
 type GapError struct {
@@ -48,36 +41,28 @@ func (e *GapError) Error() string {
 // HintText is the advice that goes with the error.
 func (e *GapError) HintText() string { return e.Hint }
 
-// CheckSlot compares the slot with the journal; nil means streaming may resume at the journal's end, duplicates
-// being dropped by position. Source: the table "slot identity" of durability.md section 3.
-func CheckSlot(want Expected, got Identity) error {
-	gap := func(hint, reason string, args ...any) error {
-		return &GapError{Slot: want.Slot, Reason: fmt.Sprintf(reason, args...), Hint: hint, From: want.End}
-	}
-	const rejoin = "re-join this site (docs/guide/runbook.md): it needs a new slot and journal, and its content from the other site"
-	const resync = "changes made meanwhile are not in the journal: compare with `duri verify`, then re-join (docs/guide/runbook.md)"
-	switch {
-	case got.SystemID != want.SystemID:
-		return gap(rejoin, "this is another database cluster (system identifier %d, the journal is of %d)", got.SystemID, want.SystemID)
-	case got.Timeline < want.Timeline:
-		return gap(rejoin, "the server is on timeline %d, the journal already on %d: an older copy of the data directory was put back", got.Timeline, want.Timeline)
-	case got.Timeline > want.Timeline:
-		return gap(resync, "the server moved from timeline %d to %d (a local fail-over or a restore)", want.Timeline, got.Timeline)
-	case got.Flush < want.End:
-		return gap(rejoin, "the server's WAL ends at %s, before the journal: an older copy of the data directory was put back", got.Flush)
-	case !got.Exists:
-		return gap(resync, "the slot does not exist any more")
-	case got.Lost:
-		return gap(resync, "the server removed WAL that the slot still needed (max_slot_wal_keep_size)")
-	case got.Confirmed > want.End:
-		return gap(resync, "its confirmed position %s is ahead of what was ever journalled: it was re-created or advanced by somebody", got.Confirmed)
-	}
-	return nil
+var errStandby = &standbyError{}
+
+type standbyError struct{}
+
+func (*standbyError) Error() string { return "the server is a standby, or still in recovery" }
+
+// HintText is the advice that goes with the error.
+func (*standbyError) HintText() string {
+	return "it goes on by itself once the server is promoted; if that is not intended, correct postgres.dsn"
 }
 
 // Observe reads what the server says of the slot. c is a replication connection to the slot's database.
 func Observe(ctx context.Context, c *pgconn.PgConn, slot string) (Identity, error) {
 	var id Identity
+	// A standby has a position, and for a moment of its promotion the timeline, of what it was.
+	recovering, err := pg.Rows(ctx, c, "SELECT pg_catalog.pg_is_in_recovery()")
+	if err != nil {
+		return id, err
+	}
+	if recovering[0][0] == "t" {
+		return id, errStandby
+	}
 	sys, err := pg.Rows(ctx, c, "IDENTIFY_SYSTEM")
 	if err != nil {
 		return id, err
@@ -106,6 +91,42 @@ func Observe(ctx context.Context, c *pgconn.PgConn, slot string) (Identity, erro
 		id.Confirmed, err = wal.ParseLSN(r[3])
 	}
 	return id, err
+}
+
+// History reads the timelines that the server has left, oldest first. c is a replication connection.
+func History(ctx context.Context, c *pgconn.PgConn, timeline uint32) ([]Switch, error) {
+	if timeline <= 1 {
+		return nil, nil
+	}
+	rows, err := pg.Rows(ctx, c, fmt.Sprintf("TIMELINE_HISTORY %d", timeline))
+	if err != nil {
+		return nil, fmt.Errorf("read the history of timeline %d: %w", timeline, err)
+	}
+	return parseHistory(rows[0][1])
+}
+
+// parseHistory reads a timeline history file: per line the timeline that was left, where, and why; comments begin with #.
+func parseHistory(text string) (all []Switch, err error) {
+	for line := range strings.Lines(text) {
+		line, _, _ = strings.Cut(line, "#")
+		f := strings.Fields(line)
+		if len(f) == 0 {
+			continue
+		}
+		if len(f) < 2 {
+			return nil, fmt.Errorf("timeline history: line %q", line)
+		}
+		id, err := strconv.ParseUint(f[0], 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("timeline history: line %q", line)
+		}
+		at, err := wal.ParseLSN(f[1])
+		if err != nil {
+			return nil, fmt.Errorf("timeline history: line %q: %w", line, err)
+		}
+		all = append(all, Switch{uint32(id), at})
+	}
+	return all, nil
 }
 
 // CreateSlot makes the permanent slot and returns its consistent point: every transaction that commits after it will

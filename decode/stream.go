@@ -98,7 +98,7 @@ func connect(ctx context.Context, dsn, database, name string, wrap func(net.Conn
 }
 
 // Open starts streaming from a position on a connection made by Connect, which it takes over. The slot must have been
-// checked (CheckSlot).
+// checked (Recognise).
 func Open(ctx context.Context, conn *pgconn.PgConn, cfg Config, from wal.LSN) (*Stream, error) {
 	if cfg.Interval == 0 {
 		cfg.Interval = 100 * time.Millisecond

@@ -21,6 +21,8 @@ var (
 	// ErrFailed: an earlier write or fsync failed. The segment is abandoned: nothing becomes durable any more until the
 	// journal is closed and opened again (durability.md section 3).
 	ErrFailed = errors.New("journal: abandoned after a failed write")
+	// ErrTurned: the journal goes on as another incarnation here, which a copy must learn of before it takes more.
+	ErrTurned = errors.New("journal: goes on as another incarnation")
 	// ErrInUse: another process, or another Journal of this one, has the directory open.
 	ErrInUse = errors.New("journal: directory is in use")
 )
@@ -53,6 +55,17 @@ func (e *ChainError) Error() string {
 
 // Unwrap makes errors.Is(err, ErrChain) true.
 func (e *ChainError) Unwrap() error { return ErrChain }
+
+// TurnError says why a copy does not go on as the incarnation that its origin offers.
+type TurnError struct {
+	Have, Offered Header
+	Reason        string
+}
+
+// Error names both and the reason.
+func (e *TurnError) Error() string {
+	return fmt.Sprintf("the copy is of %s, the journal offered of %s: %s", e.Have, e.Offered, e.Reason)
+}
 
 // PrunedError says what is still kept. It is an ErrPruned.
 type PrunedError struct {

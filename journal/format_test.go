@@ -27,6 +27,12 @@ func TestHeaderSurvivesMarshalling(t *testing.T) {
 		if m := rapid.MapOf(rapid.String(), rapid.String()).Draw(t, "settings"); len(m) > 0 {
 			h.Settings = m
 		}
+		for range rapid.IntRange(0, 3).Draw(t, "turns") {
+			h.Turns = append(h.Turns, Turn{
+				Incarnation: Incarnation{SystemID: rapid.Uint64().Draw(t, "s"), Timeline: rapid.Uint32().Draw(t, "t"), Database: rapid.String().Draw(t, "d"), Slot: rapid.String().Draw(t, "n"), CreatedLSN: wal.LSN(rapid.Uint64().Draw(t, "c"))},
+				Back:        wal.LSN(rapid.Uint64().Draw(t, "back")), End: wal.LSN(rapid.Uint64().Draw(t, "end")),
+			})
+		}
 		copy(h.Chain[:], rapid.SliceOfN(rapid.Byte(), 32, 32).Draw(t, "chain"))
 		have, err := ParseHeader(h.Marshal())
 		must(t, err)

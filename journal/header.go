@@ -32,6 +32,14 @@ func (i Incarnation) String() string {
 	return fmt.Sprintf("%d/%d/%s/%s@%s", i.SystemID, i.Timeline, i.Database, i.Slot, i.CreatedLSN)
 }
 
+// Turn says how a journal went on as another incarnation: the one named here ended at End, and the database that the next
+// one is of had this origin's transactions up to Back only. Those of (Back, End] are given back to it (docs/adr/0008).
+// Positions never begin again: those of the next incarnation lie beyond End.
+type Turn struct {
+	Incarnation
+	Back, End wal.LSN
+}
+
 // Header says whose history a file holds and from where, with the running values at that point. Each file begins with
 // one. The link sends one to a new peer, which creates its copy from it.
 type Header struct {
@@ -55,6 +63,8 @@ type Header struct {
 	Txns, Bytes    uint64
 	MaxVersionTime wal.Time
 	Seen           []wal.Seen
+	// Turns are the incarnations before this one, oldest first.
+	Turns []Turn
 }
 
 // String names the history: cluster, site and incarnation.
@@ -66,12 +76,20 @@ func (h Header) String() string {
 func (h Header) clone() Header {
 	h.Settings = maps.Clone(h.Settings)
 	h.Seen = slices.Clone(h.Seen)
+	h.Turns = slices.Clone(h.Turns)
 	return h
 }
 
 // sameHistory reports whether two files belong to one journal.
 func (h Header) sameHistory(o Header) bool {
 	return h.Cluster == o.Cluster && h.Site == o.Site && h.Incarnation == o.Incarnation
+}
+
+// Continues reports whether o's incarnation is the one before h's, and ended where h begins.
+func (h Header) Continues(o Header) bool {
+	n := len(h.Turns)
+	return n > 0 && h.Cluster == o.Cluster && h.Site == o.Site && h.Turns[n-1].Incarnation == o.Incarnation && h.Turns[n-1].End == h.From &&
+		slices.Equal(h.Turns[:n-1], o.Turns)
 }
 
 // tally gives the running values of the header.
@@ -101,6 +119,7 @@ func (h Header) Marshal() []byte {
 	b = appendBytesNZ(b, 17, 0, []byte(h.Encoding))
 	b = appendBytesNZ(b, 18, 0, marshalSettings(h.Settings))
 	b = appendUintNZ(b, 19, critical, uint64(h.Previous))
+	b = appendBytesNZ(b, 20, critical, marshalTurns(h.Turns))
 	return appendFrame(nil, TypeHeader, flagCritical, b)
 }
 
@@ -169,6 +188,10 @@ func parseHeader(fr frame) (h Header, err error) {
 			}
 		case 19:
 			h.Previous = f.lsn()
+		case 20:
+			if h.Turns, err = parseTurns(f.bytes()); err != nil {
+				return Header{}, err
+			}
 		default:
 			f.unknown()
 		}
@@ -180,6 +203,60 @@ func parseHeader(fr frame) (h Header, err error) {
 		return Header{}, f.err
 	}
 	return h, nil
+}
+
+// marshalTurns writes each turn as fields, length-prefixed.
+func marshalTurns(turns []Turn) (b []byte) {
+	for _, t := range turns {
+		var f []byte
+		f = appendUintNZ(f, 1, critical, t.SystemID)
+		f = appendUintNZ(f, 2, critical, uint64(t.Timeline))
+		f = appendBytesNZ(f, 3, critical, []byte(t.Database))
+		f = appendBytesNZ(f, 4, critical, []byte(t.Slot))
+		f = appendUintNZ(f, 5, critical, uint64(t.CreatedLSN))
+		f = appendUintNZ(f, 6, critical, uint64(t.Back))
+		f = appendUintNZ(f, 7, critical, uint64(t.End))
+		b = append(binary.AppendUvarint(b, uint64(len(f))), f...)
+	}
+	return b
+}
+
+// parseTurns reads what marshalTurns wrote.
+func parseTurns(b []byte) (turns []Turn, err error) {
+	for len(b) > 0 {
+		l, n := uvarint(b)
+		if n <= 0 || l > uint64(len(b)-n) {
+			return nil, malformed("turns in the header are damaged")
+		}
+		f := fieldsOf("turn", b[n:n+int(l)])
+		b = b[n+int(l):]
+		var t Turn
+		for f.next() {
+			switch f.tag {
+			case 1:
+				t.SystemID = f.uint()
+			case 2:
+				t.Timeline = f.uint32()
+			case 3:
+				t.Database = string(f.bytes())
+			case 4:
+				t.Slot = string(f.bytes())
+			case 5:
+				t.CreatedLSN = f.lsn()
+			case 6:
+				t.Back = f.lsn()
+			case 7:
+				t.End = f.lsn()
+			default:
+				f.unknown()
+			}
+		}
+		if f.err != nil {
+			return nil, f.err
+		}
+		turns = append(turns, t)
+	}
+	return turns, nil
 }
 
 // marshalSettings writes names and values, length-prefixed, in the order of the names.

@@ -207,6 +207,13 @@ func (j *Journal) Header() Header {
 	return j.segments[0].head.clone()
 }
 
+// Current is the header of the newest file: its incarnation is the one that is written now, or was written last.
+func (j *Journal) Current() Header {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.seg.head.clone()
+}
+
 // HeaderAt is the header of the newest file that still holds every record beyond from. A new copy that needs the
 // journal from there is created from it; it then receives at most one file's length more than it asked for.
 func (j *Journal) HeaderAt(from wal.LSN) (Header, error) {
@@ -546,12 +553,12 @@ func (j *Journal) makeRoom(need int) error {
 	if err := j.usable(); err != nil {
 		return err
 	}
-	return j.rotate()
+	return j.rotate(j.nextHeader())
 }
 
-// rotate seals and syncs the last segment and begins the next one at its end. When the new file cannot be made - a
+// rotate seals and syncs the last segment and begins the next one, with header h, at its end. When the new file cannot be made - a
 // full disk - the journal stays as it was and the append may be tried again.
-func (j *Journal) rotate() error {
+func (j *Journal) rotate(h Header) error {
 	if j.unsealed > 0 {
 		j.appendSeal()
 	}
@@ -566,7 +573,7 @@ func (j *Journal) rotate() error {
 		return err
 	}
 	j.nextID++
-	seg, err := createSegment(j.o.FS, j.dir, j.nextHeader(), j.nextID, j.o.SegmentBytes)
+	seg, err := createSegment(j.o.FS, j.dir, h, j.nextID, j.o.SegmentBytes)
 	if _, ok := errors.AsType[*halfCreatedError](err); ok {
 		return j.fail(err)
 	}

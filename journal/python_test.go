@@ -55,6 +55,8 @@ func pythonJournal(t *testing.T) []string {
 		must(t, j.AppendPosition(simpleTxn(2*i+1).EndLSN, []wal.Seen{{Site: 2, LSN: 60}, {Site: 3, LSN: 1 << 40}}, wal.Time(i)))
 	}
 	must(t, j.AppendFrames(append(appendFrame(nil, 99, 0, []byte("future")), appendPosition(nil, Position{From: j.End(), To: j.End() + 9})...)))
+	must(t, j.Turn(nextIncarnation(), j.End()-9))
+	must(t, j.AppendPosition(j.End()+50, nil, 3))
 	must(t, j.Close())
 	files, err := filepath.Glob(filepath.Join(dir, "*.j"))
 	must(t, err)
@@ -158,8 +160,18 @@ func printHeader(h Header) object {
 		"type": "header", "cluster": h.Cluster, "site": h.Site, "site_name": h.SiteName, "system_id": h.SystemID, "timeline": h.Timeline,
 		"database": h.Database, "slot": h.Slot, "created_lsn": h.CreatedLSN, "from": h.From, "previous": h.Previous, "chain": h.Chain.String(),
 		"txns": h.Txns, "bytes": h.Bytes, "max_version_time": int64(h.MaxVersionTime), "seen": printSeen(h.Seen),
-		"server_version": h.ServerVersion, "encoding": h.Encoding, "settings": h.Settings,
+		"server_version": h.ServerVersion, "encoding": h.Encoding, "settings": h.Settings, "turns": printTurns(h.Turns),
 	}
+}
+
+func printTurns(turns []Turn) []object {
+	out := []object{}
+	for _, t := range turns {
+		out = append(out, object{
+			"system_id": t.SystemID, "timeline": t.Timeline, "database": t.Database, "slot": t.Slot, "created_lsn": t.CreatedLSN, "back": t.Back, "end": t.End,
+		})
+	}
+	return out
 }
 
 func printRelation(r *wal.Relation) object {

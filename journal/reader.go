@@ -41,6 +41,7 @@ type Reader struct {
 	started bool     // something was returned
 	schemas []byte   // the schema frames met before that
 	trust   bool     // see TrustChain
+	frames  bool     // NextFrames was called
 	err     error
 }
 
@@ -251,6 +252,9 @@ func (r *Reader) more() (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	if r.frames && next.head.Incarnation != r.seg.head.Incarnation {
+		return false, ErrTurned
+	}
 	return true, r.open(next)
 }
 
@@ -274,7 +278,8 @@ func (r *Reader) wanted() bool {
 }
 
 // NextFrames returns whole records of at most maxBytes together, or a single larger one. It waits until there is at
-// least one. The first frames are preceded by the schema records that later ones refer to.
+// least one. The first frames are preceded by the schema records that later ones refer to. It ends with ErrTurned where the
+// journal goes on as another incarnation.
 func (r *Reader) NextFrames(ctx context.Context, maxBytes int) (Frames, error) {
 	for {
 		fr, err := r.tryFrames(maxBytes)
@@ -288,6 +293,7 @@ func (r *Reader) NextFrames(ctx context.Context, maxBytes int) (Frames, error) {
 }
 
 func (r *Reader) tryFrames(maxBytes int) (Frames, error) {
+	r.frames = true
 	fr := Frames{From: r.to, To: r.to}
 	for {
 		ok, err := r.group()

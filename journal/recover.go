@@ -129,7 +129,7 @@ func loadSegments(fsys FS, dir string) ([]*segment, error) {
 // follows checks that next is the segment right behind prev.
 func follows(prev, next *segment) error {
 	switch {
-	case !prev.head.sameHistory(next.head):
+	case !prev.head.sameHistory(next.head) && !next.head.Continues(prev.head):
 		return &CorruptionError{File: next.name, From: next.head.From, Reason: fmt.Sprintf("it belongs to %s, the file before to %s", next.head, prev.head), Hint: "move the file that does not belong here away"}
 	case next.head.Previous != prev.head.From:
 		return &CorruptionError{File: next.name, From: prev.head.From, Reason: fmt.Sprintf("the file before it, %s, is missing", segmentName(next.head.Previous)), Hint: hintPeer}

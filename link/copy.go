@@ -158,10 +158,11 @@ func (w *CopyWriter) Position() (inc journal.Incarnation, have bool, end wal.LSN
 	if j == nil {
 		return inc, false, from
 	}
-	return j.Header().Incarnation, true, j.End()
+	return j.Current().Incarnation, true, j.End()
 }
 
-// Welcome is that of Sink: it creates the copy, or refuses another history than the copy's.
+// Welcome is that of Sink: it creates the copy, lets it go on as the next incarnation, or refuses another history than the
+// copy's.
 func (w *CopyWriter) Welcome(h journal.Header) error {
 	if err := w.Err(); err != nil {
 		return err
@@ -178,13 +179,26 @@ func (w *CopyWriter) Welcome(h journal.Header) error {
 }
 
 func (w *CopyWriter) checkHistory(j *journal.Journal, h journal.Header) error {
-	ours := j.Header()
+	ours := j.Current()
 	if ours.Cluster == h.Cluster && ours.Site == h.Site && ours.Incarnation == h.Incarnation {
 		return nil
 	}
+	sentence := fmt.Sprintf("the copy is of %s, the journal offered of %s", ours, h)
+	if h.Continues(ours) { // after a fail-over at the origin (docs/adr/0008)
+		var refused *journal.TurnError
+		err := j.Follow(h)
+		if err == nil {
+			w.c.Logger.Info("the origin's journal goes on as another incarnation", "incarnation", h.Incarnation.String(), "lsn", h.From.String())
+			return nil
+		}
+		if !errors.As(err, &refused) {
+			return err
+		}
+		sentence = refused.Error()
+	}
 	return w.fail(&HoldError{
 		Dir: w.c.Dir, At: j.End(), Advice: "see that the address and the directory belong to the same site; a site with a new history must be re-joined",
-		Err: &Error{Kind: ErrIncarnation, Sentence: fmt.Sprintf("the copy is of %s, the journal offered of %s", ours, h)},
+		Err: &Error{Kind: ErrIncarnation, Sentence: sentence},
 	})
 }
 

@@ -328,3 +328,38 @@ func TestFrozenCopyGivesNoFurtherReceipt(t *testing.T) {
 	cp.Thaw()
 	waitFor(t, "the receipt after the thaw", func() bool { return w.db.last("busan").Durable == w.db.j.End() })
 }
+
+// TestCopyFollowsTheOriginToItsNextIncarnation: the stream ends where the journal turns, and the next one goes on; a copy that
+// has more than the origin had is refused.
+func TestCopyFollowsTheOriginToItsNextIncarnation(t *testing.T) {
+	w := newWorld(t, nil)
+	h := newHistory(w.db.j, 1)
+	h.fill(t, 100)
+	cp, cl := openCopy(t, t.TempDir()), w.client(nil)
+	f := follow(t, cl, cp)
+	ended := w.db.j.End()
+	waitFor(t, "the copy to have it", func() bool { return w.db.last("busan").Durable == ended })
+	next := header().Incarnation
+	next.Timeline, next.CreatedLSN = 2, ended+100
+	if err := w.db.j.Turn(next, ended-50); err != nil {
+		t.Fatal(err)
+	}
+	h.at += 1000
+	h.fill(t, 50)
+	if err := f.wait(t); !Retry(err) || !errors.Is(err, ErrNotReady) {
+		t.Errorf("the stream ended with %v", err)
+	}
+	f = follow(t, cl, cp)
+	end := w.db.j.End()
+	waitFor(t, "the copy to go on", func() bool { return w.db.last("busan").Durable == end })
+	if inc, _, _ := cp.Position(); inc != next {
+		t.Errorf("the copy is of %s, want %s", inc, next)
+	}
+	_ = f.stop(t)
+	expectEqual(t, w.db.j, cp)
+
+	ahead := fakeSink{inc: header().Incarnation, have: true, end: ended + 8}
+	if err := follow(t, cl, &ahead).wait(t); !errors.Is(err, ErrIncarnation) || Retry(err) || !strings.Contains(err.Error(), "ended here at") {
+		t.Errorf("a copy with more than was there: %v", err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -139,9 +140,17 @@ func (s *Server) silent() *Error {
 func place(j *journal.Journal, r *linkpb.Start) (h journal.Header, from wal.LSN, err error) {
 	pos, end := wal.LSN(r.GetPosition()), j.End()
 	have := r.GetIncarnation() != nil
-	if ours := j.Header(); have && incarnation(r.GetIncarnation()) != ours.Incarnation {
-		return h, 0, refuse(ErrIncarnation, "changes may be missing between the two: compare with `duri verify`, then re-join the site that asks",
-			"the journal here is of incarnation %s, the copy of %s", ours.Incarnation, incarnation(r.GetIncarnation()))
+	if have {
+		theirs, ours := incarnation(r.GetIncarnation()), j.Current()
+		if i := slices.IndexFunc(ours.Turns, func(t journal.Turn) bool { return t.Incarnation == theirs }); i >= 0 {
+			if ended := ours.Turns[i].End; pos > ended {
+				return h, 0, refuse(ErrIncarnation, "the site that asks has transactions that this one lost: compare with `duri verify`, then re-join one of the two",
+					"incarnation %s ended here at %s, the copy reaches to %s", theirs, ended, pos)
+			}
+		} else if theirs != ours.Incarnation {
+			return h, 0, refuse(ErrIncarnation, "changes may be missing between the two: compare with `duri verify`, then re-join the site that asks",
+				"the journal here is of incarnation %s, the copy of %s", ours.Incarnation, theirs)
+		}
 	}
 	if pos > end {
 		e := refuse(ErrAhead, "wait: what the origin has lost of its journal it decodes again; if it stays so, the origin was put back to an older state and must be re-joined",
@@ -170,6 +179,8 @@ func readError(err error) *Error {
 			"the journal here begins at %s, position %s is no longer kept", pruned.Start, pruned.From)
 		e.Start = pruned.Start
 		return e
+	case errors.Is(err, journal.ErrTurned):
+		return refuse(ErrNotReady, "it goes on by itself", "the journal here goes on as another incarnation: ask again")
 	case errors.Is(err, journal.ErrClosed), errors.Is(err, journal.ErrFailed):
 		return refuse(ErrNotReady, "", "the journal here is closed at the moment: %v", err)
 	}

@@ -233,6 +233,22 @@ func (c *capture) handOver() error {
 	return nil
 }
 
+// restart forgets positions of a server that has lost them. The stream is not running.
+func (c *capture) restart() { c.pending, c.waited = 0, false }
+
+// passSlot notes that nothing lies before the beginning of the slot that the journal has turned to.
+func (c *capture) passSlot() error {
+	at := c.j.Current().CreatedLSN
+	if at <= c.j.End() {
+		return nil
+	}
+	if err := c.j.AppendPosition(at, slices.Clone(c.seen), c.n.clock.Now()); err != nil {
+		return fmt.Errorf("journal position %s: %w", at, err)
+	}
+	c.local.Advance(at)
+	return c.handOver()
+}
+
 func wake(ch chan struct{}) {
 	select {
 	case ch <- struct{}{}:

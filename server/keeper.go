@@ -194,6 +194,11 @@ func (k *keeper) epoch() uint64 {
 	if k.began.IsZero() || !k.reg.Has(k.a.self.Name) && k.server.Down > 0 { // no receipts from a site that cannot come back yet
 		return 0
 	}
+	for _, n := range k.a.nodes {
+		if n.behindJournal() != "" { // nor from one whose database is behind
+			return 0
+		}
+	}
 	return k.reg.Epoch
 }
 

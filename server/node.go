@@ -50,6 +50,12 @@ type node struct {
 	walRoom  atomic.Pointer[BudgetStatus] // of the WAL that the slot holds; nil: max_slot_wal_keep_size does not bound it
 	gate     gate                         // of decoding
 
+	back    atomic.Pointer[givingBack] // what the database lacks of its journal; nil: nothing
+	stopped atomic.Bool                // the server is not the one that the journal is of, and decoding has stopped
+	known   atomic.Bool                // the server was compared with the journal since decoding began or ended
+	fitted  atomic.Bool                // it was in this life of the agent
+	turned  chan struct{}              // has a value when the journal has turned
+
 	sql  *session // for clock, heartbeat, barrier, maintenance
 	rows *session // for rows that peers fetch
 	keys *apply.Keys
@@ -164,6 +170,7 @@ const (
 	stateWaiting  = "waiting" // for its server, a peer, or a person
 	stateJoining  = "joining"
 	stateReady    = "ready"
+	stateBehind   = "behind its journal" // it was set back, and is given back what it lost
 )
 
 // failed notes why something does not work and logs it when it is news.
@@ -232,11 +239,14 @@ func (n *node) Run(ctx context.Context) error {
 			n.log.Error("close journal", "database", n.database.Name, "error", err)
 		}
 	}()
-	n.setState(stateReady)
+	if n.back.Load() == nil {
+		n.setState(stateReady)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.captureLoop(ctx, c) })
 	g.Go(func() error { return c.capture.flushLoop(ctx) })
 	g.Go(func() error { return c.capture.syncLoop(ctx) })
+	g.Go(func() error { return n.giveBackLoop(ctx, c) })
 	g.Go(func() error { return n.heartbeatLoop(ctx, c) })
 	g.Go(func() error { return n.maintainLoop(ctx, c) })
 	g.Go(func() error { return n.unparkLoop(ctx, c) })
@@ -271,7 +281,13 @@ func (n *node) unparkLoop(ctx context.Context, c *captured) error {
 		}
 	}
 	for {
-		if err := retry(ctx, failed, "bring parked rows back", longestPause, func() error { return u.Run(ctx) }); err != nil {
+		run := func() error {
+			if why := n.behindJournal(); why != "" {
+				return errors.New(why)
+			}
+			return u.Run(ctx)
+		}
+		if err := retry(ctx, failed, "bring parked rows back", longestPause, run); err != nil {
 			return err
 		}
 		if err := ctx.Err(); err != nil {
@@ -338,6 +354,9 @@ func (n *node) captureLoop(ctx context.Context, c *captured) error {
 			now := time.Now()
 			n.mute.CompareAndSwap(nil, &now)
 			n.recover.Store(0) // what the server has committed until the next stream begins is not known
+			if pg.IsConnectionError(err) {
+				n.known.Store(false) // it may be another server that comes back
+			}
 			n.keeper.stir()
 			return err
 		})
@@ -376,13 +395,7 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 			pg.Close(conn)
 		}
 	}()
-	got, err := decode.Observe(ctx, conn, slot)
-	if err != nil {
-		return err
-	}
-	inc := c.journal.Header().Incarnation
-	want := decode.Expected{SystemID: inc.SystemID, Timeline: inc.Timeline, Slot: slot, End: c.journal.End()}
-	if err := decode.CheckSlot(want, got); err != nil {
+	if err := n.reconcile(ctx, c, conn); err != nil {
 		return err
 	}
 	if err := n.measureClock(ctx, conn); err != nil {
@@ -401,7 +414,9 @@ func (n *node) stream(ctx context.Context, c *captured) error {
 	ok = true
 	n.mute.Store(nil)
 	c.capture.setReport(st.Report)
-	n.setState(stateReady)
+	if n.back.Load() == nil {
+		n.setState(stateReady)
+	}
 	err = st.Run(ctx, c.capture)
 	if err == nil {
 		return context.Cause(ctx)
@@ -601,6 +616,9 @@ func (n *node) retain(ctx context.Context, c *captured, applied []wal.Seen) erro
 		sizes = append(sizes, size)
 	}
 	c.local.Prune(seen, n.clock.Now())
+	if n.back.Load() != nil {
+		needed = 0 // it is given back
+	}
 	if err := c.journal.Prune(min(needed, old)); err != nil {
 		return fmt.Errorf("prune journal: %w", err)
 	}

@@ -445,6 +445,12 @@ func (n *node) openAround(ctx context.Context, j *journal.Journal) (err error) {
 	if err := n.recall(ctx, past, j, local, seen); err != nil {
 		return fmt.Errorf("rebuild the history of local changes: %w", err)
 	}
+	if err := n.renamed(ctx, j, local); err != nil {
+		return fmt.Errorf("find the transactions that were given back: %w", err)
+	}
+	if err := n.loadBehind(ctx, j); err != nil {
+		return err
+	}
 	mesh, err := n.openMesh(ctx, local, copies)
 	if err != nil {
 		return err
@@ -532,7 +538,13 @@ func (n *node) openMesh(ctx context.Context, local *apply.History, copies []*lin
 	for i, p := range n.peers {
 		byID[p.site.ID] = copies[i]
 	}
-	open := func(site wal.SiteID, from wal.LSN) (apply.Reader, error) { return readCopy(byID[site], from) }
+	open := func(site wal.SiteID, from wal.LSN) (apply.Reader, error) {
+		r, err := readCopy(byID[site], from)
+		if err != nil {
+			return nil, err
+		}
+		return r, nil
+	}
 	applied, err := n.progress(ctx)
 	if err != nil {
 		return nil, err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -213,7 +214,14 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 	return apply.New(apply.Config{
 		Site: n.self.ID, Origin: p.site.ID, OriginName: apply.OriginName(n.database.Name, p.site.Name),
 		SiteOf: n.siteOf, DSN: n.cfg.Postgres.DSN, Database: n.database.Name,
-		Open:    func(from wal.LSN) (apply.Reader, error) { return readCopy(w, from) },
+		Check: func(ctx context.Context, conn *pgconn.PgConn) error { return n.fits(ctx, c.journal, conn) },
+		Open: func(from wal.LSN) (apply.Reader, error) {
+			r, err := readCopy(w, from)
+			if err != nil {
+				return nil, err
+			}
+			return &pacedReader{r: r, n: n, site: p.site.ID}, nil
+		},
 		Mesh:    c.mesh,
 		Barrier: func(ctx context.Context, lsn wal.LSN) error { return n.barrier(ctx, c, lsn) },
 		Fetch: func(ctx context.Context, rel *wal.Relation, key []string, row wal.Tuple) (wal.Tuple, bool, error) {
@@ -235,7 +243,7 @@ func (p *peer) newWorker(c *captured, w *link.CopyWriter) *apply.Worker {
 
 // readCopy gives the worker a reader of the copy. Nothing applied yet means: from where the copy begins, provided that
 // no transaction lies before that.
-func readCopy(w *link.CopyWriter, from wal.LSN) (apply.Reader, error) {
+func readCopy(w *link.CopyWriter, from wal.LSN) (*journal.Reader, error) {
 	j, err := w.Journal()
 	if err != nil {
 		return nil, err
@@ -338,22 +346,22 @@ func (p *peer) checkIncarnation(ctx context.Context, w *link.CopyWriter) error {
 	if err != nil {
 		return err
 	}
-	key, now := "incarnation of "+p.site.Name, j.Header().Incarnation.String()
+	h := j.Current()
+	key, now := "incarnation of "+p.site.Name, h.Incarnation.String()
 	return p.n.withSQL(ctx, func(c *pgconn.PgConn) error {
 		was, ok, err := catalog.Meta(ctx, c, key)
-		if err != nil {
+		if err != nil || was == now {
 			return err
 		}
-		if !ok {
+		// After a fail-over there the positions go on, and so does the progress.
+		before := slices.ContainsFunc(h.Turns, func(t journal.Turn) bool { return t.String() == was })
+		if !ok || before {
 			return catalog.SetMeta(ctx, c, key, now)
 		}
-		if was != now {
-			return &hinted{
-				fmt.Sprintf("site %s has another database now (%s) than the one that was applied here (%s)", p.site.Name, now, was),
-				"re-join this site to the cluster; its progress does not fit the new one",
-			}
+		return &hinted{
+			fmt.Sprintf("site %s has another database now (%s) than the one that was applied here (%s)", p.site.Name, now, was),
+			"re-join this site to the cluster; its progress does not fit the new one",
 		}
-		return nil
 	})
 }
 

@@ -145,6 +145,19 @@ func (n *node) adopt(set policy.Set) {
 	if reflect.DeepEqual(*was, set) { // partitions count too
 		return
 	}
+	again := n.haltWorkers()
+	n.keys.SetPolicies(set)
+	n.policies.Store(&set)
+	again()
+	if policy.Fingerprint(*was) != policy.Fingerprint(set) {
+		text := "the table policies have changed: " + changes(*was, set)
+		n.log.Info(text, "database", n.database.Name)
+		n.event("policy", text)
+	}
+}
+
+// haltWorkers ends the runs of all workers and lets none begin until again is called.
+func (n *node) haltWorkers() (again func()) {
 	n.policyMu.Lock()
 	for _, p := range n.peers {
 		p.permit.set(false)
@@ -152,17 +165,12 @@ func (n *node) adopt(set policy.Set) {
 	for _, p := range n.peers {
 		p.running.Lock()
 	}
-	n.keys.SetPolicies(set)
-	n.policies.Store(&set)
-	for _, p := range n.peers {
-		p.running.Unlock()
-		p.compare()
-	}
-	n.policyMu.Unlock()
-	if policy.Fingerprint(*was) != policy.Fingerprint(set) {
-		text := "the table policies have changed: " + changes(*was, set)
-		n.log.Info(text, "database", n.database.Name)
-		n.event("policy", text)
+	return func() {
+		for _, p := range n.peers {
+			p.running.Unlock()
+			p.compare()
+		}
+		n.policyMu.Unlock()
 	}
 }
 

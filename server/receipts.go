@@ -63,6 +63,12 @@ func (n *node) unreceipted() string {
 	if n.ready.Load() == nil {
 		return "database " + n.database.Name + " is not open yet"
 	}
+	if why := n.behindJournal(); why != "" {
+		return why
+	}
+	if !n.known.Load() {
+		return "database " + n.database.Name + " is compared with its journal first"
+	}
 	if !n.waits() {
 		return ""
 	}
@@ -91,6 +97,9 @@ func (n *node) noteRecovered(ctx context.Context, conn *pgconn.PgConn) error {
 // one's journal of it, on its own side. A stream of decoding that has ended may take a
 // moment to begin again: only one that ended before overdue counts.
 func (n *node) unable(overdue time.Time) string {
+	if why := n.behindJournal(); why != "" {
+		return why
+	}
 	if why := n.gate.reason(); why != nil {
 		return fmt.Sprintf("database %s: %v", n.database.Name, why)
 	}

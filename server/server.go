@@ -83,6 +83,7 @@ func (a *Agent) newNode(d config.Database) *node {
 	n := &node{
 		outcomes: apply.NewOutcomes(),
 		cfg:      a.cfg, database: d, self: a.self, log: a.log, clock: &serverClock{}, hooks: a.hooks, state: stateStarting, told: map[string]bool{},
+		turned: make(chan struct{}, 1),
 	}
 	n.newSessions()
 	n.db = newDB(n)

@@ -118,6 +118,16 @@ def seen(b):
     return out
 
 
+def turns(b):
+    out, cur = [], Bytes(b)
+    while cur.more():
+        f = fields(cur.bytes(), set(range(1, 8)))
+        out.append({"system_id": f.get(1, 0), "timeline": f.get(2, 0), "database": f.get(3, b"").decode(),
+                    "slot": f.get(4, b"").decode(), "created_lsn": lsn(f.get(5, 0)), "back": lsn(f.get(6, 0)),
+                    "end": lsn(f.get(7, 0))})
+    return out
+
+
 def relation(content):
     cur = Bytes(content)
     rel = {"id": hashlib.sha256(content).digest()[:8].hex(), "oid": cur.uvarint(), "namespace": cur.string(),
@@ -170,7 +180,7 @@ class Journal:
         self.relations, self.entries = {}, []
 
     def header(self, body):
-        f = fields(body, set(range(1, 20)))
+        f = fields(body, set(range(1, 21)))
         if f.get(1, 0) != 1:
             raise Damage("format version %d" % f.get(1, 0))
         start = (f.get(10, 0), f.get(11), f.get(12, 0), f.get(13, 0))
@@ -188,7 +198,7 @@ class Journal:
                 "from": lsn(self.to), "chain": self.chain.hex(), "txns": self.txns, "bytes": self.bytes,
                 "max_version_time": unzigzag(f.get(14, 0)), "seen": seen(f.get(15, b"")),
                 "server_version": f.get(16, 0), "encoding": f.get(17, b"").decode(), "settings": settings,
-                "previous": lsn(f.get(19, 0))}
+                "previous": lsn(f.get(19, 0)), "turns": turns(f.get(20, b""))}
 
     def advance(self, start, end):
         if start > self.to or end <= self.to:
