@@ -156,9 +156,15 @@ func (r *Reader) Forward(w *Writer) error {
 	return r.ForwardRest(w)
 }
 
-// ForwardRest writes what is left of the current message's body to w.
+// ForwardRest writes what is left of the current message's body to w. Before it waits for more it flushes, because complete
+// messages may be in w.
 func (r *Reader) ForwardRest(w *Writer) error {
 	for r.left > 0 {
+		if r.r == r.w {
+			if err := w.Flush(); err != nil {
+				return err
+			}
+		}
 		chunk, err := r.chunk()
 		if err != nil {
 			return err
@@ -227,9 +233,9 @@ func (r *Reader) readReady(fd uintptr) bool {
 	for {
 		n, err := syscall.Read(int(fd), r.buf[r.w:])
 		switch {
-		case err == syscall.EINTR: //nolint:errorlint // a system call returns an Errno itself
+		case err == syscall.EINTR:
 			continue
-		case err == syscall.EAGAIN: //nolint:errorlint // as above
+		case err == syscall.EAGAIN:
 			if r.w == 0 {
 				r.Release()
 			}

@@ -125,11 +125,8 @@ func parseStartup(code uint32, body []byte) (*Startup, error) {
 
 // cutString takes a zero-terminated string off b.
 func cutString(b []byte) (s string, rest []byte, ok bool) {
-	i := bytes.IndexByte(b, 0)
-	if i < 0 {
-		return "", nil, false
-	}
-	return string(b[:i]), b[i+1:], true
+	before, rest, ok := bytes.Cut(b, []byte{0})
+	return string(before), rest, ok
 }
 
 // AppendStartup appends a StartupMessage of protocol 3.0.
