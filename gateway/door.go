@@ -1,8 +1,11 @@
 // Package gateway is the way of clients to PostgreSQL through the agent.
 //
-// At present it is a door: it hands connections on, byte by byte, and can be shut. With PostgreSQL listening on nothing
-// that clients reach, a site that may not serve anybody does not, whatever state its server is in (design: durability,
-// "Fence"). It does not look into what passes, so TLS and authentication are between client and server.
+// At present the agent uses the Door: it hands connections on, byte by byte, and can be shut. With PostgreSQL listening on
+// nothing that clients reach, a site that may not serve anybody does not, whatever state its server is in (design:
+// durability, "Fence"). It does not look into what passes, so TLS and authentication are between client and server.
+//
+// A Server takes part in the protocol: it authenticates clients itself, logs in at servers with their keys, and owns their
+// sessions. It is told by a Router where to go, and knows nothing of sites but that.
 package gateway
 
 import (
