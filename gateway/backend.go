@@ -19,9 +19,11 @@ type backend struct {
 	r      *pgwire.Reader
 	w      *pgwire.Writer
 
-	pid     uint32 // of the server's process
-	secret  []byte // with which it is cancelled
-	initial []pgwire.Param
+	pid     uint32         // of the server's process
+	secret  []byte         // with which it is cancelled
+	initial []pgwire.Param // what it reported at login
+
+	lending
 }
 
 // dial opens a connection to a target and logs in with a client's keys.

@@ -38,9 +38,16 @@ func (p *passage) close() {
 	_ = p.server.Close()
 }
 
+// What clients are told.
+const (
+	justStarted = "the agent has just started"
+	shutOut     = "this site takes no clients: "
+	shutHint    = "connect to another site; `duri status` tells when this one is back"
+)
+
 // NewDoor makes a door to the server that dial reaches.
 func NewDoor(dial func(ctx context.Context) (net.Conn, error), log *slog.Logger) *Door {
-	return &Door{dial: dial, log: log, shut: "the agent has just started", conns: map[*passage]struct{}{}}
+	return &Door{dial: dial, log: log, shut: justStarted, conns: map[*passage]struct{}{}}
 }
 
 // Open lets clients in.
@@ -164,7 +171,7 @@ func refuse(c net.Conn, why string) {
 	if _, err := io.CopyN(io.Discard, c, int64(length)-8); err != nil {
 		return
 	}
-	_, _ = c.Write(fatal("57P03", "this site takes no clients: "+why, "connect to another site; `duri status` tells when this one is back"))
+	_, _ = c.Write(fatal("57P03", shutOut+why, shutHint))
 }
 
 // fatal is an ErrorResponse. It is understood as the answer to a request for TLS as well.

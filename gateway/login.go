@@ -100,11 +100,8 @@ func (s *session) login(ctx context.Context, start *pgwire.Startup) error {
 	if err := s.identify(start); err != nil {
 		return err
 	}
-	if s.g.isEnding() {
-		return errShutdown
-	}
-	if s.g.full() {
-		return fatalError(codeTooMany, "the gateway has as many clients as it may", "", "try again, or raise the limit of clients")
+	if err := s.g.admit(); err != nil {
+		return err
 	}
 	if admit := s.g.cfg.Admit; admit != nil {
 		if err := admit(s.conn.RemoteAddr(), s.who.User); err != nil {
@@ -131,11 +128,15 @@ func (s *session) identify(start *pgwire.Startup) error {
 		s.who.Database = s.who.User
 	}
 	for _, p := range start.Params {
-		if !strings.HasPrefix(p.Name, "_pq_.") && p.Name != "database" {
+		if !strings.HasPrefix(p.Name, "_pq_.") && p.Name != "database" && p.Name != "user" {
 			s.who.Params = append(s.who.Params, p)
 		}
 	}
-	s.who.Params = append(s.who.Params, pgwire.Param{Name: "database", Value: s.who.Database})
+	// Once each, so that no server can take another for the one that was authenticated.
+	s.who.Params = append(s.who.Params, pgwire.Param{Name: "user", Value: s.who.User}, pgwire.Param{Name: "database", Value: s.who.Database})
+	for _, p := range s.who.Params {
+		s.who.key += p.Name + "\x00" + p.Value + "\x00"
+	}
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/duri-io/duri/pgwire"
@@ -31,6 +32,8 @@ type Login struct {
 	Database, User string
 	// Params is the client's StartupMessage as servers get it, with user and database.
 	Params []pgwire.Param
+
+	key string // Params as one string
 }
 
 // Replication reports whether the login is for a walsender.
@@ -80,11 +83,17 @@ type Config struct {
 	ClientsMax, CancelsMax int
 	// LoginMax bounds a client's login, and the login at a server, each (1 minute).
 	LoginMax time.Duration
-	Log      *slog.Logger // slog.DiscardHandler's
+	// In TransactionMode: PoolMax is how many connections there may be to one server for the same database, user and startup
+	// parameters (20), HoldMax how long a session waits for one (15 s), IdleMax how long one is kept that nobody uses (10
+	// minutes).
+	PoolMax          int
+	HoldMax, IdleMax time.Duration
+	Log              *slog.Logger // slog.DiscardHandler's
 }
 
 // Server is a listener for clients that takes part in the protocol: it authenticates clients itself, logs in at servers
-// with their keys, and knows each one's session. Methods may be called at any time.
+// with their keys, and knows each one's session. As a Door it is shut until Open is called. Methods may be called at any
+// time.
 type Server struct {
 	cfg     Config
 	binding []byte // of the certificate that clients see
@@ -92,10 +101,16 @@ type Server struct {
 	cancels chan struct{}
 
 	mu       sync.Mutex // guards the rest
+	shut     string     // why it is shut; empty: it is open
+	total    int64      // connections that were let in
 	sessions map[uint32]*session
 	conns    map[net.Conn]struct{}
+	pools    map[poolKey]*pool
 	nextPID  uint32
-	ending   bool
+	ending   atomic.Bool // set under mu
+
+	backends sync.WaitGroup // goroutines of pooled backends
+	lastID   atomic.Uint64  // of sessions
 }
 
 // NewServer makes a Server that is ready, but serves nobody yet.
@@ -106,20 +121,25 @@ func NewServer(cfg Config) (*Server, error) {
 	for _, d := range []struct {
 		n     *int
 		value int
-	}{{&cfg.ClientsMax, 1000}, {&cfg.CancelsMax, 50}} {
+	}{{&cfg.ClientsMax, 1000}, {&cfg.CancelsMax, 50}, {&cfg.PoolMax, 20}} {
 		if *d.n == 0 {
 			*d.n = d.value
 		}
 	}
-	if cfg.LoginMax == 0 {
-		cfg.LoginMax = time.Minute
+	for _, d := range []struct {
+		d     *time.Duration
+		value time.Duration
+	}{{&cfg.LoginMax, time.Minute}, {&cfg.HoldMax, 15 * time.Second}, {&cfg.IdleMax, 10 * time.Minute}} {
+		if *d.d == 0 {
+			*d.d = d.value
+		}
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	g := &Server{
-		cfg: cfg, mock: make([]byte, 32), cancels: make(chan struct{}, cfg.CancelsMax),
-		sessions: map[uint32]*session{}, conns: map[net.Conn]struct{}{},
+		cfg: cfg, shut: justStarted, mock: make([]byte, 32), cancels: make(chan struct{}, cfg.CancelsMax),
+		sessions: map[uint32]*session{}, conns: map[net.Conn]struct{}{}, pools: map[poolKey]*pool{},
 	}
 	_, _ = rand.Read(g.mock) // It does not fail (crypto/rand).
 	if cfg.TLS != nil {
@@ -143,6 +163,19 @@ func (g *Server) Serve(ctx context.Context, l net.Listener) error {
 	var wg sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
+	tick := time.NewTicker(g.cfg.IdleMax / 10)
+	defer tick.Stop()
+	ended := make(chan struct{})
+	wg.Go(func() {
+		for {
+			select {
+			case now := <-tick.C:
+				g.tidy(now.Add(-g.cfg.IdleMax))
+			case <-ended:
+				return
+			}
+		}
+	})
 	var err error
 	for {
 		var c net.Conn
@@ -156,8 +189,11 @@ func (g *Server) Serve(ctx context.Context, l net.Listener) error {
 			})
 		}
 	}
+	close(ended)
 	g.endAll()
 	wg.Wait()
+	g.tidy(time.Now().Add(time.Hour))
+	g.backends.Wait()
 	if ctx.Err() != nil {
 		return nil
 	}
@@ -167,7 +203,7 @@ func (g *Server) Serve(ctx context.Context, l net.Listener) error {
 func (g *Server) add(c net.Conn) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.ending {
+	if g.ending.Load() {
 		_ = c.Close()
 		return false
 	}
@@ -186,24 +222,10 @@ func (g *Server) remove(c net.Conn) {
 func (g *Server) endAll() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.ending = true
+	g.ending.Store(true)
 	for c := range g.conns {
 		_ = c.SetReadDeadline(time.Unix(1, 0)) // the connection may have ended
 	}
-}
-
-// isEnding reports whether Serve is about to return.
-func (g *Server) isEnding() bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.ending
-}
-
-// full reports whether there are more clients than may be.
-func (g *Server) full() bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(g.conns) > g.cfg.ClientsMax
 }
 
 // register gives a session the key by which it can be cancelled.
@@ -233,11 +255,51 @@ func (g *Server) session(pid uint32) *session {
 	return g.sessions[pid]
 }
 
-// Clients is how many connections of clients there are.
-func (g *Server) Clients() int {
+// Open lets clients in.
+func (g *Server) Open() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.conns)
+	if g.shut != "" {
+		g.cfg.Log.Info("clients are let in")
+	}
+	g.shut = ""
+}
+
+// Shut refuses clients, with the reason, and ends the connections of those that are in. When it returns, nothing that a
+// server sends reaches a client any more.
+func (g *Server) Shut(why string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shut == "" {
+		g.cfg.Log.Warn("clients are shut out", "why", why, "connections", len(g.conns))
+	}
+	g.shut = why
+	for c := range g.conns {
+		_ = c.Close() // the client may have closed it already
+	}
+}
+
+// Status says whether it is open, why not, how many connections there are, and how many were let in.
+func (g *Server) Status() (shut string, now int, total int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.shut, len(g.conns), g.total
+}
+
+// admit lets a connection in, or says why not. Who was let in before it was shut was disconnected by that.
+func (g *Server) admit() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case g.ending.Load():
+		return errShutdown
+	case g.shut != "":
+		return fatalError(codeNoSite, shutOut+g.shut, "", shutHint)
+	case len(g.conns) > g.cfg.ClientsMax:
+		return fatalError(codeTooMany, "the gateway has as many clients as it may", "", "try again, or raise the limit of clients")
+	}
+	g.total++
+	return nil
 }
 
 // serve is a client's connection from its first byte to its last.

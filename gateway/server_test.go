@@ -127,6 +127,7 @@ func serve(t testing.TB, cfg Config, clusters ...*pgcluster.Cluster) (g *Server,
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.Open()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +140,7 @@ func serve(t testing.TB, cfg Config, clusters ...*pgcluster.Cluster) (g *Server,
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if n := g.Clients(); n != 0 {
+		if _, n, _ := g.Status(); n != 0 {
 			t.Errorf("%d connections of clients are left", n)
 		}
 	})
@@ -377,6 +378,39 @@ func TestChannelsAreBound(t *testing.T) {
 	_, _ = got.ReadFrom(raw)
 	if bytes.Contains(got.Bytes(), []byte("SCRAM")) {
 		t.Errorf("plain text behind the request for TLS was answered: %q", got.Bytes())
+	}
+}
+
+// TestShutEndsSessions: as at the door, nobody is served while it is shut, and those that were in are out.
+func TestShutEndsSessions(t *testing.T) {
+	c := site(t, "")
+	for _, mode := range []Mode{SessionMode, TransactionMode} {
+		g, addr := serve(t, Config{Mode: mode}, c)
+		idle, busy := open1(t, dsn(addr, "")), open1(t, dsn(addr, ""))
+		exec1(t, busy, "BEGIN; CREATE TABLE never(a int)")
+		if shut, now, total := g.Status(); shut != "" || now != 2 || total != 2 {
+			t.Errorf("%q, %d connections of %d", shut, now, total)
+		}
+		g.Shut("it is no member of the register")
+		for _, conn := range []*pgx.Conn{idle, busy} {
+			if _, err := conn.Exec(t.Context(), "COMMIT"); err == nil {
+				t.Error("a statement was carried out")
+			}
+		}
+		_, err := pgx.Connect(t.Context(), dsn(addr, ""))
+		if e := wantCode(t, "shut", err, "57P03", "no member of the register"); e.Hint == "" {
+			t.Error("no hint")
+		}
+		until(t, "the open transaction is gone", func() bool {
+			return pgtest.Query(t, c, "shop", "SELECT count(*) FROM pg_locks WHERE relation = 'pg_class'::regclass AND mode = 'RowExclusiveLock'")[0][0] == "0"
+		})
+		if got := pgtest.Query(t, c, "shop", "SELECT count(*) FROM pg_class WHERE relname = 'never'")[0][0]; got != "0" {
+			t.Error("a transaction was committed")
+		}
+		g.Open()
+		if value[int](t, open1(t, dsn(addr, "")), "SELECT 1") != 1 {
+			t.Error("no answer after it was opened")
+		}
 	}
 }
 

@@ -29,12 +29,17 @@ type session struct {
 	secret [4]byte
 
 	mu     sync.Mutex
-	b      *backend // which works for the session now
-	ending atomic.Bool
+	b      *backend    // which works for the session now; guarded by mu
+	ending atomic.Bool // what the server does now is not told to the client any more
+
+	borrowing
 }
 
 func newSession(g *Server, conn net.Conn) *session {
-	return &session{g: g, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn)}
+	s := &session{g: g, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn)}
+	s.id = g.lastID.Add(1)
+	s.changed.L = &s.mu
+	return s
 }
 
 // close ends everything and forgets the keys.
@@ -49,7 +54,7 @@ func (s *session) close() {
 
 // refuse tells the client what ends its session. No backend may be attached.
 func (s *session) refuse(err error) {
-	if s.g.isEnding() {
+	if s.g.ending.Load() {
 		err = errShutdown
 	}
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // it may not listen any more
@@ -57,21 +62,35 @@ func (s *session) refuse(err error) {
 }
 
 // knows compares the secret of a request to cancel.
-func (s *session) knows(secret []byte) bool { return subtle.ConstantTimeCompare(secret, s.secret[:]) == 1 }
+func (s *session) knows(secret []byte) bool {
+	return subtle.ConstantTimeCompare(secret, s.secret[:]) == 1
+}
 
 // busy gives the backend that works for the session, if one does. done must be called when the request to cancel is
 // through.
 func (s *session) busy() (b *backend, done func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.b, func() {}
+	if s.b == nil || s.b.pool == nil {
+		return s.b, func() {}
+	}
+	return s.busyBorrowed()
 }
 
-// run serves the client after its login, with a backend of its own.
+// run serves the client after its login.
 func (s *session) run(ctx, loginCtx context.Context) {
-	target, err := s.g.cfg.Router.Route(&s.who)
+	if s.g.cfg.Mode == TransactionMode && !s.who.Replication() {
+		s.runBorrowing(ctx)
+	} else {
+		s.runAlone(ctx, loginCtx)
+	}
+}
+
+// runAlone serves the client with a backend of its own.
+func (s *session) runAlone(ctx, loginCtx context.Context) {
+	target, err := s.route()
 	if err != nil {
-		s.refuse(fatalError(codeNoSite, err.Error(), "", hintOf(err)))
+		s.refuse(err)
 		return
 	}
 	b, err := s.g.dial(loginCtx, target, &s.who, s.keys)
@@ -102,9 +121,18 @@ func (s *session) run(ctx, loginCtx context.Context) {
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
 	_ = b.conn.Close()
 	<-ended
-	if err != nil || s.g.isEnding() {
+	if err != nil || s.g.ending.Load() {
 		s.refuse(err)
 	}
+}
+
+// route asks where to go now.
+func (s *session) route() (Target, error) {
+	target, err := s.g.cfg.Router.Route(&s.who)
+	if err != nil {
+		return Target{}, fatalError(codeNoSite, err.Error(), "", hintOf(err))
+	}
+	return target, nil
 }
 
 // begin tells the client that it may begin.
@@ -121,7 +149,7 @@ func (s *session) begin(params []pgwire.Param) error {
 	if err := s.conn.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	if s.g.isEnding() { // The deadline that was to wake us may be the one that we have just taken away.
+	if s.g.ending.Load() { // The deadline that was to wake us may be the one that we have just taken away.
 		return errShutdown
 	}
 	return nil
@@ -147,11 +175,16 @@ func (s *session) forwardAll(b *backend) error {
 
 // readError is what a client is told about the end of what it sends; nil when it has gone.
 func (s *session) readError(err error) error {
-	if s.g.isEnding() {
+	if s.g.ending.Load() {
 		return errShutdown
 	}
 	if v, ok := errors.AsType[*pgwire.ProtocolError](err); ok {
 		return fatalError(codeProtocol, v.Error(), "", "")
+	}
+	var ours *pgwire.Error
+	var theirs *serverError
+	if errors.As(err, &ours) || errors.As(err, &theirs) {
+		return err
 	}
 	return nil
 }
@@ -186,10 +219,19 @@ func (s *session) answerAll(b *backend) {
 
 // isFatal looks whether an ErrorResponse says that the server ends the connection.
 func isFatal(r *pgwire.Reader) bool {
+	e := errorOf(r)
+	return e.Severity == "FATAL" || e.Severity == "PANIC"
+}
+
+// errorOf looks into an ErrorResponse without consuming it. One that is too long to be looked into is empty.
+func errorOf(r *pgwire.Reader) *pgwire.Error {
 	body, err := r.Peek(min(r.Left(), pgwire.BufferSize))
 	if err != nil {
-		return false
+		return &pgwire.Error{}
 	}
 	e, err := pgwire.ParseError(body)
-	return err == nil && (e.Severity == "FATAL" || e.Severity == "PANIC")
+	if err != nil {
+		return &pgwire.Error{}
+	}
+	return e
 }
