@@ -596,6 +596,9 @@ var errStale = fatalError(codeLost, "connections to the server were lost", "", "
 
 // note remembers what a text does.
 func (s *session) note(t text) {
+	if s.g.cfg.Strict {
+		t.probe, t.dirty = true, true
+	}
 	s.probe = s.probe || t.probe || (t.unpin && s.pinned() != "")
 	s.unsettled = s.unsettled || t.probe || t.local
 	s.b.dirty = s.b.dirty || t.dirty

@@ -88,7 +88,10 @@ type Config struct {
 	// minutes).
 	PoolMax          int
 	HoldMax, IdleMax time.Duration
-	Log              *slog.Logger // slog.DiscardHandler's
+	// Strict, in TransactionMode, takes every transaction to change the session: for databases with triggers, views or
+	// operators that set parameters unseen. It costs a query to the server after each.
+	Strict bool
+	Log    *slog.Logger // slog.DiscardHandler's
 }
 
 // Server is a listener for clients that takes part in the protocol: it authenticates clients itself, logs in at servers

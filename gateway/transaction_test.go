@@ -2,8 +2,10 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -640,4 +642,152 @@ func TestStatementsBeforeTerminateAreCarriedOut(t *testing.T) {
 		})
 		pgtest.Exec(t, c, "shop", "DROP TABLE late")
 	})
+}
+
+// TestStrictSeesWhatTriggersDo: what a trigger sets stays with its session, and does not reach another.
+func TestStrictSeesWhatTriggersDo(t *testing.T) {
+	sites := twins(t)
+	for _, c := range sites {
+		pgtest.Exec(t, c, "shop", `CREATE TABLE traps(a int); GRANT ALL ON traps TO app;
+			CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS $$
+			BEGIN PERFORM set_config('app.user_id', '1', false), set_config('work_mem', '13MB', false); RETURN NULL; END $$;
+			CREATE TRIGGER trap AFTER INSERT ON traps EXECUTE FUNCTION trap()`)
+	}
+	_, addr := serve(t, Config{Mode: TransactionMode, PoolMax: 1, Strict: true}, sites...)
+	one, two := open1(t, dsn(addr, "")), open1(t, dsn(addr, ""))
+	exec1(t, one, "INSERT INTO traps VALUES (1)")
+	wantVisits(t, "two", visits(t, two, "SELECT count(*) || current_setting('work_mem') FROM secret"), "a: 04MB", "b: 04MB")
+	wantVisits(t, "one", visits(t, one, "SELECT current_setting('work_mem')"), "a: 13MB", "b: 13MB")
+}
+
+// TestManyClientsAtOnce: clients that do all sorts of things at once, at two sites in turn and with few connections, get
+// each its own answers, whatever the others do or break off.
+func TestManyClientsAtOnce(t *testing.T) {
+	sites := twins(t)
+	_, addr := serve(t, Config{Mode: TransactionMode, PoolMax: 3, HoldMax: time.Minute}, sites...)
+	for _, c := range sites {
+		pgtest.Exec(t, c, "shop", "CREATE TABLE bin(who int, v text); GRANT ALL ON bin TO app")
+	}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	for who := range 10 {
+		wg.Go(func() {
+			c := &restless{who: who, rnd: rand.New(rand.NewPCG(seed, uint64(who))), dsn: dsn(addr, "")}
+			for range 60 {
+				if err := c.step(ctx); err != nil {
+					t.Errorf("client %d: %v", who, err)
+					return
+				}
+			}
+			if c.conn != nil {
+				_ = c.conn.Close(ctx)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// restless is a client that knows what it must be answered.
+type restless struct {
+	who     int
+	rnd     *rand.Rand
+	dsn     string
+	conn    *pgx.Conn
+	setting string
+	n       int
+}
+
+func (c *restless) step(ctx context.Context) (err error) {
+	if c.conn == nil {
+		c.setting = ""
+		if c.conn, err = pgx.Connect(ctx, c.dsn); err != nil {
+			return fmt.Errorf("connect: %w", err)
+		}
+	}
+	c.n++
+	token := fmt.Sprintf("%d/%d", c.who, c.n)
+	ask := func(sql string, args ...any) error {
+		var got string
+		if err := c.conn.QueryRow(ctx, sql, args...).Scan(&got); err != nil {
+			return fmt.Errorf("%s: %w", sql, err)
+		}
+		if got != token {
+			return fmt.Errorf("%s: got %q, want %q", sql, got, token)
+		}
+		return nil
+	}
+	switch c.rnd.IntN(9) {
+	case 0:
+		return ask("SELECT '"+token+"'", pgx.QueryExecModeSimpleProtocol)
+	case 1:
+		return ask(fmt.Sprintf("SELECT $1::text /* %d */", c.rnd.IntN(5)), token)
+	case 2:
+		return ask("SELECT $1::text", pgx.QueryExecModeDescribeExec, token)
+	case 3: // what it has set, it has
+		c.setting = token
+		if _, err := c.conn.Exec(ctx, "SET app.user_id = '"+token+"'"); err != nil {
+			return err
+		}
+		return ask("SELECT current_setting('app.user_id')")
+	case 4: // and still has, or never had
+		token = c.setting
+		return ask("SELECT coalesce(current_setting('app.user_id', true), '')")
+	case 5:
+		b := &pgx.Batch{}
+		for range 20 {
+			b.Queue("SELECT $1::text", token)
+		}
+		if c.rnd.IntN(2) == 0 {
+			b.Queue("SELECT 1/0")
+		}
+		res := c.conn.SendBatch(ctx, b)
+		for range 20 {
+			var got string
+			if err := res.QueryRow().Scan(&got); err != nil || got != token {
+				return fmt.Errorf("batch: %q, %w", got, err)
+			}
+		}
+		_ = res.Close()
+		return ask("SELECT $1::text", token)
+	case 6: // an error, and a transaction that notices
+		tx, err := c.conn.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, "INSERT INTO bin VALUES ($1, $2)", c.who, token); err != nil {
+			return err
+		}
+		_, _ = tx.Exec(ctx, "SELECT 1/0")
+		if err := tx.Commit(ctx); err == nil {
+			return errors.New("a transaction that had failed was committed")
+		}
+		return ask("SELECT $1::text", token)
+	case 7: // a cancelled query
+		done := make(chan error, 1)
+		go func() {
+			_, err := c.conn.Exec(ctx, "SELECT pg_sleep(0.05)")
+			done <- err
+		}()
+		if err := c.conn.PgConn().CancelRequest(ctx); err != nil {
+			return err
+		}
+		var pgErr *pgconn.PgError
+		if err := <-done; err != nil && (!errors.As(err, &pgErr) || pgErr.Code != "57014") {
+			return err
+		}
+		return ask("SELECT $1::text", token)
+	default: // leaves without a word, in the middle of things
+		h, err := c.conn.PgConn().Hijack()
+		if err != nil {
+			return err
+		}
+		m := pgwire.AppendQuery(nil, "BEGIN; INSERT INTO bin VALUES (1, 'x'); SELECT * FROM generate_series(1, 1000)")
+		_, _ = h.Conn.Write(m[:len(m)-c.rnd.IntN(len(m))])
+		_ = h.Conn.Close()
+		c.conn = nil
+		return nil
+	}
 }
