@@ -1,6 +1,6 @@
 // Package gateway is the way of clients to PostgreSQL through the agent.
 //
-// At present the agent uses the Door: it hands connections on, byte by byte, and can be shut. With PostgreSQL listening on
+// A Door hands connections on, byte by byte, and can be shut. With PostgreSQL listening on
 // nothing that clients reach, a site that may not serve anybody does not, whatever state its server is in (design:
 // durability, "Fence"). It does not look into what passes, so TLS and authentication are between client and server.
 //

@@ -601,20 +601,19 @@ func TestIdleConnectionsThatAreLostAreNotMissed(t *testing.T) {
 	g, addr := serve(t, Config{Mode: TransactionMode}, c)
 	conn := open1(t, dsn(addr, ""))
 	exec1(t, conn, "SET work_mem = '6MB'")
-	pgtest.Exec(t, c, "postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
-	until(t, "the gateway has seen it", func() bool {
+	pooled := func() (idle, open int) {
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		for _, p := range g.pools {
 			p.mu.Lock()
-			n := p.open
+			idle, open = idle+len(p.idle), open+p.open
 			p.mu.Unlock()
-			if n > 0 {
-				return false
-			}
 		}
-		return true
-	})
+		return idle, open
+	}
+	until(t, "the gateway has read what was set", func() bool { idle, _ := pooled(); return idle == 1 })
+	pgtest.Exec(t, c, "postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+	until(t, "the gateway has seen it", func() bool { _, open := pooled(); return open == 0 })
 	if got := value[string](t, conn, "SHOW work_mem"); got != "6MB" {
 		t.Error(got)
 	}
