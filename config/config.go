@@ -229,6 +229,7 @@ func defaults() *Config {
 		Verify:       Verify{Enabled: true, Period: 300 * Second, CPU: 0.02},
 		MaxClockSkew: 500 * Millisecond, // replication.md rule 1
 		Heartbeat:    Second,
+		Gateway:      Gateway{Mode: GatewayDoor},
 		Log:          Log{Level: "info", Format: "text"},
 	}
 }

@@ -456,6 +456,9 @@ durability:   # what an acknowledged commit promises; the same at every site
 
 gateway:   # the way of clients to PostgreSQL through the agent, which keeps them out while the site may not serve
   listen: ""   # host:port; default: clients do not come this way
+  mode: {{.Default.Gateway.Mode}}   # session: the agent authenticates clients; transaction: and pools connections
+  cert: ""   # certificate that clients see, PEM; not for the mode door
+  key: ""
 {{- else if and .Voters (not .Witness)}}
 
 durability:

@@ -69,7 +69,34 @@ const (
 
 // Gateway is the way of clients to PostgreSQL through the agent.
 type Gateway struct {
-	Listen string `yaml:"listen" json:"listen"` // host:port; empty: clients do not come this way
+	Listen string      `yaml:"listen" json:"listen"` // host:port; empty: clients do not come this way
+	Mode   GatewayMode `yaml:"mode" json:"mode"`
+	Cert   string      `yaml:"cert" json:"cert"` // PEM files for clients; empty: no TLS, and not with GatewayDoor
+	Key    string      `yaml:"key" json:"key"`
+}
+
+// GatewayMode is what the agent does with what passes.
+type GatewayMode string
+
+// The modes.
+const (
+	GatewayDoor        GatewayMode = "door"        // hands bytes on
+	GatewaySession     GatewayMode = "session"     // authenticates clients; each has a connection to the server
+	GatewayTransaction GatewayMode = "transaction" // authenticates clients; each transaction has one
+)
+
+// Authenticates reports whether the agent checks clients' passwords, for which it reads their verifiers.
+func (g Gateway) Authenticates() bool { return g.Listen != "" && g.Mode != GatewayDoor }
+
+func (d *decoder) validateGateway(g Gateway) {
+	d.choice("gateway.mode", string(g.Mode), string(GatewayDoor), string(GatewaySession), string(GatewayTransaction))
+	if g.Mode == GatewayDoor && (g.Cert != "" || g.Key != "") {
+		d.invalid("gateway.cert", "gateway.cert and gateway.key are not for the mode door", "TLS is between client and PostgreSQL there; remove them, or set gateway.mode")
+		return
+	}
+	if (g.Cert == "") != (g.Key == "") {
+		d.invalid("gateway.cert", "gateway.cert and gateway.key go together", "give both files, or none for connections without TLS")
+	}
 }
 
 // HasRegister reports whether the cluster keeps a register.

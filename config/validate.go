@@ -172,6 +172,7 @@ func (d *decoder) validateSelf(c *Config) {
 		if c.Gateway.Listen != "" {
 			d.address("gateway.listen", c.Gateway.Listen, false)
 		}
+		d.validateGateway(c.Gateway)
 	}
 }
 

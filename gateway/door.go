@@ -1,8 +1,11 @@
 // Package gateway is the way of clients to PostgreSQL through the agent.
 //
-// At present it is a door: it hands connections on, byte by byte, and can be shut. With PostgreSQL listening on nothing
-// that clients reach, a site that may not serve anybody does not, whatever state its server is in (design: durability,
-// "Fence"). It does not look into what passes, so TLS and authentication are between client and server.
+// A Door hands connections on, byte by byte, and can be shut. With PostgreSQL listening on
+// nothing that clients reach, a site that may not serve anybody does not, whatever state its server is in (design:
+// durability, "Fence"). It does not look into what passes, so TLS and authentication are between client and server.
+//
+// A Server takes part in the protocol: it authenticates clients itself, logs in at servers with their keys, and owns their
+// sessions. It is told by a Router where to go, and knows nothing of sites but that.
 package gateway
 
 import (
@@ -35,9 +38,16 @@ func (p *passage) close() {
 	_ = p.server.Close()
 }
 
+// What clients are told.
+const (
+	justStarted = "the agent has just started"
+	shutOut     = "this site takes no clients: "
+	shutHint    = "connect to another site; `duri status` tells when this one is back"
+)
+
 // NewDoor makes a door to the server that dial reaches.
 func NewDoor(dial func(ctx context.Context) (net.Conn, error), log *slog.Logger) *Door {
-	return &Door{dial: dial, log: log, shut: "the agent has just started", conns: map[*passage]struct{}{}}
+	return &Door{dial: dial, log: log, shut: justStarted, conns: map[*passage]struct{}{}}
 }
 
 // Open lets clients in.
@@ -161,7 +171,7 @@ func refuse(c net.Conn, why string) {
 	if _, err := io.CopyN(io.Discard, c, int64(length)-8); err != nil {
 		return
 	}
-	_, _ = c.Write(fatal("57P03", "this site takes no clients: "+why, "connect to another site; `duri status` tells when this one is back"))
+	_, _ = c.Write(fatal("57P03", shutOut+why, shutHint))
 }
 
 // fatal is an ErrorResponse. It is understood as the answer to a request for TLS as well.

@@ -23,6 +23,7 @@ type Spec struct {
 	Role     string   // run-time role; empty: DefaultRole
 	Database string   // the script refuses to run elsewhere; empty: whatever it is run in
 	Schemas  []string // schemas to publish; empty: all user schemas
+	Gateway  bool     // the agent authenticates clients (gateway.mode)
 }
 
 // SQL gives the script.
@@ -174,6 +175,22 @@ BEGIN
 END
 {{.Tag}};
 CREATE SCHEMA IF NOT EXISTS duri AUTHORIZATION {{id .Role}};
+{{- if .Gateway}}
+
+-- The agent is the way of clients and authenticates them (gateway.mode session or transaction): this function gives it
+-- the SCRAM verifier of a role that may log in now. No password follows from a verifier but by guessing, and the agent
+-- logs in at the server with what the client proves. Nobody else may call it.
+DROP FUNCTION IF EXISTS duri.verifier(name); -- made anew, so that nobody else owns it
+CREATE FUNCTION duri.verifier(wanted name) RETURNS text
+LANGUAGE sql STABLE STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS {{.Tag}}
+  SELECT rolpassword FROM pg_catalog.pg_authid
+  WHERE rolname = wanted AND rolcanlogin AND (rolvaliduntil IS NULL OR rolvaliduntil > pg_catalog.now())
+    AND rolpassword LIKE 'SCRAM-SHA-256$%'
+{{.Tag}};
+REVOKE ALL ON FUNCTION duri.verifier(name) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION duri.verifier(name) TO {{id .Role}};
+{{- end}}
 
 -- What is replicated: the tables, present and future, of {{if .Schemas}}the schemas named here{{else}}all user schemas (not those of extensions){{end}}. Making a
 -- publication for whole schemas takes a superuser; that is why it is done here and not by the agent.

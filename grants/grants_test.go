@@ -271,3 +271,37 @@ func TestDelimiterCannotBeEndedByAName(t *testing.T) {
 		t.Errorf("quoted: %s", got)
 	}
 }
+
+// TestVerifiersAreForTheAgentOnly: what the gateway checks passwords against, it gets for roles that may log in, and
+// nobody else gets it. Without the gateway the function is not made.
+func TestVerifiersAreForTheAgentOnly(t *testing.T) {
+	onEachMajor(t, func(t *testing.T, c *pgcluster.Cluster) {
+		pgtest.Exec(t, c, "app", SQL(Spec{}))
+		if n := pgtest.Query(t, c, "app", "SELECT count(*) FROM pg_proc WHERE proname = 'verifier'")[0][0]; n != "0" {
+			t.Error("the function is there without having been asked for")
+		}
+		pgtest.Exec(t, c, "app", `CREATE ROLE good LOGIN PASSWORD 'x'; CREATE ROLE nologin PASSWORD 'x'; CREATE ROLE nopass LOGIN;
+			CREATE ROLE past LOGIN PASSWORD 'x' VALID UNTIL '2020-01-01'; CREATE ROLE future LOGIN PASSWORD 'x' VALID UNTIL '2120-01-01';
+			SET password_encryption = md5; CREATE ROLE old LOGIN PASSWORD 'x'`)
+		// The owner of the schema cannot leave a function of its own there.
+		agent := connect(t, c, "duri", "")
+		exec(t, agent, "CREATE FUNCTION duri.verifier(name) RETURNS text LANGUAGE sql AS 'SELECT NULL'; SELECT 1")
+		for range 2 {
+			pgtest.Exec(t, c, "app", SQL(Spec{Gateway: true}))
+		}
+		for role, want := range map[string]bool{"good": true, "future": true, "nologin": false, "nopass": false, "past": false, "old": false, "nobody": false} {
+			res := agent.ExecParams(t.Context(), "SELECT duri.verifier($1)", [][]byte{[]byte(role)}, nil, nil, nil).Read()
+			if res.Err != nil {
+				t.Fatal(res.Err)
+			}
+			if got := string(res.Rows[0][0]); strings.HasPrefix(got, "SCRAM-SHA-256$") != want {
+				t.Errorf("%s: %q", role, got)
+			}
+		}
+		pgtest.Exec(t, c, "app", "GRANT CONNECT ON DATABASE app TO good; GRANT USAGE ON SCHEMA duri TO good")
+		other := connect(t, c, "good", "")
+		if _, err := other.Exec(t.Context(), "SELECT duri.verifier('good')").ReadAll(); err == nil || !strings.Contains(err.Error(), "42501") {
+			t.Errorf("another role may read verifiers: %v", err)
+		}
+	})
+}

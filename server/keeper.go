@@ -20,7 +20,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/durability"
-	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/quorum"
@@ -34,7 +33,7 @@ type keeper struct {
 	a     *Agent
 	store quorum.Store
 	log   *slog.Logger
-	door  *gateway.Door // nil: clients reach PostgreSQL some other way
+	door  door          // nil: clients reach PostgreSQL some other way
 	wake  chan struct{} // something changed that Decide should know
 
 	filesMu sync.Mutex // held while files in data_dir are written or removed and what they say begins or ends; before mu

@@ -17,7 +17,6 @@ import (
 
 	"github.com/duri-io/duri/apply"
 	"github.com/duri-io/duri/config"
-	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link"
@@ -38,7 +37,7 @@ type Agent struct {
 	version string
 	hooks   Hooks
 	keeper  *keeper // nil without a register
-	door    *gateway.Door
+	door    door    // nil: clients do not come through the agent
 }
 
 // Hooks let tests reach in. The zero value changes nothing.

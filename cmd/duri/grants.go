@@ -38,6 +38,7 @@ func newGrantsCmd(a *app) *cobra.Command {
 	flags := cmd.Flags()
 	flags.StringVar(&spec.Role, "role", "", "run-time `role` (default: that of postgres.dsn, else duri)")
 	flags.StringVar(&spec.Database, "database", "", "`database` that the script is for (default: whichever it is run in)")
+	flags.BoolVar(&spec.Gateway, "gateway", false, "let the agent check clients' passwords (default: if gateway.mode says so)")
 	flags.StringSliceVar(&spec.Schemas, "schemas", nil, "`schemas` to replicate, with commas between (default: all user schemas)")
 	return cmd
 }
@@ -70,6 +71,7 @@ func grantsFromConfig(c *config.Config, spec *grants.Spec) error {
 		}
 		spec.Role = keys["user"]
 	}
+	spec.Gateway = spec.Gateway || c.Gateway.Authenticates()
 	if spec.Schemas != nil {
 		return nil
 	}

@@ -49,6 +49,16 @@ var rules = []rule{
 		breach: [2]string{"durability", "link"},
 	},
 	{
+		from: []string{"pgwire/..."}, forbid: []string{"*"}, allow: []string{"std", "pgwire"},
+		reason: "pgwire frames bytes of clients and servers; it depends on nobody's idea of a session",
+		breach: [2]string{"pgwire", "github.com/jackc/pgx/v5/pgproto3"},
+	},
+	{
+		from: []string{"gateway"}, forbid: []string{"*"}, allow: []string{"std", "pgwire/..."},
+		reason: "the gateway is told by its caller where to go and what to check passwords against",
+		breach: [2]string{"gateway", "quorum"},
+	},
+	{
 		from: []string{"..."}, unless: []string{"quorum/etcdstore"}, tests: true,
 		forbid: []string{"go.etcd.io/...", "go.uber.org/zap/..."},
 		reason: "etcd and its logger stay behind quorum.Store",

@@ -1,0 +1,796 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/duri-io/duri/pgwire"
+)
+
+// borrowing is what a session has in TransactionMode. The session's goroutine sends; see lending for who does what.
+type borrowing struct {
+	id      uint64
+	changed sync.Cond // of mu: a question was answered, or the backend is gone
+
+	// Guarded by mu.
+	told       []pgwire.Param // reported parameters as the client knows them
+	settings   []pgwire.Param // what it has set, as the server last said it
+	customs    []string       // parameters with a dot that it named
+	statements map[string]*statement
+	pinSeen    string          // why it stays at its backend, as the server last said
+	pinsTold   map[string]bool // and as its statements said
+	probe      bool            // the server must be asked after this transaction
+	unsettled  bool            // this transaction has changed settings
+	writing    bool            // messages to the backend are under way
+	lost       bool            // the client was told that its backend is lost
+	comparing  *statement      // whose shape the server was asked for
+
+	portal  *statement            // of the unnamed portal
+	portals map[string]*statement // of others
+
+	// Of the session's goroutine.
+	scratch []byte
+	longs   int // prepared statements that were too long to be held
+}
+
+// textMax is the longest SQL text that is held to be looked through, and the longest prepared statement that can be moved.
+const textMax = 1 << 20
+
+// pinned says why the session stays at its backend; empty: it need not.
+func (s *session) pinned() string {
+	if len(s.pinsTold) == 0 {
+		return s.pinSeen
+	}
+	reasons := slices.Sorted(maps.Keys(s.pinsTold))
+	if s.pinSeen != "" {
+		reasons = append(reasons, s.pinSeen)
+	}
+	return strings.Join(reasons, ", ")
+}
+
+// Pins says how many sessions stay at their backend for which reasons, at this moment.
+func (g *Server) Pins() map[string]int {
+	g.mu.Lock()
+	sessions := slices.Collect(maps.Values(g.sessions))
+	g.mu.Unlock()
+	pins := map[string]int{}
+	for _, s := range sessions {
+		s.mu.Lock()
+		if why := s.pinned(); why != "" && s.b != nil {
+			pins[why]++
+		}
+		s.mu.Unlock()
+	}
+	return pins
+}
+
+// runBorrowing serves the client with backends that it borrows.
+func (s *session) runBorrowing(ctx context.Context) {
+	s.statements, s.pinsTold, s.portals = map[string]*statement{}, map[string]bool{}, map[string]*statement{}
+	err := s.introduce(ctx)
+	if err == nil {
+		stop := context.AfterFunc(ctx, func() { // This goroutine may wait for a server, or a server's for the client.
+			s.ending.Store(true)
+			_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax))
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if s.b != nil {
+				_ = s.b.conn.Close()
+			}
+		})
+		defer stop()
+		err = s.sendAll(ctx)
+	}
+	s.ending.Store(true)
+	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
+	s.detach()
+	if err != nil || s.g.ending.Load() {
+		s.refuse(err)
+	}
+}
+
+// introduce tells the client what a server that is there now reports.
+func (s *session) introduce(ctx context.Context) error {
+	b, err := s.fetch(ctx)
+	if err != nil {
+		return err
+	}
+	s.told = slices.Clone(b.initial)
+	b.pool.put(b)
+	return s.begin(s.told)
+}
+
+// fetch takes a backend of the server that the router names now.
+func (s *session) fetch(ctx context.Context) (*backend, error) {
+	target, err := s.route()
+	if err != nil {
+		return nil, err
+	}
+	return s.g.pool(target, &s.who).get(ctx, s, target)
+}
+
+// sendAll hands on what the client sends, until it leaves; an error is for the client.
+func (s *session) sendAll(ctx context.Context) error {
+	for {
+		if !s.r.Complete() {
+			s.endBurst()
+		}
+		typ, _, err := s.r.Next(pgwire.FromClient)
+		if err != nil {
+			return s.readError(err)
+		}
+		if typ == pgwire.Terminate {
+			s.endBurst() // What came before it is carried out.
+			return nil
+		}
+		if err := s.handle(ctx, typ); err != nil {
+			if errors.Is(err, errGone) {
+				return nil
+			}
+			return s.readError(err)
+		}
+	}
+}
+
+// errGone means that the client knows, or has gone itself.
+var errGone = errors.New("the session has ended")
+
+// handle sends one message to the server. The connection to a server that breaks is the concern of the backend's
+// goroutine, so errors of writing to it are not looked at here.
+func (s *session) handle(ctx context.Context, typ byte) error {
+	switch typ {
+	case pgwire.Query:
+		return s.query(ctx)
+	case pgwire.Parse:
+		return s.parse(ctx)
+	case pgwire.Bind:
+		return s.bind(ctx)
+	case pgwire.Describe, pgwire.Close:
+		return s.target(ctx, typ)
+	case pgwire.CopyData, pgwire.CopyDone, pgwire.CopyFail:
+		return s.copyIn(typ)
+	}
+	kind := typ // Execute, Sync, FunctionCall; Flush has no answer
+	b, err := s.borrow(ctx, text{probe: typ == pgwire.FunctionCall, dirty: typ == pgwire.FunctionCall})
+	if err != nil {
+		return err
+	}
+	if typ != pgwire.Flush {
+		s.push(b, expected{kind: kind})
+	}
+	return s.pass(b)
+}
+
+// pass forwards the current message; what is wrong with the client's side of it shows.
+func (s *session) pass(b *backend) error {
+	_ = s.r.Forward(b.w) // The next read tells if it was the client's connection that broke.
+	return nil
+}
+
+func (s *session) push(b *backend, e ...expected) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range e {
+		b.line.push(e)
+	}
+	b.atRest = false
+}
+
+// query sends a Query.
+func (s *session) query(ctx context.Context) error {
+	body, err := s.r.Body(textMax)
+	if errors.Is(err, pgwire.ErrTooLong) {
+		b, err := s.borrow(ctx, text{probe: true, dirty: true}) // nothing is known of it
+		if err != nil {
+			return err
+		}
+		s.push(b, expected{kind: 'Q'})
+		return s.pass(b)
+	}
+	if err != nil {
+		return err
+	}
+	sql, err := pgwire.ParseQuery(body)
+	if err != nil {
+		return err
+	}
+	t := s.look(sql)
+	b, err := s.borrow(ctx, t)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if st := s.statements[t.deallocate]; t.deallocate != "" && st != nil {
+		// It exists under this name here only. The server drops an empty one that it is given for the purpose.
+		delete(s.statements, t.deallocate)
+		s.scratch = pgwire.AppendTarget(s.scratch[:0], pgwire.Close, 'S', goneStatement) // perhaps left by one that failed
+		s.scratch = pgwire.AppendParse(s.scratch, goneStatement, nil, []byte{0, 0})
+		s.scratch = pgwire.AppendQuery(s.scratch, "DEALLOCATE "+goneStatement)
+		b.line.push(expected{kind: 'c'})
+		b.line.push(expected{kind: 'p'})
+		body = nil
+	}
+	b.line.push(expected{kind: 'Q'})
+	b.atRest = false
+	delete(s.statements, "") // A Query takes the unnamed statement away.
+	b.known.unnamed = preparation{}
+	s.mu.Unlock()
+	if body == nil {
+		_ = b.w.Write(s.scratch)
+		return nil
+	}
+	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Query, len(body))
+	_ = b.w.Write(s.scratch)
+	_ = b.w.Write(body)
+	return nil
+}
+
+// tooLong is what is known of a prepared statement that is too long to be held: it cannot be prepared elsewhere.
+var tooLong = text{probe: true, dirty: true, pin: "a prepared statement of more than 1 MB"}
+
+// look reads a text. Where characters may hold a byte that looks like a quote's or backslash's, nothing is known.
+func (s *session) look(sql []byte) text {
+	s.mu.Lock()
+	escapes, odd := false, false
+	for _, p := range s.told {
+		switch p.Name {
+		case "standard_conforming_strings":
+			escapes = p.Value == "off"
+		case "client_encoding":
+			switch p.Value {
+			case "SJIS", "BIG5", "GBK", "UHC", "GB18030", "JOHAB", "SHIFT_JIS_2004":
+				odd = true
+			}
+		}
+	}
+	s.mu.Unlock()
+	t := readText(sql, escapes)
+	if odd && bytes.IndexByte(sql, '\\') >= 0 {
+		t.probe, t.dirty, t.deallocate = true, true, ""
+	}
+	return t
+}
+
+// parse sends a Parse, under the statement's name at servers. A server that has the statement already is not sent it.
+func (s *session) parse(ctx context.Context) error {
+	body, err := s.r.Body(textMax)
+	if errors.Is(err, pgwire.ErrTooLong) {
+		return s.parseLong(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	p, err := pgwire.ParseParse(body)
+	if err != nil {
+		return err
+	}
+	t := s.look(p.SQL)
+	b, err := s.borrow(ctx, text{seq: t.seq}) // What it does, it does when it is executed.
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.prepare(b, p, t)
+	b.atRest = false
+	s.mu.Unlock()
+	_ = b.w.Write(s.scratch) // Not under mu, which answers need: the server may take no more before it is rid of them.
+	return nil
+}
+
+// prepare makes the messages for a Parse.
+func (s *session) prepare(b *backend, p pgwire.Statement, effects text) {
+	s.scratch = s.scratch[:0]
+	st, client := newStatement(p, s.context(b), effects), string(p.Name)
+	if old := s.statements[client]; old != nil && client != "" {
+		// The server refuses to prepare it again, in its own words.
+		if old.sql != nil && b.known.find(old) == nil {
+			s.inject(b, old)
+		}
+		s.scratch = pgwire.AppendParse(s.scratch, old.name, p.SQL, p.OIDs)
+		b.line.push(expected{kind: 'P'})
+		return
+	}
+	s.statements[client] = st
+	if client != "" && b.known.find(st) != nil {
+		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Close, 'S', noStatement)
+		b.line.push(expected{kind: 'r', st: st, name: client})
+		return
+	}
+	s.learn(b, st)
+	s.scratch = pgwire.AppendParse(s.scratch, st.name, p.SQL, p.OIDs)
+	b.line.push(expected{kind: 'P', st: st, name: client})
+}
+
+// parseLong sends a Parse that is too long to be held: the session stays where it is.
+func (s *session) parseLong(ctx context.Context) error {
+	start, err := s.r.Peek(pgwire.BufferSize)
+	if err != nil {
+		return err
+	}
+	end := bytes.IndexByte(start, 0)
+	if end < 0 {
+		return fatalError(codeUnsupported, "the name of a prepared statement is too long", "", "use a name of up to 63 bytes")
+	}
+	client := string(start[:end])
+	b, err := s.borrow(ctx, tooLong)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.longs++
+	// The unnamed one has a name at the server as well: queries of the gateway's own would take it away.
+	st := &statement{name: fmt.Sprintf("duri_long_%d_%d", s.id, s.longs), effects: tooLong}
+	s.scratch = s.scratch[:0]
+	s.learn(b, st)
+	s.statements[client] = st
+	b.line.push(expected{kind: 'P', st: st, name: client})
+	b.atRest = false
+	s.scratch = pgwire.AppendHeader(s.scratch, pgwire.Parse, s.r.Left()-end+len(st.name))
+	s.scratch = append(s.scratch, st.name...)
+	s.mu.Unlock()
+	_ = b.w.Write(s.scratch)
+	if err := s.r.Discard(end); err != nil {
+		return err
+	}
+	_ = s.r.ForwardRest(b.w)
+	return nil
+}
+
+// context is what makes statements of the same text differ. In a transaction that has changed settings, nobody else's is
+// the same.
+func (s *session) context(b *backend) string {
+	if s.unsettled || s.probe {
+		s.longs++
+		return fmt.Sprintf("session %d, %d", s.id, s.longs)
+	}
+	var c strings.Builder
+	fmt.Fprintf(&c, "generation %d ", b.pool.generation.Load())
+	for _, p := range s.settings {
+		c.WriteString(p.Name + "\x00" + p.Value + "\x00")
+	}
+	return c.String()
+}
+
+// learn notes that the backend is sent a statement, and closes another for it if it has many.
+func (s *session) learn(b *backend, st *statement) {
+	if evicted := b.known.add(st); evicted != "" {
+		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Close, 'S', evicted)
+		b.line.push(expected{kind: 'c'})
+	}
+}
+
+// inject prepares a statement at the backend.
+func (s *session) inject(b *backend, st *statement) {
+	s.learn(b, st)
+	s.scratch = pgwire.AppendParse(s.scratch, st.name, st.sql, st.oids)
+	b.line.push(expected{kind: 'p', st: st})
+	b.atRest = false
+}
+
+// ensure prepares a statement at the backend if it is not there. If the client knows the statement's shape, and that of the
+// backend's is not known, it waits until it is; false means that they differ.
+func (s *session) ensure(b *backend, st *statement) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := b.known.find(st)
+	if st.sql == nil || p != nil && !p.shape.lacks(st.shape) {
+		return p == nil || !p.shape.contradicts(st.shape)
+	}
+	s.scratch = s.scratch[:0]
+	if p == nil {
+		s.inject(b, st)
+		p = b.known.find(st)
+	}
+	ask := p.shape.lacks(st.shape)
+	if ask {
+		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Describe, 'S', st.name)
+		s.scratch = pgwire.AppendHeader(s.scratch, pgwire.Flush, 0)
+		b.line.push(expected{kind: 'D', st: st})
+		b.atRest = false
+		s.comparing = st
+	}
+	s.mu.Unlock()
+	_ = b.w.Write(s.scratch)
+	if ask {
+		_ = b.w.Flush()
+	}
+	s.mu.Lock()
+	for s.comparing != nil && s.b == b {
+		s.changed.Wait()
+	}
+	s.comparing = nil
+	// An error before it may have taken the statement away; then the server passes over what is sent now.
+	p = b.known.find(st)
+	return p == nil || !p.shape.contradicts(st.shape)
+}
+
+// compared wakes who waits for a statement's shape.
+func (s *session) compared(st *statement) {
+	if s.comparing == st {
+		s.comparing = nil
+		s.changed.Broadcast()
+	}
+}
+
+// undo takes back what a message did that the server did not carry out.
+func (s *session) undo(e expected) {
+	switch e.kind {
+	case 'P', 'p':
+		if e.st != nil {
+			s.b.known.drop(e.st)
+		}
+		fallthrough
+	case 'r':
+		if e.st != nil && e.kind != 'p' && s.statements[e.name] == e.st {
+			delete(s.statements, e.name)
+		}
+	case 'D':
+		s.compared(e.st)
+	case 'C':
+		if e.st != nil && s.statements[e.name] == nil {
+			s.statements[e.name] = e.st
+		}
+	}
+}
+
+// bind sends a Bind, with the statement's name at servers.
+func (s *session) bind(ctx context.Context) error {
+	const likely = 256
+	start, err := s.r.Peek(likely)
+	if err != nil {
+		return err
+	}
+	portal, client, length, ok := pgwire.ParseBind(start)
+	if !ok {
+		if start, err = s.r.Peek(pgwire.BufferSize); err != nil {
+			return err
+		}
+		if portal, client, length, ok = pgwire.ParseBind(start); !ok {
+			return fatalError(codeUnsupported, "the names in a Bind are too long", "", "use names of up to 63 bytes")
+		}
+	}
+	s.mu.Lock()
+	st := s.statements[string(client)]
+	s.mu.Unlock()
+	var t text
+	if st != nil {
+		t = st.effects
+	}
+	b, err := s.borrow(ctx, t)
+	if err != nil {
+		return err
+	}
+	name, same := noStatement, true // The server says in its own words that it does not exist.
+	if st != nil {
+		if same = s.ensure(b, st); same {
+			name = st.name
+		}
+	}
+	s.mu.Lock()
+	if len(portal) == 0 {
+		s.portal = st
+	} else {
+		s.portals[string(portal)] = st
+	}
+	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Bind, s.r.Left()-len(client)+len(name))
+	s.scratch = append(append(s.scratch, portal...), 0)
+	s.scratch = append(append(s.scratch, name...), 0)
+	b.line.push(expected{kind: 'B', changed: !same})
+	b.atRest = false
+	s.mu.Unlock()
+	_ = b.w.Write(s.scratch)
+	if err := s.r.Discard(length); err != nil {
+		return err
+	}
+	_ = s.r.ForwardRest(b.w)
+	return nil
+}
+
+// target sends a Describe or Close.
+func (s *session) target(ctx context.Context, typ byte) error {
+	body, err := s.r.Body(pgwire.BufferSize)
+	if err != nil {
+		return err
+	}
+	kind, client, err := pgwire.ParseTarget(body)
+	if err != nil {
+		return err
+	}
+	b, err := s.borrow(ctx, text{})
+	if err != nil {
+		return err
+	}
+	name := string(client)
+	s.mu.Lock()
+	st := s.statements[name]
+	s.mu.Unlock()
+	e := expected{kind: 'C'}
+	switch {
+	case kind == 'S' && typ == pgwire.Close:
+		// At servers it stays, for others. To close one that is not there is no error.
+		e = expected{kind: 'C', st: st, name: name}
+		name = noStatement
+	case kind == 'S':
+		e = expected{kind: 'T', st: st}
+		if st != nil && s.ensure(b, st) {
+			name = st.name
+		} else {
+			e.changed = st != nil
+			name = noStatement
+		}
+	case typ == pgwire.Describe:
+		e = expected{kind: 'O', st: s.portals[name]}
+		if name == "" {
+			e.st = s.portal
+		}
+	}
+	s.mu.Lock()
+	if e.kind == 'C' && e.st != nil {
+		delete(s.statements, e.name)
+	}
+	b.line.push(e)
+	b.atRest = false
+	s.mu.Unlock()
+	s.scratch = pgwire.AppendTarget(s.scratch[:0], typ, kind, name)
+	_ = b.w.Write(s.scratch)
+	return nil
+}
+
+// copyIn sends data of a COPY. Without a backend there is no COPY: it has failed while the client was sending.
+func (s *session) copyIn(typ byte) error {
+	s.mu.Lock()
+	b := s.b
+	if b == nil || b.asking.Load() != nil {
+		s.mu.Unlock()
+		return nil
+	}
+	s.writing = true
+	kind := byte('x')
+	if typ == pgwire.CopyData {
+		kind = 'd'
+	}
+	b.line.push(expected{kind: kind})
+	s.mu.Unlock()
+	return s.pass(b)
+}
+
+// borrow gives the session's backend, to send to until the end of the burst: the one it has, or one of the server that
+// the router names now. What a text does to the session is noted.
+func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.b != nil && s.b.asking.Load() != nil {
+		s.changed.Wait()
+	}
+	for try := 0; s.b == nil; try++ {
+		if s.lost || s.ending.Load() {
+			return nil, errGone
+		}
+		s.mu.Unlock()
+		b, err := s.fetch(ctx)
+		if err == nil {
+			err = s.attach(b, t.seq)
+		}
+		s.mu.Lock()
+		if err != nil && (!errors.Is(err, errStale) || try >= attachTries) {
+			return nil, err
+		}
+	}
+	s.writing = true
+	s.note(t)
+	return s.b, nil
+}
+
+// attachTries is how many connections that died in the pool are tried before the client is told.
+const attachTries = 5
+
+// errStale means that a pooled connection cannot be used; the next may be good.
+var errStale = fatalError(codeLost, "connections to the server were lost", "", "connect again")
+
+// note remembers what a text does.
+func (s *session) note(t text) {
+	if s.g.cfg.Strict {
+		t.probe, t.dirty = true, true
+	}
+	s.probe = s.probe || t.probe || (t.unpin && s.pinned() != "")
+	s.unsettled = s.unsettled || t.probe || t.local
+	s.b.dirty = s.b.dirty || t.dirty
+	if t.pin != "" {
+		s.pinsTold[t.pin] = true
+	}
+	if t.unprepared {
+		delete(s.pinsTold, "PREPARE TRANSACTION")
+	}
+	for _, name := range t.customs {
+		if !slices.Contains(s.customs, name) {
+			s.customs = append(s.customs, name)
+		}
+	}
+}
+
+// attach makes the session a backend's owner, and gives it the session's settings. If they do not read back equal the
+// session ends.
+func (s *session) attach(b *backend, seq bool) error {
+	if seq {
+		b.pool.setSeq()
+	}
+	if name := apart(s.told, b.initial); name != "" {
+		b.pool.put(b)
+		return fatalError(codeShutdown, fmt.Sprintf("the session cannot go on at the server of %s: its %s differs", b.target.name(), name), "", "connect again")
+	}
+	fresh := b.last == 0
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.b = b
+	b.owner.Store(s)
+	if b.dead.Load() {
+		s.b = nil
+		return errStale
+	}
+	other := b.last != s.id
+	b.last = s.id
+	sequences := other && !fresh && b.pool.hasSeq()
+	differs := !slices.Equal(b.settings, s.settings) || len(b.news(s.told)) > 0
+	if !differs && !sequences && (!b.dirty || !other) {
+		return nil
+	}
+	q := &question{setup: true}
+	b.ask(q)
+	b.atRest = false
+	s.scratch = pgwire.AppendQuery(s.scratch[:0], setupSQL(s.settings, sequences))
+	_ = b.w.Write(s.scratch)
+	_ = b.w.Flush() // Its goroutine sees what is wrong with the connection.
+	for !q.done && s.b == b {
+		s.changed.Wait()
+	}
+	if s.b != b {
+		return errStale
+	}
+	wrong := notAsSet(s.settings, q.rows)
+	if q.err == nil && wrong == "" {
+		b.settings = slices.Clone(s.settings)
+		b.dirty = false
+		return nil
+	}
+	// Nobody uses it again.
+	s.drop(b)
+	if !fresh {
+		return errStale // Perhaps because of what the other session had set.
+	}
+	why := "Parameter " + wrong + " has another value than the one that was set."
+	if q.err != nil {
+		why = q.err.Message
+	}
+	return fatalError(codeShutdown, fmt.Sprintf("the settings of the session cannot be established at the server of %s", b.target.name()), why,
+		"give the role the same rights at all sites, and connect again")
+}
+
+// drop takes a backend away from the session for good.
+func (s *session) drop(b *backend) {
+	b.dropped = true
+	_ = b.conn.Close()
+	for s.b == b {
+		s.changed.Wait()
+	}
+}
+
+// endBurst sends what was gathered. Afterwards the backend's goroutine may give the backend back; if it has nothing more
+// to say, it is done here.
+func (s *session) endBurst() {
+	if !s.writing { // only this goroutine sets it
+		return
+	}
+	s.mu.Lock()
+	b := s.b
+	s.mu.Unlock()
+	if b != nil {
+		_ = b.w.Flush()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writing = false
+	if s.b != nil {
+		s.rest(s.b)
+	}
+}
+
+// rest gives the backend back if nothing is under way and nothing pins the session. If the transaction may have changed
+// the session's state, the server is asked first.
+func (s *session) rest(b *backend) {
+	if !b.atRest || s.writing || s.b != b || b.asking.Load() != nil || s.ending.Load() {
+		return
+	}
+	if s.probe {
+		s.probe = false
+		b.ask(&question{})
+		_ = b.w.Write(pgwire.AppendQuery(nil, probeSQL(s.who.User, s.customs)))
+		_ = b.w.Flush() // Its goroutine sees what is wrong with the connection.
+		return
+	}
+	if s.pinned() != "" || b.cancelling > 0 {
+		return
+	}
+	s.unsettled = false
+	s.portal = nil
+	clear(s.portals)
+	s.b = nil
+	b.owner.Store(nil)
+	b.pool.put(b)
+}
+
+// probed takes the answer to a probe.
+func (s *session) probed(b *backend, q *question) {
+	if q.err != nil {
+		s.probe = true // after the next transaction
+		s.pinSeen = "its state could not be read: " + q.err.Message
+		return
+	}
+	f := readProbe(q.rows)
+	s.settings, s.pinSeen = f.settings, f.pin
+	b.settings = slices.Clone(f.settings)
+	s.unsettled = false
+	s.rest(b)
+}
+
+// lose ends the session because its backend is lost, unless it did not need it yet. It runs in the backend's goroutine.
+func (s *session) lose(b *backend, cause error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.b != b {
+		return
+	}
+	s.b = nil
+	defer s.changed.Broadcast()
+	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
+		return
+	}
+	s.lost = true
+	if !b.fatal && !inMessage(b) {
+		why := s.pinned()
+		switch {
+		case why != "":
+		case b.atRest:
+			why = "what its last transaction has set was not read yet"
+		default:
+			why = "a transaction is open"
+		}
+		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
+	}
+	_ = s.w.Flush()
+	_ = s.conn.Close()
+}
+
+// inMessage reports whether the client has got a part of a message.
+func inMessage(b *backend) bool { return b.r.Left() > 0 }
+
+// detach parts the session from its backend at its end.
+func (s *session) detach() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.b != nil {
+		s.drop(s.b)
+	}
+}
+
+// busyBorrowed gives the backend if a query of the client is under way, and keeps it from being lent to another until done
+// was called.
+func (s *session) busyBorrowed() (b *backend, done func()) {
+	b = s.b
+	if b.line.empty() || b.asking.Load() != nil {
+		return nil, nil
+	}
+	b.cancelling++
+	return b, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		b.cancelling--
+		s.rest(b)
+	}
+}

@@ -1,0 +1,357 @@
+package gateway
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/duri-io/duri/pgwire"
+)
+
+// lending is what a backend has in TransactionMode, where it works for one session after the other.
+//
+// Its goroutine reads what the server sends, for as long as the connection lives, and writes it to the client of its
+// owner. A session's goroutine makes itself the owner (attach), and sends. When the server is ready, nothing is under way
+// and nothing pins the session, whichever of the two goroutines sees it last gives the backend back (rest), under the
+// session's mu. So only one goroutine at a time writes to a client or to a server:
+//
+//	to the client: the backend's goroutine while there is one attached, else the session's
+//	to the server: the session's goroutine between borrow and the end of its burst (writing), else who holds the owner's mu
+type lending struct {
+	pool      *pool // nil in SessionMode
+	owner     atomic.Pointer[session]
+	asking    atomic.Pointer[question] // the gateway's own query under way
+	dead      atomic.Bool
+	idleSince time.Time // guarded by pool.mu
+
+	paramsMu sync.Mutex // taken last; guards params
+	params   []pgwire.Param
+
+	// Guarded by the owner's mu; without an owner, of whoever has it from the pool.
+	line       line
+	known      known
+	status     byte
+	atRest     bool           // ready for query outside a transaction, and nothing was sent since
+	cancelling int            // requests to cancel that are on their way
+	settings   []pgwire.Param // that a session made
+	dirty      bool           // something may be set that cannot be seen
+	retired    bool           // must not be used by another session
+	last       uint64         // session that used it last
+	fatal      bool           // the server said why it ends the connection
+	dropped    bool           // the session does not want it any more
+}
+
+// question is a query of the gateway's own.
+type question struct {
+	setup bool // else a probe
+	rows  [][]string
+	err   *pgwire.Error
+	done  bool // guarded by the owner's mu
+}
+
+// ask makes what the server sends now the answer to a query of the gateway's own, which the caller sends. As a Query it
+// takes the unnamed statement away.
+func (b *backend) ask(q *question) {
+	b.known.unnamed = preparation{}
+	b.asking.Store(q)
+}
+
+// enter begins the backend's life in a pool.
+func (b *backend) enter(p *pool) {
+	b.pool, b.status = p, pgwire.Idle
+	b.params = append([]pgwire.Param{}, b.initial...)
+	p.g.backends.Go(func() {
+		b.leave(b.answer())
+	})
+}
+
+// answer handles what the server sends until the connection ends.
+func (b *backend) answer() error {
+	for {
+		typ, _, err := b.r.Next(pgwire.FromServer)
+		if err != nil {
+			return err
+		}
+		s, q := b.owner.Load(), b.asking.Load()
+		switch {
+		case typ == pgwire.ParameterStatus || typ == pgwire.NoticeResponse || typ == pgwire.NotificationResponse || typ == pgwire.ErrorResponse:
+			err = b.report(s, q, typ)
+		case s == nil:
+			err = errors.New("the server sent an answer that nobody asked for")
+		case q != nil:
+			err = b.hear(s, q, typ)
+		default:
+			err = b.deliver(s, typ)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// report handles what a server may send at any time, and errors.
+func (b *backend) report(s *session, q *question, typ byte) error {
+	if s == nil {
+		return b.reportIdle(typ)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case typ == pgwire.ParameterStatus:
+		body, err := b.r.Body(textMax)
+		if err != nil {
+			return err
+		}
+		p, err := pgwire.ParseParameterStatus(body)
+		if err != nil {
+			return err
+		}
+		b.noteParam(p)
+		if q != nil || s.b != b {
+			return nil // The client learns what differs in the end.
+		}
+		s.told = reported(s.told, p)
+		if err := s.w.Write(pgwire.AppendParameterStatus(nil, p)); err != nil {
+			return err
+		}
+	case typ == pgwire.ErrorResponse && q != nil:
+		body, err := b.r.Body(textMax)
+		if err != nil {
+			return err
+		}
+		q.err, err = pgwire.ParseError(body)
+		return err
+	case typ == pgwire.NoticeResponse && q != nil:
+		return nil
+	case s.b != b:
+		return nil // It was given back meanwhile.
+	default:
+		send := b.r.Forward
+		if typ == pgwire.ErrorResponse {
+			send = b.failed(s)
+		}
+		if err := send(s.w); err != nil {
+			return err
+		}
+	}
+	if b.atRest || !b.r.Complete() {
+		return s.w.Flush()
+	}
+	return nil
+}
+
+// failed takes note of an error and gives what sends it to the client.
+func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
+	e := errorOf(b.r)
+	b.fatal = e.Severity == "FATAL" || e.Severity == "PANIC"
+	send = b.r.Forward
+	if b.line.next().changed {
+		send = func(w *pgwire.Writer) error { return w.Write(planChanged) }
+	}
+	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
+		// This statement is of no use to anybody any more: who prepares the same anew gets another.
+		b.pool.generation.Add(1)
+	}
+	b.line.answer(pgwire.ErrorResponse, s.undo)
+	return send
+}
+
+// planChanged is what a server says of a statement whose result is not what it was; drivers prepare again.
+var planChanged = pgwire.AppendError(nil, &pgwire.Error{
+	Severity: "ERROR", Code: codeUnsupported, Message: "cached plan must not change result type",
+	Detail: "The statement has other parameters or columns at the server that the session uses now.", Routine: "RevalidateCachedQuery",
+})
+
+// reportIdle handles what a server says while nobody uses the connection. An error is its last word.
+func (b *backend) reportIdle(typ byte) error {
+	if typ != pgwire.ParameterStatus {
+		return nil
+	}
+	body, err := b.r.Body(textMax)
+	if err != nil {
+		return err
+	}
+	p, err := pgwire.ParseParameterStatus(body)
+	if err != nil {
+		return err
+	}
+	b.noteParam(p) // The next session that uses it learns it.
+	return nil
+}
+
+func (b *backend) noteParam(p pgwire.Param) {
+	b.paramsMu.Lock()
+	defer b.paramsMu.Unlock()
+	b.params = reported(b.params, p)
+}
+
+// news gives the reported parameters that differ from what a client was told.
+func (b *backend) news(told []pgwire.Param) []pgwire.Param {
+	b.paramsMu.Lock()
+	defer b.paramsMu.Unlock()
+	return changed(told, b.params)
+}
+
+// hear gathers the answer to the gateway's own query.
+func (b *backend) hear(s *session, q *question, typ byte) error {
+	switch typ {
+	case pgwire.DataRow:
+		body, err := b.r.Body(textMax)
+		if err != nil {
+			return err
+		}
+		columns, err := pgwire.ParseRow(body)
+		if err != nil {
+			return err
+		}
+		row := make([]string, len(columns))
+		for i, c := range columns {
+			row[i] = string(c)
+		}
+		q.rows = append(q.rows, row)
+	case pgwire.ReadyForQuery:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		b.asking.Store(nil)
+		q.done = true
+		if q.setup {
+			b.atRest = true
+			if q.err == nil {
+				// The client is told with the answer to what it sent.
+				for _, p := range b.news(s.told) {
+					s.told = reported(s.told, p)
+					if err := s.w.Write(pgwire.AppendParameterStatus(nil, p)); err != nil {
+						return err
+					}
+				}
+			}
+		} else {
+			s.probed(b, q)
+		}
+		s.changed.Broadcast()
+	}
+	return nil
+}
+
+// deliver hands an answer to the client. It flushes when no further one is there.
+func (b *backend) deliver(s *session, typ byte) error {
+	v := forward
+	switch typ {
+	case pgwire.DataRow, pgwire.CopyData, pgwire.CopyDone, pgwire.CopyOutResponse, pgwire.FunctionCallResponse:
+	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
+		v = b.describe(s, typ)
+	case pgwire.ReadyForQuery:
+		return b.ready(s)
+	default:
+		if typ == pgwire.CommandComplete {
+			b.completed(s)
+		}
+		s.mu.Lock()
+		v = b.line.answer(typ, s.undo)
+		s.mu.Unlock()
+	}
+	var err error
+	switch v {
+	case forward:
+		err = b.r.Forward(s.w)
+	case asParse:
+		err = s.w.Write(parseComplete)
+	case unexplained:
+		err = errUnexplained
+	}
+	if err == nil && !b.r.Complete() {
+		err = s.w.Flush()
+	}
+	return err
+}
+
+// describe takes note of a description: the client knows it from now on, or it is for the gateway.
+func (b *backend) describe(s *session, typ byte) verdict {
+	body, err := b.r.Peek(min(b.r.Left(), pgwire.BufferSize))
+	whole := err == nil && len(body) == b.r.Left() // a longer one is not compared
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := b.line.next()
+	if e.st != nil && whole {
+		if e.kind == 'T' || e.kind == 'O' {
+			e.st.shape.note(typ, body)
+		}
+		if p := b.known.find(e.st); p != nil {
+			p.shape.note(typ, body)
+		}
+	}
+	v := b.line.answer(typ, s.undo)
+	if e.kind == 'D' && typ != pgwire.ParameterDescription {
+		s.compared(e.st)
+	}
+	return v
+}
+
+var (
+	parseComplete  = pgwire.AppendMessage(nil, pgwire.ParseComplete, nil)
+	errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
+)
+
+// completed looks for the end of statements that take the backend's prepared statements away.
+func (b *backend) completed(s *session) {
+	tag, err := b.r.Peek(16)
+	if err != nil || len(tag) < 12 || tag[0] != 'D' {
+		return
+	}
+	if t := string(tag); t == "DISCARD ALL\x00" || t == "DEALLOCATE ALL\x00" {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		clear(s.statements)
+		b.known = known{}
+		// What the client has already sent behind it was prepared for the statements as they were.
+		b.retired = true
+	}
+}
+
+// ready hands on that the server is ready, and gives the backend back if that was all.
+func (b *backend) ready(s *session) error {
+	body, err := b.r.Body(1)
+	if err != nil {
+		return err
+	}
+	status, err := pgwire.ParseReadyForQuery(body)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.line.answer(pgwire.ReadyForQuery, nil) != forward {
+		return errUnexplained
+	}
+	b.status = status
+	b.atRest = status == pgwire.Idle && b.line.empty()
+	if err := s.w.Write(readyFor(status)); err != nil {
+		return err
+	}
+	// Under mu, because afterwards the session's goroutine may make another backend the one that writes to the client.
+	if b.atRest || !b.r.Complete() {
+		if err := s.w.Flush(); err != nil {
+			return err
+		}
+	}
+	s.rest(b)
+	return nil
+}
+
+var readyMessages = map[byte][]byte{
+	pgwire.Idle: pgwire.AppendReadyForQuery(nil, pgwire.Idle), pgwire.InBlock: pgwire.AppendReadyForQuery(nil, pgwire.InBlock),
+	pgwire.InFailed: pgwire.AppendReadyForQuery(nil, pgwire.InFailed),
+}
+
+func readyFor(status byte) []byte { return readyMessages[status] }
+
+// leave ends the backend, and tells its owner.
+func (b *backend) leave(cause error) {
+	b.dead.Store(true)
+	b.close()
+	if s := b.owner.Load(); s != nil {
+		s.lose(b, cause)
+	}
+	b.pool.gone(b)
+}

@@ -1,0 +1,180 @@
+package gateway
+
+import "github.com/duri-io/duri/pgwire"
+
+// expected is a message that was sent to a server and whose answer is to come. Kinds:
+//
+//	Q query, F function call            until ReadyForQuery
+//	S sync                              ReadyForQuery
+//	P parse, p parse of our own         ParseComplete, which the client does not see of our own
+//	r close in the place of a parse     CloseComplete, which the client sees as ParseComplete
+//	B bind                              BindComplete
+//	T describe statement, O portal      RowDescription or NoData
+//	D describe statement of our own     the same, which the client does not see
+//	E execute                           CommandComplete, EmptyQueryResponse or PortalSuspended
+//	C close, c close of our own         CloseComplete, which the client does not see of our own
+//	d copy data, x end of copy data     none
+type expected struct {
+	kind byte
+	st   *statement // P, p, r, C, T, O, D
+	name string     // P, r, C: what the client calls it
+
+	changed bool // B: made to fail, because the statement is not what it was
+}
+
+// verdict is what becomes of an answer.
+type verdict int
+
+const (
+	forward     verdict = iota
+	swallow             // the client did not ask
+	asParse             // forward as ParseComplete
+	unexplained         // nothing was sent that this answers
+)
+
+// line is what was sent to a server and is not answered, in order. It is a pure model of how a server answers; it needs to
+// know whose answer is whose because the gateway sends messages of its own between the client's.
+type line struct {
+	sent   []expected
+	first  int  // sent[first:] is the line
+	copyIn bool // the first is an Execute that reads CopyData
+}
+
+func (l *line) empty() bool { return l.first == len(l.sent) }
+
+func (l *line) push(e expected) {
+	if e.kind == 'd' || e.kind == 'x' {
+		// Where data of a COPY stand matters only behind what reads them, and once.
+		if l.empty() || (e.kind == 'd' && l.sent[len(l.sent)-1].kind == 'd') {
+			return
+		}
+	}
+	if l.first > 0 && len(l.sent) == cap(l.sent) {
+		n := copy(l.sent, l.sent[l.first:])
+		clear(l.sent[n:])
+		l.sent, l.first = l.sent[:n], 0
+	}
+	l.sent = append(l.sent, e)
+}
+
+func (l *line) head() byte {
+	if l.empty() {
+		return 0
+	}
+	return l.sent[l.first].kind
+}
+
+// next is what the next answer is of.
+func (l *line) next() expected {
+	if l.empty() {
+		return expected{}
+	}
+	return l.sent[l.first]
+}
+
+func (l *line) pop() expected {
+	e := l.sent[l.first]
+	l.sent[l.first] = expected{}
+	l.first++
+	l.copyIn = false
+	if l.empty() {
+		l.sent, l.first = l.sent[:0], 0
+	}
+	return e
+}
+
+// popAll pops the head and the marks of COPY data that follow it.
+func (l *line) popAll() {
+	l.pop()
+	for l.head() == 'd' || l.head() == 'x' {
+		l.pop()
+	}
+}
+
+// answer takes the type of a message from the server. It calls undo for each message that the server did not carry out
+// because of an error.
+func (l *line) answer(typ byte, undo func(expected)) verdict {
+	head := l.head()
+	switch typ {
+	case pgwire.ParseComplete:
+		return l.take(head == 'P' || head == 'p', head == 'p')
+	case pgwire.BindComplete:
+		return l.take(head == 'B', false)
+	case pgwire.CloseComplete:
+		v := l.take(head == 'C' || head == 'c' || head == 'r', head == 'c')
+		if head == 'r' {
+			return asParse
+		}
+		return v
+	case pgwire.ParameterDescription:
+		if head == 'D' {
+			return swallow
+		}
+	case pgwire.RowDescription, pgwire.NoData:
+		if head == 'T' || head == 'O' || head == 'D' {
+			return l.take(true, head == 'D')
+		}
+	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
+		l.copyIn = head == 'E'
+	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
+		if head == 'E' {
+			l.execute()
+		}
+	case pgwire.ErrorResponse:
+		l.fail(head, undo)
+	case pgwire.ReadyForQuery:
+		return l.take(head == 'Q' || head == 'F' || head == 'S', false)
+	}
+	return forward
+}
+
+func (l *line) take(fits, own bool) verdict {
+	if !fits {
+		return unexplained
+	}
+	l.popAll()
+	if own {
+		return swallow
+	}
+	return forward
+}
+
+// execute pops an Execute that is done. One that read CopyData has read the Syncs that came before the end of the data as
+// well, and ignored them (src/backend/commands/copyfromparse.c, CopyGetData).
+func (l *line) execute() {
+	if !l.copyIn {
+		l.popAll()
+		return
+	}
+	for l.pop(); !l.empty(); {
+		if l.pop().kind == 'x' {
+			return
+		}
+	}
+}
+
+// fail pops what an error takes with it: in the extended protocol all up to the next Sync.
+func (l *line) fail(head byte, undo func(expected)) {
+	if head == 0 || head == 'Q' || head == 'F' || head == 'S' {
+		return
+	}
+	if l.copyIn && l.marked() {
+		// It had read up to some of the data; Syncs before them were ignored.
+		for e := l.pop(); e.kind != 'd' && e.kind != 'x'; e = l.pop() {
+			undo(e)
+		}
+	}
+	for !l.empty() && l.head() != 'S' {
+		undo(l.pop())
+	}
+}
+
+// marked reports whether data of a COPY, or their end, were sent.
+func (l *line) marked() bool {
+	for _, e := range l.sent[l.first:] {
+		if e.kind == 'd' || e.kind == 'x' {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,329 @@
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/duri-io/duri/pgwire"
+	"github.com/duri-io/duri/pgwire/scram"
+)
+
+// Mode is how long a client keeps a backend.
+type Mode int
+
+const (
+	// SessionMode gives each client a backend of its own until it leaves; everything passes.
+	SessionMode Mode = iota
+	// TransactionMode lends a backend per transaction.
+	TransactionMode
+)
+
+// Login is who wants what.
+type Login struct {
+	Database, User string
+	// Params is the client's StartupMessage as servers get it, with user and database.
+	Params []pgwire.Param
+
+	key string // Params as one string
+}
+
+// Replication reports whether the login is for a walsender.
+func (l *Login) Replication() bool {
+	for _, p := range l.Params {
+		if p.Name == "replication" && p.Value != "false" && p.Value != "off" && p.Value != "no" && p.Value != "0" {
+			return true
+		}
+	}
+	return false
+}
+
+// Target is a server that may be used now.
+type Target struct {
+	Site             string
+	Network, Address string // as net.Dial takes them
+	// Epoch is the site's. Connections that were opened in an older one are not used again.
+	Epoch uint64
+}
+
+// Router says which server the next session, or in TransactionMode the next transaction, goes to. It is called often and
+// at the same time, and must not block. An error is told to the client, as 57P03, with its HintText if it has one.
+type Router interface {
+	Route(l *Login) (Target, error)
+}
+
+// Verifiers gives the SCRAM verifiers of roles, as in pg_authid. A role that does not exist, may not log in or has no such
+// verifier is nil without an error, and costs as much time as another.
+type Verifiers interface {
+	Verifier(ctx context.Context, user string) (*scram.Verifier, error)
+}
+
+// Config says how a Server works. What is zero has the default that its comment names.
+type Config struct {
+	Mode      Mode
+	Router    Router
+	Verifiers Verifiers
+	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
+	TLS *tls.Config
+	// ServerTLS is for servers; nil: none is asked for. An empty ServerName means the target's host.
+	ServerTLS *tls.Config
+	// Admit is asked before each login; an error refuses it, as 53400, with its HintText if it has one. It is where rates
+	// are limited. nil admits everybody.
+	Admit func(client net.Addr, user string) error
+	// ClientsMax is how many connections of clients there may be at once (1000), CancelsMax how many requests to cancel
+	// are under way at once (50); more are refused or dropped.
+	ClientsMax, CancelsMax int
+	// LoginMax bounds a client's login, and the login at a server, each (1 minute).
+	LoginMax time.Duration
+	// In TransactionMode: PoolMax is how many connections there may be to one server for the same database, user and startup
+	// parameters (20), HoldMax how long a session waits for one (15 s), IdleMax how long one is kept that nobody uses (10
+	// minutes).
+	PoolMax          int
+	HoldMax, IdleMax time.Duration
+	// Strict, in TransactionMode, takes every transaction to change the session: for databases with triggers, views or
+	// operators that set parameters unseen. It costs a query to the server after each.
+	Strict bool
+	Log    *slog.Logger // slog.DiscardHandler's
+}
+
+// Server is a listener for clients that takes part in the protocol: it authenticates clients itself, logs in at servers
+// with their keys, and knows each one's session. As a Door it is shut until Open is called. Methods may be called at any
+// time.
+type Server struct {
+	cfg     Config
+	binding []byte // of the certificate that clients see
+	mock    []byte // secret of verifiers for users that do not exist
+	cancels chan struct{}
+
+	mu       sync.Mutex // guards the rest
+	shut     string     // why it is shut; empty: it is open
+	total    int64      // connections that were let in
+	sessions map[uint32]*session
+	conns    map[net.Conn]struct{}
+	pools    map[poolKey]*pool
+	nextPID  uint32
+	ending   atomic.Bool // set under mu
+
+	backends sync.WaitGroup // goroutines of pooled backends
+	lastID   atomic.Uint64  // of sessions
+}
+
+// NewServer makes a Server that is ready, but serves nobody yet.
+func NewServer(cfg Config) (*Server, error) {
+	if cfg.Router == nil || cfg.Verifiers == nil {
+		return nil, errors.New("gateway: no router or no verifiers")
+	}
+	for _, d := range []struct {
+		n     *int
+		value int
+	}{{&cfg.ClientsMax, 1000}, {&cfg.CancelsMax, 50}, {&cfg.PoolMax, 20}} {
+		if *d.n == 0 {
+			*d.n = d.value
+		}
+	}
+	for _, d := range []struct {
+		d     *time.Duration
+		value time.Duration
+	}{{&cfg.LoginMax, time.Minute}, {&cfg.HoldMax, 15 * time.Second}, {&cfg.IdleMax, 10 * time.Minute}} {
+		if *d.d == 0 {
+			*d.d = d.value
+		}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	g := &Server{
+		cfg: cfg, shut: justStarted, mock: make([]byte, 32), cancels: make(chan struct{}, cfg.CancelsMax),
+		sessions: map[uint32]*session{}, conns: map[net.Conn]struct{}{}, pools: map[poolKey]*pool{},
+	}
+	_, _ = rand.Read(g.mock) // It does not fail (crypto/rand).
+	if cfg.TLS != nil {
+		if len(cfg.TLS.Certificates) != 1 {
+			return nil, fmt.Errorf("gateway: TLS with %d certificates, where one is needed to bind channels to", len(cfg.TLS.Certificates))
+		}
+		leaf, err := x509.ParseCertificate(cfg.TLS.Certificates[0].Certificate[0])
+		if err != nil {
+			return nil, fmt.Errorf("gateway: certificate for clients: %w", err)
+		}
+		g.binding = scram.EndPoint(leaf)
+		g.cfg.TLS = cfg.TLS.Clone()
+		g.cfg.TLS.NextProtos = []string{alpn}
+	}
+	return g, nil
+}
+
+// Serve takes clients on l, which it closes, until ctx ends. Then it tells the clients that are there and ends their
+// connections, and returns when all is done.
+func (g *Server) Serve(ctx context.Context, l net.Listener) error {
+	var wg sync.WaitGroup
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	tick := time.NewTicker(g.cfg.IdleMax / 10)
+	defer tick.Stop()
+	ended := make(chan struct{})
+	wg.Go(func() {
+		for {
+			select {
+			case now := <-tick.C:
+				g.tidy(now.Add(-g.cfg.IdleMax))
+			case <-ended:
+				return
+			}
+		}
+	})
+	var err error
+	for {
+		var c net.Conn
+		if c, err = l.Accept(); err != nil {
+			break
+		}
+		if g.add(c) {
+			wg.Go(func() {
+				defer g.remove(c)
+				g.serve(ctx, c)
+			})
+		}
+	}
+	close(ended)
+	g.endAll()
+	wg.Wait()
+	g.tidy(time.Now().Add(time.Hour))
+	g.backends.Wait()
+	if ctx.Err() != nil {
+		return nil
+	}
+	return errors.Join(err, l.Close())
+}
+
+func (g *Server) add(c net.Conn) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.ending.Load() {
+		_ = c.Close()
+		return false
+	}
+	g.conns[c] = struct{}{}
+	return true
+}
+
+func (g *Server) remove(c net.Conn) {
+	_ = c.Close()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.conns, c)
+}
+
+// endAll wakes all clients' goroutines; they see ending.
+func (g *Server) endAll() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.ending.Store(true)
+	for c := range g.conns {
+		_ = c.SetReadDeadline(time.Unix(1, 0)) // the connection may have ended
+	}
+}
+
+// register gives a session the key by which it can be cancelled.
+func (g *Server) register(s *session) {
+	_, _ = rand.Read(s.secret[:]) // It does not fail (crypto/rand).
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for {
+		g.nextPID = g.nextPID%(1<<31-1) + 1 // positive, as clients expect
+		if g.sessions[g.nextPID] == nil {
+			break
+		}
+	}
+	s.pid = g.nextPID
+	g.sessions[s.pid] = s
+}
+
+func (g *Server) unregister(s *session) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.sessions, s.pid)
+}
+
+func (g *Server) session(pid uint32) *session {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.sessions[pid]
+}
+
+// Open lets clients in.
+func (g *Server) Open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shut != "" {
+		g.cfg.Log.Info("clients are let in")
+	}
+	g.shut = ""
+}
+
+// Shut refuses clients, with the reason, and ends the connections of those that are in. When it returns, nothing that a
+// server sends reaches a client any more.
+func (g *Server) Shut(why string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shut == "" {
+		g.cfg.Log.Warn("clients are shut out", "why", why, "connections", len(g.conns))
+	}
+	g.shut = why
+	for c := range g.conns {
+		_ = c.Close() // the client may have closed it already
+	}
+}
+
+// Status says whether it is open, why not, how many connections there are, and how many were let in.
+func (g *Server) Status() (shut string, now int, total int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.shut, len(g.conns), g.total
+}
+
+// admit lets a connection in, or says why not. Who was let in before it was shut was disconnected by that.
+func (g *Server) admit() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case g.ending.Load():
+		return errShutdown
+	case g.shut != "":
+		return fatalError(codeNoSite, shutOut+g.shut, "", shutHint)
+	case len(g.conns) > g.cfg.ClientsMax:
+		return fatalError(codeTooMany, "the gateway has as many clients as it may", "", "try again, or raise the limit of clients")
+	}
+	g.total++
+	return nil
+}
+
+// serve is a client's connection from its first byte to its last.
+func (g *Server) serve(ctx context.Context, raw net.Conn) {
+	_ = raw.SetDeadline(time.Now().Add(g.cfg.LoginMax)) // a connection that has ended shows at the first read
+	loginCtx, cancel := context.WithTimeout(ctx, g.cfg.LoginMax)
+	defer cancel()
+	conn, start, err := g.greet(loginCtx, raw)
+	if err != nil {
+		return // before it said who it is; there is nobody to tell
+	}
+	if start.Kind == pgwire.StartupCancel {
+		g.cancel(loginCtx, start)
+		return
+	}
+	s := newSession(g, conn)
+	defer s.close()
+	if err := s.login(loginCtx, start); err != nil {
+		s.refuse(err)
+		return
+	}
+	defer g.unregister(s)
+	s.run(ctx, loginCtx)
+}
