@@ -144,3 +144,30 @@ func TestFateIsSettledOnce(t *testing.T) {
 		t.Errorf("%s ghosts are on record, want %d", g, n-committed)
 	}
 }
+
+// TestNothingIsDecidedOfWhatMayBeInAGap: what never came to a site may have been committed all the same.
+func TestNothingIsDecidedOfWhatMayBeInAGap(t *testing.T) {
+	a, b, of := outcomesRig(t, nil)
+	a.exec("INSERT INTO t VALUES (1, 'x')")
+	settle(a, b)
+	c, err := pg.Connect(t.Context(), b.dsn, b.db, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pg.Close(c)
+	run(t, c, fmt.Sprintf("INSERT INTO duri.outcome (ltxid, status, origin) VALUES ('%s', 'committed', %d)", ltxid(1), a.id))
+	run(t, c, fmt.Sprintf("INSERT INTO duri.gap (origin, peer, from_lsn, to_lsn, reason) VALUES (%d, %d, '0/1', '0/2', 'tested')", a.id, b.id))
+	for _, state := range []string{"NULL", "now()"} {
+		run(t, c, "UPDATE duri.gap SET repaired_at = "+state)
+		if _, err := of[b.id].Decide(t.Context(), c, ltxid(2), a.id); err == nil || !strings.Contains(err.Error(), "only it knows") {
+			t.Errorf("repaired at %s: %v", state, err)
+		}
+		if !decide(t, b, of[b.id], 1) {
+			t.Errorf("repaired at %s: what is known counts as aborted", state)
+		}
+	}
+	run(t, c, "UPDATE duri.gap SET repaired_at = now() - interval '2 days'")
+	if decide(t, b, of[b.id], 2) {
+		t.Error("a transaction that nobody has counts as committed")
+	}
+}
