@@ -332,7 +332,11 @@ type relayed struct {
 func (r relayed) Welcome(h journal.Header) error {
 	ours := h
 	if j, err := r.Journal(); err == nil {
-		ours = j.Header()
+		if ours = j.Current(); h.Site == r.site && h.Continues(ours) {
+			if err := j.Follow(h); err == nil {
+				return nil
+			}
+		}
 	}
 	if h.Site != r.site || ours.Cluster != h.Cluster || ours.Incarnation != h.Incarnation {
 		return &Error{Kind: ErrIncarnation, Sentence: fmt.Sprintf("the copy is of %s, what a third site has is %s", ours, h)}
