@@ -62,8 +62,10 @@ func TestFateOfMarkedTransactions(t *testing.T) {
 	if !decide(t, b, of[b.id], 1) {
 		t.Error("a transaction that was applied counts as aborted")
 	}
-	if decide(t, b, of[b.id], 2) || decide(t, b, of[b.id], 2) {
-		t.Error("a transaction that nobody has counts as committed")
+	for range 2 {
+		if decide(t, b, of[b.id], 2) {
+			t.Error("a transaction that nobody has counts as committed")
+		}
 	}
 	run(t, app, "INSERT INTO t VALUES (20, 'before')")
 	run(t, app, marked(2, "INSERT INTO t VALUES (2, 'ghost'); INSERT INTO bag VALUES ('ghost')"))

@@ -1,11 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -33,7 +31,7 @@ func (b *bench) load(ctx context.Context, s *system, clients int) (sample, error
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(seconds)*time.Second+waitMax)
 	defer cancel()
 	var g errgroup.Group
-	logs := make([][]commit, len(s.writers))
+	logs := make([][]pair.Logged, len(s.writers))
 	for i, c := range s.writers {
 		prefix := filepath.Join(b.dir, fmt.Sprintf("log-%d-%d", b.loads, i))
 		g.Go(func() error {
@@ -42,7 +40,7 @@ func (b *bench) load(ctx context.Context, s *system, clients int) (sample, error
 			if err != nil {
 				return err
 			}
-			logs[i], err = takeLog(prefix)
+			logs[i], err = pair.TakePgbenchLog(prefix)
 			return err
 		})
 	}
@@ -52,69 +50,20 @@ func (b *bench) load(ctx context.Context, s *system, clients int) (sample, error
 	return summarize(logs)
 }
 
-// commit is one line of pgbench's log.
-type commit struct {
-	at      time.Time // of its end
-	latency time.Duration
-}
-
-// takeLog reads the files of one pgbench and removes them.
-func takeLog(prefix string) ([]commit, error) {
-	files, err := filepath.Glob(prefix + ".*")
-	if err != nil {
-		return nil, err
-	}
-	var all []commit
-	for _, name := range files {
-		f, err := os.Open(name)
-		if err != nil {
-			return nil, err
-		}
-		some, err := readLog(f)
-		if err := errors.Join(err, f.Close(), os.Remove(name)); err != nil {
-			return nil, fmt.Errorf("read pgbench's log: %w", err)
-		}
-		all = append(all, some...)
-	}
-	return all, nil
-}
-
-// readLog reads lines of: client, number, latency in µs, script, second and µs of the end.
-func readLog(r io.Reader) ([]commit, error) {
-	var all []commit
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		f := strings.Fields(lines.Text())
-		if len(f) < 6 {
-			return nil, fmt.Errorf("line %q is too short", lines.Text())
-		}
-		var n [3]int64
-		for i, column := range []int{2, 4, 5} {
-			v, err := strconv.ParseInt(f[column], 10, 64)
-			if err != nil {
-				return nil, fmt.Errorf("line %q: %w", lines.Text(), err)
-			}
-			n[i] = v
-		}
-		all = append(all, commit{time.Unix(n[1], n[2]*1000), time.Duration(n[0]) * time.Microsecond})
-	}
-	return all, lines.Err()
-}
-
 // summarize leaves the warm-up out. The rates of the sites are added up, their latencies are put together.
-func summarize(logs [][]commit) (sample, error) {
+func summarize(logs [][]pair.Logged) (sample, error) {
 	var s sample
 	var ms []float64
 	for _, log := range logs {
 		if len(log) == 0 {
 			return s, errors.New("pgbench logged no transaction")
 		}
-		byEnd := func(a, b commit) int { return a.at.Compare(b.at) }
-		from, to := slices.MinFunc(log, byEnd).at.Add(warmUp), slices.MaxFunc(log, byEnd).at
+		byEnd := func(a, b pair.Logged) int { return a.At.Compare(b.At) }
+		from, to := slices.MinFunc(log, byEnd).At.Add(warmUp), slices.MaxFunc(log, byEnd).At
 		before := len(ms)
 		for _, c := range log {
-			if c.at.After(from) {
-				ms = append(ms, float64(c.latency.Microseconds())/1000)
+			if c.At.After(from) {
+				ms = append(ms, float64(c.Latency.Microseconds())/1000)
 			}
 		}
 		if len(ms) == before {

@@ -1,20 +1,21 @@
 package main
 
 import (
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/duri-io/duri/internal/pair"
 )
 
 func TestLogIsReadWithoutTheWarmUp(t *testing.T) {
-	const text = "0 0 90000 0 1700000000 500000\n0 1 1000 0 1700000001 600000\n1 0 3000 0 1700000002 500000\n"
-	log, err := readLog(strings.NewReader(text))
-	if err != nil {
-		t.Fatal(err)
+	at := func(s, us int64) time.Time { return time.Unix(s, us*1000) }
+	log := []pair.Logged{
+		{At: at(1700000000, 500000), Latency: 90 * time.Millisecond}, {At: at(1700000001, 600000), Latency: time.Millisecond},
+		{At: at(1700000002, 500000), Latency: 3 * time.Millisecond},
 	}
-	got, err := summarize([][]commit{log, log}) // two sites
+	got, err := summarize([][]pair.Logged{log, log}) // two sites
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -24,12 +25,7 @@ func TestLogIsReadWithoutTheWarmUp(t *testing.T) {
 }
 
 func TestWhatIsNoFigureIsAnError(t *testing.T) {
-	for _, text := range []string{"0 0 1\n", "0 0 failed 0 1700000000 1\n"} {
-		if _, err := readLog(strings.NewReader(text)); err == nil {
-			t.Errorf("%q was read", text)
-		}
-	}
-	for _, logs := range [][][]commit{{nil}, {{{at: time.Unix(1, 0)}}}} {
+	for _, logs := range [][][]pair.Logged{{nil}, {{{At: time.Unix(1, 0)}}}} {
 		if s, err := summarize(logs); err == nil {
 			t.Errorf("%v out of nothing", s)
 		}

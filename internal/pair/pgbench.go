@@ -1,13 +1,18 @@
 package pair
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
+	"time"
 
 	"github.com/duri-io/duri/internal/pgcluster"
 )
@@ -63,4 +68,56 @@ func number(re *regexp.Regexp, text string) int {
 	}
 	n, _ := strconv.Atoi(m[1]) // all digits
 	return n
+}
+
+// FindPgbench is the path of a pgbench.
+func FindPgbench() (string, error) { return findPgbench("") }
+
+// Logged is one line of pgbench's log: a transaction, when it ended and how long it took.
+type Logged struct {
+	At      time.Time
+	Latency time.Duration
+}
+
+// TakePgbenchLog reads the files that a pgbench wrote with --log-prefix, and removes them.
+func TakePgbenchLog(prefix string) ([]Logged, error) {
+	files, err := filepath.Glob(prefix + ".*")
+	if err != nil {
+		return nil, err
+	}
+	var all []Logged
+	for _, name := range files {
+		f, err := os.Open(name)
+		if err != nil {
+			return nil, err
+		}
+		some, err := readPgbenchLog(f)
+		if err := errors.Join(err, f.Close(), os.Remove(name)); err != nil {
+			return nil, fmt.Errorf("read pgbench's log: %w", err)
+		}
+		all = append(all, some...)
+	}
+	return all, nil
+}
+
+// readPgbenchLog reads lines of: client, number, latency in µs, script, second and µs of the end.
+func readPgbenchLog(r io.Reader) ([]Logged, error) {
+	var all []Logged
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		f := strings.Fields(lines.Text())
+		if len(f) < 6 {
+			return nil, fmt.Errorf("line %q is too short", lines.Text())
+		}
+		var n [3]int64
+		for i, column := range []int{2, 4, 5} {
+			v, err := strconv.ParseInt(f[column], 10, 64)
+			if err != nil {
+				return nil, fmt.Errorf("line %q: %w", lines.Text(), err)
+			}
+			n[i] = v
+		}
+		all = append(all, Logged{time.Unix(n[1], n[2]*1000), time.Duration(n[0]) * time.Microsecond})
+	}
+	return all, lines.Err()
 }

@@ -51,6 +51,9 @@ func (u runAs) credential() *syscall.Credential {
 	return &syscall.Credential{Uid: u.uid, Gid: u.gid}
 }
 
+// Credential is of the user that the server runs as, for another program that refuses to be root's; nil: this process's.
+func (c *Cluster) Credential() *syscall.Credential { return c.as.credential() }
+
 // own gives the path itself, not what is below it, to the user.
 func (u runAs) own(path string) error {
 	if !u.change {
