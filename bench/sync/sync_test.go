@@ -12,7 +12,8 @@ import (
 func TestLogIsReadWithoutTheWarmUp(t *testing.T) {
 	at := func(s, us int64) time.Time { return time.Unix(s, us*1000) }
 	log := []pair.Logged{
-		{At: at(1700000000, 500000), Latency: 90 * time.Millisecond}, {At: at(1700000001, 600000), Latency: time.Millisecond},
+		{At: at(1700000000, 500000), Latency: 90 * time.Millisecond},
+		{At: at(1700000001, 600000), Latency: time.Millisecond},
 		{At: at(1700000002, 500000), Latency: 3 * time.Millisecond},
 	}
 	got, err := summarize([][]pair.Logged{log, log}) // two sites
