@@ -116,6 +116,9 @@ func (p *Pair) Leave() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	for _, s := range p.Sites {
+		if s.Disk != nil {
+			_ = s.Disk.Thaw() // see Close
+		}
 		errs = append(errs, s.SignalAgent(syscall.SIGKILL), s.Relay.close(), s.Disk.close()) // the disk's image stays
 		if p.opts.Clusters == nil {
 			errs = append(errs, s.Cluster.Stop(ctx, "fast"))
