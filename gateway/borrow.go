@@ -116,6 +116,39 @@ func (s *session) fetch(ctx context.Context) (*backend, error) {
 	return s.g.pool(target, &s.who).get(ctx, s, target)
 }
 
+// retryEvery is how often it is looked whether a server is there again.
+const retryEvery = 25 * time.Millisecond
+
+// fetchPatiently is fetch for a session that has begun: between two transactions nothing is lost when no server may be used just
+// now, so that the client waits for one, no longer than HoldMax.
+func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
+	deadline := time.Now().Add(s.g.cfg.HoldMax)
+	for {
+		b, err := s.fetch(ctx)
+		if err == nil || !absent(err) || s.ending.Load() || time.Now().After(deadline) {
+			return b, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errShutdown
+		case <-time.After(retryEvery):
+		}
+	}
+}
+
+// absent reports that no server may be used now, or that the one at hand starts or ends: the next moment may be different.
+func absent(err error) bool {
+	if e, ok := errors.AsType[*serverError](err); ok {
+		switch e.says.Code {
+		case codeNoSite, codeShutdown, "57P02":
+			return true
+		}
+		return false
+	}
+	e, ok := errors.AsType[*pgwire.Error](err)
+	return ok && e.Code == codeNoSite
+}
+
 // sendAll hands on what the client sends, until it leaves; an error is for the client.
 func (s *session) sendAll(ctx context.Context) error {
 	for {
@@ -574,7 +607,7 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 			return nil, errGone
 		}
 		s.mu.Unlock()
-		b, err := s.fetch(ctx)
+		b, err := s.fetchPatiently(ctx)
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}

@@ -84,7 +84,7 @@ type Config struct {
 	// LoginMax bounds a client's login, and the login at a server, each (1 minute).
 	LoginMax time.Duration
 	// In TransactionMode: PoolMax is how many connections there may be to one server for the same database, user and startup
-	// parameters (20), HoldMax how long a session waits for one (15 s), IdleMax how long one is kept that nobody uses (10
+	// parameters (20), HoldMax how long a session waits for one, or for a server that may be used, (15 s), IdleMax how long one is kept that nobody uses (10
 	// minutes).
 	PoolMax          int
 	HoldMax, IdleMax time.Duration

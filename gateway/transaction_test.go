@@ -432,7 +432,7 @@ func TestPoolIsBounded(t *testing.T) {
 func TestOldEpochsAreNotUsed(t *testing.T) {
 	c := site(t, "")
 	r := &routes{targets: []Target{target(c, "a")}}
-	_, addr := serve(t, Config{Mode: TransactionMode, Router: r}, c)
+	_, addr := serve(t, Config{Mode: TransactionMode, Router: r, HoldMax: 200 * time.Millisecond}, c)
 	one, two := open1(t, dsn(addr, "")), open1(t, dsn(addr, ""))
 	held := value[int](t, one, "SELECT pg_backend_pid()")
 	if again := value[int](t, two, "SELECT pg_backend_pid()"); again != held {
@@ -616,6 +616,43 @@ func TestIdleConnectionsThatAreLostAreNotMissed(t *testing.T) {
 	until(t, "the gateway has seen it", func() bool { _, open := pooled(); return open == 0 })
 	if got := value[string](t, conn, "SHOW work_mem"); got != "6MB" {
 		t.Error(got)
+	}
+}
+
+// TestServerThatComesBackIsWaitedFor: between transactions a client does not notice that its server was killed and started
+// again, but for the time that it took; a transaction that was open is lost with it.
+func TestServerThatComesBackIsWaitedFor(t *testing.T) {
+	c := site(t, "")
+	_, addr := serve(t, Config{Mode: TransactionMode}, c)
+	conn, open := open1(t, dsn(addr, "")), open1(t, dsn(addr, ""))
+	exec1(t, conn, "SET work_mem = '6MB'")
+	if _, err := conn.Exec(t.Context(), "SELECT 1"); err != nil {
+		t.Fatal(err)
+	}
+	exec1(t, open, "BEGIN")
+	if err := c.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan string, 1)
+	go func() {
+		var v string
+		if err := conn.QueryRow(t.Context(), "SHOW work_mem").Scan(&v); err != nil {
+			v = err.Error()
+		}
+		got <- v
+	}()
+	_, err := open.Exec(t.Context(), "SELECT 1")
+	wantCode(t, "an open transaction", err, "08006", "a transaction is open")
+	select {
+	case v := <-got:
+		t.Errorf("without a server: %s", v)
+	default:
+	}
+	if err := c.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if v := <-got; v != "6MB" {
+		t.Errorf("after its return: %s", v)
 	}
 }
 
