@@ -78,7 +78,7 @@ test: deps build ## all tests, with real PostgreSQL servers; RACE=1 adds the rac
 	@if [ -n '$(RACEENV)' ] && ! command -v "$${CC:-gcc}" >/dev/null; then
 		echo 'make test: RACE=1 needs a C compiler (apt-get install gcc libc6-dev)' >&2; exit 1
 	fi
-	$(RACEENV) go test -count=1 -timeout 10m $(RACEFLAG) ./...
+	$(RACEENV) go test -count=1 -timeout 20m $(RACEFLAG) ./...
 
 console: ## the web console
 	@echo 'make console: this version of duri has no console yet.' >&2

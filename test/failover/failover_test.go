@@ -74,32 +74,14 @@ func (t *trial) text(s *pair.Site, sql string) (out string) {
 // start starts the sites.
 func start(t *testing.T, sync bool) *trial {
 	t.Helper()
-	binary, err := pair.Build(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := pair.Start(t.Context(), pair.Options{
-		Binary: binary, Sync: sync, Rearm: map[bool]time.Duration{true: 500 * time.Millisecond}[sync],
+	p := pair.ForTest(t, pair.Options{
+		Sync: sync, Rearm: map[bool]time.Duration{true: 500 * time.Millisecond}[sync],
 		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
 		Config: func(_, text string) string {
 			return strings.Replace(text, "databases:\n  - name: app\n", "databases:\n  - name: app\n    tables:\n      public.account:\n        delta: [balance]\n", 1)
 		},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			for _, s := range p.Sites {
-				t.Logf("agent %s:\n%s", s.Name, s.Log())
-			}
-		}
-		if err := p.Close(); err != nil {
-			t.Error(err)
-		}
-	})
 	tr := &trial{t, p, p.Sites[0], p.Sites[1], sync}
-	tr.within(time.Minute, p.WaitReady)
 	if sync {
 		tr.within(time.Minute, p.HoldCommits)
 		tr.waitMembers()

@@ -20,12 +20,8 @@ const gapBudget = 8 << 20
 // gapPair starts two sites with little room for journals.
 func gapPair(t *testing.T, sync bool) *pair.Pair {
 	t.Helper()
-	binary, err := pair.Build(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := pair.Start(t.Context(), pair.Options{
-		Binary: binary, Sync: sync, Rearm: 500 * time.Millisecond,
+	p := pair.ForTest(t, pair.Options{
+		Sync: sync, Rearm: 500 * time.Millisecond,
 		Config: func(_, text string) string {
 			return text + "\njournal:\n  keep: 1s\n  budget: 8MiB\n  segment: 1MiB\n"
 		},
@@ -36,20 +32,6 @@ func gapPair(t *testing.T, sync bool) *pair.Pair {
 				CREATE TABLE d (id int PRIMARY KEY, n int); ALTER TABLE d REPLICA IDENTITY FULL; INSERT INTO d VALUES (1, 0), (2, 0)`)
 		},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			for _, s := range p.Sites {
-				t.Logf("log of agent %s:\n%s", s.Name, s.Log())
-			}
-		}
-		if err := p.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	within(t, time.Minute, func(ctx context.Context) error { return p.WaitReady(ctx) })
 	if sync {
 		settledPair(t, p)
 		within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })

@@ -38,30 +38,11 @@ func syncSites(t *testing.T, o pair.Options) *pair.Pair {
 // startPair starts two sites and a witness with a table, or what the options ask for.
 func startPair(t *testing.T, o pair.Options) *pair.Pair {
 	t.Helper()
-	binary, err := pair.Build(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.Binary, o.Relays, o.Sync, o.Rearm = binary, true, true, 500*time.Millisecond
+	o.Relays, o.Sync, o.Rearm = true, true, 500*time.Millisecond
 	o.Seed = func(ctx context.Context, a *pair.Site) error {
 		return a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
 	}
-	p, err := pair.Start(t.Context(), o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			for _, s := range p.Sites {
-				t.Logf("agent %s:\n%s", s.Name, s.Log())
-			}
-		}
-		if err := p.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	within(t, time.Minute, func(ctx context.Context) error { return p.WaitReady(ctx) })
-	return p
+	return pair.ForTest(t, o)
 }
 
 // unheeded waits until each agent says of so many databases that their commits do not wait.
