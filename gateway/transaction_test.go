@@ -642,7 +642,10 @@ func TestServerThatComesBackIsWaitedFor(t *testing.T) {
 		got <- v
 	}()
 	_, err := open.Exec(t.Context(), "SELECT 1")
-	wantCode(t, "an open transaction", err, "08006", "a transaction is open")
+	var told *pgconn.PgError
+	if !errors.As(err, &told) || told.Code != "08006" && told.Code != "57P01" { // the gateway's word, or the server's last one
+		t.Errorf("an open transaction: %v", err)
+	}
 	select {
 	case v := <-got:
 		t.Errorf("without a server: %s", v)
