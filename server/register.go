@@ -205,9 +205,8 @@ func (k *keeper) force(ctx context.Context, req ForceRequest) (LossReport, error
 		return out, nil
 	}
 	k.freeze(gone, reg.Epoch)
-	k.mu.Lock()
-	next, err := quorum.Force(reg, req.Keep, k.cuts(gone), quorum.Note{Reason: req.Reason, By: req.By, At: time.Now().UTC()})
-	k.mu.Unlock()
+	// Without cuts: what the others have beyond what is here may have been acknowledged there alone, so that it counts.
+	next, err := quorum.Force(reg, req.Keep, nil, quorum.Note{Reason: req.Reason, By: req.By, At: time.Now().UTC()})
 	if err != nil {
 		return out, err
 	}
