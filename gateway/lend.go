@@ -99,15 +99,10 @@ func (b *backend) report(s *session, q *question, typ byte) error {
 	defer s.mu.Unlock()
 	switch {
 	case typ == pgwire.ParameterStatus:
-		body, err := b.r.Body(textMax)
+		p, err := b.noteParam()
 		if err != nil {
 			return err
 		}
-		p, err := pgwire.ParseParameterStatus(body)
-		if err != nil {
-			return err
-		}
-		b.noteParam(p)
 		if q != nil || s.b != b {
 			return nil // The client learns what differs in the end.
 		}
@@ -168,22 +163,23 @@ func (b *backend) reportIdle(typ byte) error {
 	if typ != pgwire.ParameterStatus {
 		return nil
 	}
-	body, err := b.r.Body(textMax)
-	if err != nil {
-		return err
-	}
-	p, err := pgwire.ParseParameterStatus(body)
-	if err != nil {
-		return err
-	}
-	b.noteParam(p) // The next session that uses it learns it.
-	return nil
+	_, err := b.noteParam() // The next session that uses it learns it.
+	return err
 }
 
-func (b *backend) noteParam(p pgwire.Param) {
-	b.paramsMu.Lock()
-	defer b.paramsMu.Unlock()
-	b.params = reported(b.params, p)
+// noteParam takes the ParameterStatus at hand.
+func (b *backend) noteParam() (pgwire.Param, error) {
+	body, err := b.r.Body(textMax)
+	if err != nil {
+		return pgwire.Param{}, err
+	}
+	p, err := pgwire.ParseParameterStatus(body)
+	if err == nil {
+		b.paramsMu.Lock()
+		defer b.paramsMu.Unlock()
+		b.params = reported(b.params, p)
+	}
+	return p, err
 }
 
 // news gives the reported parameters that differ from what a client was told.

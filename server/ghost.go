@@ -3,8 +3,11 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -178,6 +181,10 @@ func (p *peer) reverse(ctx context.Context, in *incoming, d DatabaseStatus) erro
 		}
 		at := in.worker.Status().Applied
 		var declared catalog.Gap
+		if err := writeDurably(p.n.ghostFile(), []byte(max(g.To, done).String())); err != nil {
+			p.missing.Store(nil)
+			return err
+		}
 		err := p.n.withSQL(ctx, func(c *pgconn.PgConn) (err error) {
 			declared, err = catalog.DeclareGap(ctx, c, catalog.Gap{
 				Origin: p.site.ID, Peer: p.n.self.ID, From: at, To: at, Reason: ghostsReason + g.To.String(),
@@ -199,6 +206,33 @@ func (p *peer) reverse(ctx context.Context, in *incoming, d DatabaseStatus) erro
 
 // ghostsReason begins the reason of a gap that stands for ghosts; the end of the last of them follows.
 const ghostsReason = "transactions of this site do not count, up to "
+
+// ghostFile holds the end of the last own transaction that does not count, beside the journal that still has it: the database,
+// where it has been reversed, may be set back.
+func (n *node) ghostFile() string { return n.dir("ghosts.lsn") }
+
+// noGhosts makes sure that no own transaction after a position is one that does not count. It would be given back as well, and
+// the other site, which has taken it for reversed, would not tell.
+func (n *node) noGhosts(after wal.LSN) error {
+	b, err := os.ReadFile(n.ghostFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	to := wal.LSN(0)
+	if err == nil {
+		to, err = wal.ParseLSN(string(b))
+	}
+	if err != nil {
+		return fmt.Errorf("read which transactions of this site do not count: %w", err)
+	}
+	if to <= after {
+		return nil
+	}
+	return &hinted{
+		fmt.Sprintf("of this site's transactions after %s, which the database lacks, some do not count, the last of them up to %s: they cannot be given back", after, to),
+		"empty this site and join it again (docs/guide/runbook.md)",
+	}
+}
 
 // reversedAll puts down that the ghosts that a repaired gap stood for are reversed.
 func (p *peer) reversedAll(ctx context.Context, g catalog.Gap) error {

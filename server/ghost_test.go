@@ -2,6 +2,7 @@ package server
 
 import (
 	"log/slog"
+	"os"
 	"testing"
 	"time"
 
@@ -69,4 +70,27 @@ func ofOneDatabase(k *keeper) []*node {
 		n.peers = append(n.peers, &peer{n: n, site: s, log: n.log, ghosts: map[wal.LSN]wal.LSN{}, upSince: time.Now()})
 	}
 	return []*node{n}
+}
+
+// TestGhostsAreNotGivenBack: what was reversed in a database that is set back must not come back from the journal.
+func TestGhostsAreNotGivenBack(t *testing.T) {
+	n := ofOneDatabase(testKeeper(t, "a", quorumtest.New().Client()))[0]
+	if err := n.noGhosts(0); err != nil {
+		t.Errorf("there never was one: %v", err)
+	}
+	if err := os.MkdirAll(n.dir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeDurably(n.ghostFile(), []byte(wal.LSN(0x2000).String())); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.noGhosts(0x2000); err != nil {
+		t.Errorf("the database has been beyond it: %v", err)
+	}
+	if err := n.noGhosts(0x1fff); err == nil || hintOf(err) == "" {
+		t.Errorf("it would be given back: %v", err)
+	}
+	if err := os.WriteFile(n.ghostFile(), []byte("torn"), 0o600); err != nil || n.noGhosts(0) == nil {
+		t.Errorf("what cannot be read counts as nothing, %v", err)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -249,6 +250,9 @@ func (n *node) reconcile(ctx context.Context, c *captured, conn *pgconn.PgConn) 
 func (n *node) turn(ctx context.Context, c *captured, conn *pgconn.PgConn, id decode.Identity, restored []decode.Restored, v decode.Verdict) error {
 	why := n.lacks(v.From)
 	n.setBehind(why)
+	if err := n.noGhosts(v.From); err != nil {
+		return err
+	}
 	if err := n.haveAll(ctx, c); err != nil {
 		return err
 	}
@@ -645,7 +649,7 @@ func (o *ownReader) Next(ctx context.Context) (journal.Record, error) {
 		o.last = max(o.last, rec.To)
 		return rec, err
 	}
-	if !equalSeen(o.seen, rec.Txn.Seen) {
+	if !slices.Equal(o.seen, rec.Txn.Seen) {
 		before := o.last
 		if err := until(ctx, func() bool { return o.mesh.Applied(o.self) >= before }); err != nil {
 			return rec, err
@@ -662,18 +666,6 @@ func (o *ownReader) Next(ctx context.Context) (journal.Record, error) {
 
 // Close is that of apply.Reader.
 func (o *ownReader) Close() error { return o.r.Close() }
-
-func equalSeen(a, b []wal.Seen) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
-}
 
 // pacedReader keeps another site's transactions back while own ones are given back that were committed before they were
 // applied here.

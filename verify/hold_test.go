@@ -70,12 +70,14 @@ func TestRowsThatAreNeverAtRestAreDecided(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var committed, arrived atomic.Int64
 	ended := make(chan error, 1)
+	link := time.NewTicker(2 * time.Millisecond) // brings one write at a time to the other site
+	defer link.Stop()
 	go func() {
 		const update = "UPDATE t SET v = v + 1 WHERE id IN (1, 2)"
 		for ctx.Err() == nil {
 			_, err := pg.Rows(context.Background(), a, update)
 			committed.Add(1)
-			time.Sleep(2 * time.Millisecond) // of the link
+			<-link.C
 			_, berr := pg.Rows(context.Background(), b, update)
 			arrived.Add(1)
 			if err = errors.Join(err, berr); err != nil {
