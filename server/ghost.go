@@ -64,7 +64,7 @@ func (p *peer) unacknowledged(ctx context.Context, t *wal.Txn) (bool, error) {
 			cut, ok := k.reg.Cut(p.n.database.Name, p.site.Name)
 			out := ok && !k.reg.Has(p.site.Name) && k.reg.Has(k.a.self.Name) && t.EndLSN > cut
 			if out {
-				p.ghosts[t.CommitLSN] = t.EndLSN
+				p.haunt(t)
 			}
 			k.mu.Unlock()
 			return out, nil
@@ -83,8 +83,16 @@ func (p *peer) haunted(t *wal.Txn) {
 	if k := p.n.keeper; k != nil {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		p.ghosts[t.CommitLSN] = t.EndLSN
+		p.haunt(t)
 	}
+}
+
+// haunt notes a ghost of the peer, and tells of it once. The keeper's mu is held.
+func (p *peer) haunt(t *wal.Txn) {
+	if _, known := p.ghosts[t.CommitLSN]; !known {
+		p.log.Warn("a transaction of a site that was left out does not count (duri.ghost), and is to be reversed there", "ltxid", fmt.Sprintf("%x", t.Mark.LTXID), "lsn", t.CommitLSN.String())
+	}
+	p.ghosts[t.CommitLSN] = t.EndLSN
 }
 
 // loadGhosts reads the peer's ghosts that are not reversed, and up to where this site's own are.

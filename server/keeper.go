@@ -1,26 +1,17 @@
 package server
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"maps"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgconn"
-
 	"github.com/duri-io/duri/durability"
-	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/quorum"
 	"github.com/duri-io/duri/wal"
@@ -73,113 +64,6 @@ func newKeeper(a *Agent, store quorum.Store) *keeper {
 	return &keeper{
 		a: a, store: store, log: a.log, wake: make(chan struct{}, 1),
 		frozen: map[string]freeze{}, arming: map[string]map[*node]wal.LSN{}, owns: map[*node]wal.LSN{}, counts: map[*node]map[string]wal.LSN{},
-	}
-}
-
-// marker is the file that says whether this site has promised something that holds until the epoch changes: to give some
-// site no receipts, to wait for one that comes back, to acknowledge nothing because it leaves. After a restart, the
-// proposal that the promise was made for may still be under way (docs/adr/0006). It is there from the beginning and is
-// written in place, so that a full disk is no obstacle.
-func (k *keeper) marker() string { return filepath.Join(k.a.cfg.DataDir, "promised") }
-
-// noPromise is what the marker says then; anything else, a torn write too, is a promise.
-const noPromise = "nothing"
-
-// markBytes is the marker's length: what a disk writes at once.
-const markBytes = 512
-
-// mark writes the marker.
-func (k *keeper) mark(what string) error {
-	content := fmt.Appendf(nil, "%-*.*s\n", markBytes-1, markBytes-1, what)
-	f, err := os.OpenFile(k.marker(), os.O_WRONLY, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return writeDurably(k.marker(), content)
-	}
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(content, 0)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// marked reports whether the marker says that something is promised, or may.
-func (k *keeper) marked() bool {
-	b, err := os.ReadFile(k.marker())
-	return err == nil && strings.TrimSpace(string(b)) != noPromise || err != nil && !errors.Is(err, fs.ErrNotExist)
-}
-
-// promise writes the marker before anything is promised. k.filesMu is held until it is, and k.mu is not: the disk may be what
-// fails.
-func (k *keeper) promise(what string) bool {
-	k.mu.Lock()
-	k.owed = true
-	k.mu.Unlock()
-	err := k.mark(what)
-	if err != nil {
-		k.fail("write down a promise", err)
-	}
-	return err == nil
-}
-
-// tidy takes the promise back when nothing is promised any more.
-func (k *keeper) tidy() {
-	k.filesMu.Lock()
-	defer k.filesMu.Unlock()
-	k.mu.Lock()
-	due := k.owed && len(k.frozen)+len(k.arming) == 0 && !k.leaving && !k.doubt
-	k.owed = k.owed && !due
-	k.mu.Unlock()
-	if !due {
-		return
-	}
-	if err := k.mark(noPromise); err != nil {
-		k.fail("take back the mark of a promise", err)
-	}
-}
-
-// writeDurably makes a file with a content that survives a loss of power.
-func writeDurably(path string, content []byte) error {
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(content)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
-}
-
-// seenFile holds the greatest value of the register that this site has seen: should the register be lost and begin anew,
-// its first value would make members of all.
-func (k *keeper) seenFile() string { return filepath.Join(k.a.cfg.DataDir, "register.json") }
-
-// lostRegister reports that the register is older than what this site has seen.
-func (k *keeper) lostRegister(epoch uint64) error {
-	b, err := os.ReadFile(k.seenFile())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	var seen quorum.Register
-	if err == nil {
-		err = json.Unmarshal(b, &seen)
-	}
-	if err != nil {
-		return fmt.Errorf("read what this site has seen of the register: %w", err)
-	}
-	if epoch >= seen.Epoch {
-		return nil
-	}
-	return &hinted{
-		fmt.Sprintf("the register is at epoch %d, but this site has seen epoch %d (members %s): it was lost, or put back", epoch, seen.Epoch, strings.Join(seen.Members, " ")),
-		"bring its voters' data back. If it is lost for good: stop all agents, remove " + k.seenFile() + " at the site that was a member last, start that one alone, and let the others join again",
 	}
 }
 
@@ -289,23 +173,6 @@ func (k *keeper) adopt(r quorum.Register) {
 	k.stir()
 }
 
-// remember writes down a value that was taken, unless another one has been taken since.
-func (k *keeper) remember(r quorum.Register) error {
-	k.filesMu.Lock()
-	defer k.filesMu.Unlock()
-	k.mu.Lock()
-	latest := k.reg.Epoch == r.Epoch
-	k.mu.Unlock()
-	if !latest {
-		return nil
-	}
-	b, err := json.Marshal(r)
-	if err != nil {
-		return err
-	}
-	return writeDurably(k.seenFile(), b)
-}
-
 func (k *keeper) take(r quorum.Register) (news bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -412,36 +279,6 @@ func (k *keeper) view(now time.Time) durability.View {
 	return v
 }
 
-// health is that of the server, the disk and what decodes and receives here. k.mu is held.
-func (k *keeper) health() durability.Server {
-	h := k.server
-	if !k.diskBusy.IsZero() {
-		h.DiskStalled = time.Since(k.diskBusy)
-	}
-	h.Unable = k.diskFault
-	overdue := time.Now().Add(-k.a.cfg.Durability.Detect.Std())
-	if h.Down > 0 || k.serverUp.After(overdue) {
-		overdue = time.Time{} // it had no chance
-	}
-	for _, n := range k.a.nodes {
-		if n.waits() {
-			h.Unable = cmp.Or(h.Unable, n.unable(overdue))
-		}
-	}
-	return h
-}
-
-// unfitness says why this site cannot do its part; it goes out with every heartbeat, for what keeps the site from leaving by
-// itself: a disk on which it cannot write that down.
-func (k *keeper) unfitness() string {
-	if k == nil {
-		return ""
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.health().Unfit(k.a.cfg.Durability.Detect.Std())
-}
-
 // peerView is one other site over all databases: the freshest sign of life, the least progress.
 func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 	out := durability.Peer{Name: site, CaughtUp: true, Passed: true, Stable: time.Hour}
@@ -476,136 +313,6 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		out.Stable = min(out.Stable, now.Sub(k.losses[n-1]))
 	}
 	return out
-}
-
-// holdsOthers reports whether a site that comes back has what this one has of the other sites that are left out, in a
-// database whose commits wait. k.mu is held.
-func (k *keeper) holdsOthers(p *peer) bool {
-	if !p.n.waits() {
-		return true
-	}
-	said := p.says()
-	for site, have := range p.n.copies() {
-		if site == p.site.Name || k.reg.Has(site) {
-			continue
-		}
-		cut, isCut := k.reg.Cut(p.n.database.Name, site)
-		if need := durability.Needs(have, cut, isCut); need > 0 && (said.Epoch != k.reg.Epoch || said.Copies[site] < need) {
-			return false
-		}
-	}
-	return true
-}
-
-// sayEvery is how often the others are told how far this site's copies are, when that is all that has changed.
-const sayEvery = 200 * time.Millisecond
-
-// speak renews what this site says to the others, and reports whether what all members say lets an unsettled register be
-// settled. k.mu is held.
-func (k *keeper) speak(v durability.View, now time.Time) (exchanged bool) {
-	if k.began.IsZero() {
-		return false
-	}
-	var armed []string
-	for _, p := range v.Peers {
-		if p.Passed && slices.Contains(v.Arming, p.Name) {
-			armed = append(armed, p.Name)
-		}
-	}
-	exchanged = !k.reg.Settled && k.reg.Has(k.a.self.Name)
-	for _, n := range k.a.nodes {
-		if n.ready.Load() == nil { // what it has is not known yet, and must not be taken for nothing
-			exchanged = exchanged && !n.waits()
-			continue
-		}
-		s := &link.Statement{Epoch: k.reg.Epoch, Frozen: v.Frozen, Armed: armed, Secured: k.secured(n), Copies: n.copies()}
-		n.say(s, now)
-		exchanged = exchanged && (!n.waits() || k.exchanged(n, s))
-	}
-	return exchanged
-}
-
-// secured reports whether what this site acknowledged in former epochs has the receipts that the present one asks for, all
-// of its journal, as it is when that is first looked at, counting as acknowledged. The database is open. k.mu is held.
-func (k *keeper) secured(n *node) bool {
-	if k.reg.Settled || !n.waits() {
-		return true
-	}
-	if _, known := k.owns[n]; !known {
-		k.owns[n] = n.ready.Load().journal.End()
-	}
-	return durability.Secured(k.owns[n], n.receipts(), k.place(), k.a.cfg.Durability.Receipts)
-}
-
-// exchanged reports whether all members say that they have what counts of a database. k.mu is held.
-func (k *keeper) exchanged(n *node, own *link.Statement) bool {
-	words := []durability.Word{{Secured: own.Secured, Copies: own.Copies}}
-	var out []string
-	for _, p := range n.peers {
-		if !k.reg.Has(p.site.Name) {
-			out = append(out, p.site.Name)
-			continue
-		}
-		said := p.says()
-		if said.Epoch != k.reg.Epoch {
-			return false
-		}
-		words = append(words, durability.Word{Secured: said.Secured, Copies: said.Copies})
-	}
-	if k.counts[n] == nil {
-		k.counts[n] = durability.Furthest(out, words)
-	}
-	return durability.Exchanged(k.counts[n], words)
-}
-
-// settledCuts are the positions up to which the sites that are left out count, where they go beyond those on record.
-// k.mu is held.
-func (k *keeper) settledCuts() quorum.Cuts {
-	cuts := quorum.Cuts{}
-	for n, counts := range k.counts {
-		at := map[string]wal.LSN{}
-		for site, lsn := range counts {
-			if before, ok := k.reg.Cut(n.database.Name, site); !ok || lsn > before {
-				at[site] = lsn
-			}
-		}
-		cuts[n.database.Name] = at
-	}
-	return cuts
-}
-
-// copies are how far this site's copies of the others' journals are durable, as third sites want to know; with two sites
-// there is none.
-func (n *node) copies() map[string]wal.LSN {
-	all := map[string]wal.LSN{}
-	if len(n.peers) < 2 {
-		return all
-	}
-	for _, p := range n.peers {
-		if in := p.live.Load(); in != nil {
-			if j, err := in.copy.Journal(); err == nil {
-				all[p.site.Name] = j.Durable()
-			}
-		}
-	}
-	return all
-}
-
-// say replaces what is said to the others, if it is news; positions alone are some news now and then.
-func (n *node) say(s *link.Statement, now time.Time) {
-	old := n.statement.Load()
-	moved := old == nil || !maps.Equal(old.Copies, s.Copies)
-	news := old == nil || old.Epoch != s.Epoch || old.Secured != s.Secured || !slices.Equal(old.Frozen, s.Frozen) || !slices.Equal(old.Armed, s.Armed)
-	if !news && (!moved || now.Sub(n.said) < sayEvery) {
-		return
-	}
-	n.said = now
-	n.statement.Store(s)
-	for _, p := range n.peers {
-		if in := p.live.Load(); in != nil {
-			in.copy.Nudge()
-		}
-	}
 }
 
 // act does what was decided.
@@ -936,143 +643,4 @@ func (k *keeper) unfit() string {
 		return "PostgreSQL here is down"
 	}
 	return ""
-}
-
-// probeEvery is how often a small durable write looks whether PostgreSQL here can still make one (design: durability,
-// "gray failure").
-const probeEvery = 250 * time.Millisecond
-
-// watchServer keeps the health of this site's PostgreSQL.
-func (k *keeper) watchServer(ctx context.Context) {
-	s := &session{dsn: k.a.cfg.Postgres.DSN, database: k.a.nodes[0].database.Name, settings: map[string]string{
-		"application_name": "duri_probe", "synchronous_commit": "local",
-	}}
-	defer s.close()
-	var down time.Time
-	for {
-		begun := time.Now()
-		ended := make(chan struct{})
-		go k.watchStall(begun, ended)
-		probeCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		err := s.do(probeCtx, func(c *pgconn.PgConn) error {
-			if _, err := pg.Rows(probeCtx, c, "SELECT pg_catalog.pg_logical_emit_message(true, 'duri.probe', '')"); err != nil {
-				return err
-			}
-			return k.endWaiters(probeCtx, c)
-		})
-		cancel()
-		close(ended)
-		if ctx.Err() != nil {
-			return
-		}
-		h := durability.Server{}
-		if err != nil {
-			if down.IsZero() {
-				down = begun
-			}
-			h.Down = max(time.Since(down), time.Nanosecond)
-			h.Restarting = pg.SQLState(err) == "57P03"
-			h.Refused = errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
-		} else {
-			down = time.Time{}
-		}
-		k.mu.Lock()
-		was := k.server
-		if k.server = h; was.Down > 0 {
-			k.serverUp = time.Now()
-		}
-		k.mu.Unlock()
-		if (was.Down > 0) != (h.Down > 0) || was.Refused != h.Refused {
-			k.log.Warn("health of PostgreSQL here", "down", h.Down.String(), "refused", h.Refused, "restarting", h.Restarting, "error", fmt.Sprint(err))
-			k.stir()
-		}
-		every := probeEvery
-		if err != nil {
-			every /= 5
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(every):
-		}
-	}
-}
-
-// watchDisk looks whether the disk of data_dir still makes a small write durable.
-func (k *keeper) watchDisk(ctx context.Context) {
-	content := make([]byte, markBytes)
-	path := filepath.Join(k.a.cfg.DataDir, "probe")
-	t := time.NewTicker(probeEvery)
-	defer t.Stop()
-	for {
-		k.mu.Lock()
-		k.diskBusy = time.Now()
-		k.mu.Unlock()
-		err := probeDisk(path, content)
-		k.mu.Lock()
-		k.diskBusy, k.diskFault = time.Time{}, ""
-		if err != nil {
-			k.diskFault = err.Error()
-		}
-		k.mu.Unlock()
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-	}
-}
-
-// probeDisk writes to a file in place: that it is full does not matter, and shows at the journals.
-func probeDisk(path string, content []byte) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(content, 0)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// waitersSQL ends the sessions of clients whose COMMIT waits for other sites.
-const waitersSQL = `SELECT pid, pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-WHERE backend_type = 'client backend' AND wait_event = 'SyncRep' AND pid <> pg_catalog.pg_backend_pid()`
-
-// endWaiters ends, at a site that was left out, the sessions whose COMMIT waits: it will not be acknowledged here, the door
-// has ended their connections, which a waiting session does not notice, and the rows that they keep locked are needed to
-// catch up. Their transactions are committed, and go to the other sites as the site's tail.
-func (k *keeper) endWaiters(ctx context.Context, c *pgconn.PgConn) error {
-	k.mu.Lock()
-	out := !k.began.IsZero() && !k.doubt && !k.reg.Has(k.a.self.Name)
-	k.mu.Unlock()
-	if !out {
-		return nil
-	}
-	rows, err := pg.Rows(ctx, c, waitersSQL)
-	if pg.SQLState(err) == "42501" { // of a superuser, whom only a superuser may end
-		k.fail("end sessions whose commits wait", err)
-		return nil
-	}
-	if err == nil && len(rows) > 0 {
-		k.log.Warn("sessions were ended whose commits waited for other sites", "sessions", len(rows))
-	}
-	return err
-}
-
-// watchStall counts for how long a probe has not ended.
-func (k *keeper) watchStall(begun time.Time, ended <-chan struct{}) {
-	t := time.NewTicker(probeEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-ended:
-			k.mu.Lock()
-			k.server.Stalled = 0
-			k.mu.Unlock()
-			return
-		case <-t.C:
-			k.mu.Lock()
-			k.server.Stalled = time.Since(begun)
-			k.mu.Unlock()
-		}
-	}
 }
