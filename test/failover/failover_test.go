@@ -287,8 +287,8 @@ func olderDirectory(t *trial) {
 		t.waitMembers()
 	}
 	t.work(2)
+	lost := t.equal() // first, as it waits until what b has deleted is gone at a
 	was := t.text(t.a, versions)
-	lost := t.equal()
 	at := t.text(t.b, places)
 	if err := t.a.Cluster.Kill(); err != nil {
 		t.Fatal(err)
