@@ -268,6 +268,9 @@ func TestNotificationsArrive(t *testing.T) {
 func TestReplicationPasses(t *testing.T) {
 	c := site(t, "")
 	inEachMode(t, c, func(t *testing.T, _ *Server, addr string) {
+		until(t, "the slot of a client that has left is gone", func() bool {
+			return pgtest.Query(t, c, "postgres", "SELECT count(*) FROM pg_replication_slots")[0][0] == "0"
+		})
 		conn, err := pgconn.Connect(t.Context(), dsn(addr, "replication=database"))
 		if err != nil {
 			t.Fatal(err)
