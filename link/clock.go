@@ -39,7 +39,7 @@ const (
 type estimator struct{ recent []Clock }
 
 // add takes a sample. When it cannot be true together with the present estimate, a clock was set: the old samples are
-// dropped.
+// dropped. A step smaller than the two round trips together may look like delay; the old samples leave with time.
 func (e *estimator) add(c Clock) {
 	if best, ok := e.best(); ok && (c.Offset-best.Offset).Abs() > (c.RTT+best.RTT)/2+driftMax {
 		e.recent = e.recent[:0]
