@@ -59,7 +59,13 @@ func (g *Server) dial(ctx context.Context, t Target, who *Login, keys *scram.Key
 
 // connect opens a connection, with TLS if configured, and gives what a channel is bound to.
 func (g *Server) connect(ctx context.Context, t Target) (net.Conn, []byte, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, t.Network, t.Address)
+	dial := g.cfg.Dial
+	if dial == nil {
+		dial = func(ctx context.Context, t Target) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, t.Network, t.Address)
+		}
+	}
+	conn, err := dial(ctx, t)
 	if err != nil || g.cfg.ServerTLS == nil {
 		return conn, nil, err
 	}

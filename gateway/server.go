@@ -54,10 +54,18 @@ type Target struct {
 	Epoch uint64
 }
 
+// Wish is what a session wants of its next server.
+type Wish struct {
+	// Home is the site that the session has asked for by the parameter duri.home; empty: as the Router is configured.
+	Home string
+	// Last is the site of the session's latest transaction; empty: it has had none.
+	Last string
+}
+
 // Router says which server the next session, or in TransactionMode the next transaction, goes to. It is called often and
 // at the same time, and must not block. An error is told to the client, as 57P03, with its HintText if it has one.
 type Router interface {
-	Route(l *Login) (Target, error)
+	Route(l *Login, w Wish) (Target, error)
 }
 
 // Verifiers gives the SCRAM verifiers of roles, as in pg_authid. A role that does not exist, may not log in or has no such
@@ -71,6 +79,10 @@ type Config struct {
 	Mode      Mode
 	Router    Router
 	Verifiers Verifiers
+	// Sites lets the sessions of TransactionMode go on when a server is lost; nil: they end with it.
+	Sites Sites
+	// Dial connects to a target; nil: net.Dialer does.
+	Dial func(ctx context.Context, t Target) (net.Conn, error)
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
 	TLS *tls.Config
 	// ServerTLS is for servers; nil: none is asked for. An empty ServerName means the target's host.

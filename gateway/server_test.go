@@ -95,7 +95,7 @@ type routes struct {
 	err     error
 }
 
-func (r *routes) Route(*Login) (Target, error) {
+func (r *routes) Route(*Login, Wish) (Target, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.calls++

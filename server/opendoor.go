@@ -89,7 +89,7 @@ func (a *Agent) newDoor() (door, error) {
 // here routes everybody to the site's own server.
 type here struct{ target gateway.Target }
 
-func (h here) Route(*gateway.Login) (gateway.Target, error) { return h.target, nil }
+func (h here) Route(*gateway.Login, gateway.Wish) (gateway.Target, error) { return h.target, nil }
 
 // served is a gateway.Server with what it needs.
 type served struct {
