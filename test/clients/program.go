@@ -174,6 +174,8 @@ func difference(a, b string) string {
 	for i < len(x) && i < len(y) && x[i] == y[i] {
 		i++
 	}
-	part := func(lines []string) string { return strings.Join(lines[min(i, len(lines)):min(i+12, len(lines))], "\n") }
+	part := func(lines []string) string {
+		return strings.Join(lines[min(i, len(lines)):min(i+12, len(lines))], "\n")
+	}
 	return fmt.Sprintf("from line %d on, direct:\n%s\nthrough the gateway:\n%s", i+1, part(x), part(y))
 }

@@ -126,3 +126,6 @@ func InstallNode(ctx context.Context, testdata string) (dir string, err error) {
 	}
 	return dir, nil
 }
+
+// Long are those that take longer.
+var Long = []Program{}
