@@ -144,10 +144,6 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	if b.line.next().changed {
 		send = func(w *pgwire.Writer) error { return w.Write(planChanged) }
 	}
-	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
-		// This statement is of no use to anybody any more: who prepares the same anew gets another.
-		b.pool.generation.Add(1)
-	}
 	b.line.answer(pgwire.ErrorResponse, s.undo)
 	return send
 }
@@ -251,8 +247,6 @@ func (b *backend) deliver(s *session, typ byte) error {
 	switch v {
 	case forward:
 		err = b.r.Forward(s.w)
-	case asParse:
-		err = s.w.Write(parseComplete)
 	case unexplained:
 		err = errUnexplained
 	}
@@ -284,10 +278,7 @@ func (b *backend) describe(s *session, typ byte) verdict {
 	return v
 }
 
-var (
-	parseComplete  = pgwire.AppendMessage(nil, pgwire.ParseComplete, nil)
-	errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
-)
+var errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
 
 // completed looks for the end of statements that take the backend's prepared statements away.
 func (b *backend) completed(s *session) {
@@ -317,7 +308,7 @@ func (b *backend) ready(s *session) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b.line.answer(pgwire.ReadyForQuery, nil) != forward {
+	if b.line.answer(pgwire.ReadyForQuery, s.undo) != forward {
 		return errUnexplained
 	}
 	b.status = status

@@ -7,7 +7,6 @@ import "github.com/duri-io/duri/pgwire"
 //	Q query, F function call            until ReadyForQuery
 //	S sync                              ReadyForQuery
 //	P parse, p parse of our own         ParseComplete, which the client does not see of our own
-//	r close in the place of a parse     CloseComplete, which the client sees as ParseComplete
 //	B bind                              BindComplete
 //	T describe statement, O portal      RowDescription or NoData
 //	D describe statement of our own     the same, which the client does not see
@@ -16,8 +15,9 @@ import "github.com/duri-io/duri/pgwire"
 //	d copy data, x end of copy data     none
 type expected struct {
 	kind byte
-	st   *statement // P, p, r, C, T, O, D
-	name string     // P, r, C: what the client calls it
+	st   *statement   // P, p, C, T, O, D
+	name string       // P, C: what the client calls it; c: what the server does
+	gone *preparation // c: what is closed
 
 	changed bool // B: made to fail, because the statement is not what it was
 }
@@ -28,7 +28,6 @@ type verdict int
 const (
 	forward     verdict = iota
 	swallow             // the client did not ask
-	asParse             // forward as ParseComplete
 	unexplained         // nothing was sent that this answers
 )
 
@@ -38,6 +37,7 @@ type line struct {
 	sent   []expected
 	first  int  // sent[first:] is the line
 	copyIn bool // the first is an Execute that reads CopyData
+	skips  bool // after an error, the server passes over everything up to a Sync that was not sent yet
 }
 
 func (l *line) empty() bool { return l.first == len(l.sent) }
@@ -92,7 +92,7 @@ func (l *line) popAll() {
 }
 
 // answer takes the type of a message from the server. It calls undo for each message that the server did not carry out
-// because of an error.
+// because of an error, the last one first.
 func (l *line) answer(typ byte, undo func(expected)) verdict {
 	head := l.head()
 	switch typ {
@@ -101,11 +101,7 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 	case pgwire.BindComplete:
 		return l.take(head == 'B', false)
 	case pgwire.CloseComplete:
-		v := l.take(head == 'C' || head == 'c' || head == 'r', head == 'c')
-		if head == 'r' {
-			return asParse
-		}
-		return v
+		return l.take(head == 'C' || head == 'c', head == 'c')
 	case pgwire.ParameterDescription:
 		if head == 'D' {
 			return swallow
@@ -123,6 +119,11 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 	case pgwire.ErrorResponse:
 		l.fail(head, undo)
 	case pgwire.ReadyForQuery:
+		if l.skips {
+			l.skips = false
+			l.drop(undo)
+			head = l.head()
+		}
 		return l.take(head == 'Q' || head == 'F' || head == 'S', false)
 	}
 	return forward
@@ -153,19 +154,34 @@ func (l *line) execute() {
 	}
 }
 
-// fail pops what an error takes with it: in the extended protocol all up to the next Sync.
+// fail pops what an error takes with it: in the extended protocol all up to the next Sync, which may be still to come.
 func (l *line) fail(head byte, undo func(expected)) {
 	if head == 0 || head == 'Q' || head == 'F' || head == 'S' {
 		return
 	}
 	if l.copyIn && l.marked() {
 		// It had read up to some of the data; Syncs before them were ignored.
-		for e := l.pop(); e.kind != 'd' && e.kind != 'x'; e = l.pop() {
-			undo(e)
+		for i := l.first; l.sent[i].kind != 'd' && l.sent[i].kind != 'x'; i++ {
+			if l.sent[i].kind == 'S' {
+				l.sent[i].kind = 'd'
+			}
 		}
 	}
-	for !l.empty() && l.head() != 'S' {
-		undo(l.pop())
+	l.drop(undo)
+	l.skips = l.empty()
+}
+
+// drop pops all up to the next Sync.
+func (l *line) drop(undo func(expected)) {
+	end := l.first
+	for end < len(l.sent) && l.sent[end].kind != 'S' {
+		end++
+	}
+	for i := end - 1; i >= l.first; i-- {
+		undo(l.sent[i])
+	}
+	for range end - l.first {
+		l.pop()
 	}
 }
 

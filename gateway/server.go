@@ -126,6 +126,7 @@ type Server struct {
 
 	backends sync.WaitGroup // goroutines of pooled backends
 	lastID   atomic.Uint64  // of sessions
+	clock    atomic.Uint64  // of preparing: counts what clients prepare
 }
 
 // NewServer makes a Server that is ready, but serves nobody yet.
