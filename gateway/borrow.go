@@ -899,6 +899,12 @@ func (s *session) rest(b *backend) {
 
 // probed takes the answer to a probe.
 func (s *session) probed(b *backend, q *question) {
+	if s.heldReady {
+		s.heldReady = false
+		_ = s.w.Write(readyFor(pgwire.Idle)) // the next read tells if the client has gone
+		_ = s.w.Flush()
+		s.answered(pgwire.Idle)
+	}
 	if q.err != nil {
 		s.probe = true // after the next transaction
 		s.pinSeen = "its state could not be read: " + q.err.Message

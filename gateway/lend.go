@@ -79,6 +79,12 @@ func (b *backend) answer() error {
 			return err
 		}
 		s, q := b.owner.Load(), b.asking.Load()
+		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
+			// All of it, because half a message that the client has got cannot be taken back.
+			if _, err := b.r.Peek(b.r.Left()); err != nil {
+				return err
+			}
+		}
 		switch {
 		case typ == pgwire.ParameterStatus || typ == pgwire.NoticeResponse || typ == pgwire.NotificationResponse || typ == pgwire.ErrorResponse:
 			err = b.report(s, q, typ)
@@ -390,6 +396,12 @@ func (b *backend) ready(s *session) error {
 	}
 	b.status = status
 	b.atRest = status == pgwire.Idle && b.line.empty()
+	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {
+		// Until it is known what the session has become, it is not told: it could not go on elsewhere.
+		s.heldReady = true
+		s.rest(b)
+		return nil
+	}
 	if s.flight.hidden == 0 {
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err
