@@ -139,6 +139,14 @@ type transcript struct {
 // alive reports whether the session lived on to its end.
 func (t *transcript) alive() bool { return t.fatal == nil && t.broken == "" }
 
+// last is what was heard last.
+func (t *transcript) last() string {
+	if len(t.answers) == 0 {
+		return "nothing"
+	}
+	return t.answers[len(t.answers)-1].String()
+}
+
 // complete is how many segments were answered wholly.
 func (t *transcript) complete() int {
 	n := len(t.answers)
@@ -167,7 +175,7 @@ func (c *client) run(t *transcript, b []burst, number string) error {
 			}
 			unended = !m.ends()
 		}
-		if _, err := c.conn.Write(out); err != nil && !gone(err) {
+		if _, err := c.conn.Write(out); err != nil && !hungUp(err) {
 			return err
 		}
 		if err := c.hear(t, b.await, unended, number); err != nil {
@@ -180,8 +188,8 @@ func (c *client) run(t *transcript, b []burst, number string) error {
 	return nil
 }
 
-// gone reports whether writing has failed because the other side has ended the connection: what it has said is read yet.
-func gone(err error) bool {
+// hungUp reports whether writing has failed because the other side has ended the connection: what it has said is read yet.
+func hungUp(err error) bool {
 	var op *net.OpError
 	return errors.As(err, &op) && !op.Timeout()
 }

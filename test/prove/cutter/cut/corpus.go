@@ -78,24 +78,32 @@ func corpus() []*script {
 		{name: "pipeline-block-syncs", bursts: []burst{one(append(append(append(unnamed("BEGIN"), sync_), five(func(i int) []message { return append(put(i), sync_) })...), append(unnamed("COMMIT"), sync_)...)...)}},
 		{name: "pipeline-fails", bursts: []burst{one(append(append(append(put(1), unnamed("SELECT 1/0")...), put(2)...), append([]message{sync_}, append(put(3), sync_)...)...)...)}},
 		{name: "pipeline-queries", bursts: []burst{one(query(insert(1)), query("SELECT 1"), query(insert(2)))}},
-		{name: "flush", bursts: []burst{until('T', parse("", "SELECT seq FROM ledger WHERE client = $1::bigint"), describeStatement(""), flush), one(bind("", "", "$c"), execute(""), sync_),
-			until('C', append(put(1), flush)...), one(append(put(2), sync_)...)}},
+		{name: "flush", bursts: []burst{
+			until('T', parse("", "SELECT seq FROM ledger WHERE client = $1::bigint"), describeStatement(""), flush), one(bind("", "", "$c"), execute(""), sync_),
+			until('C', append(put(1), flush)...), one(append(put(2), sync_)...),
+		}},
 		{name: "syncs-only", bursts: []burst{one(sync_), one(sync_, sync_), one(flush, sync_)}},
 
 		// Prepared statements.
-		{name: "prepared", bursts: []burst{one(parse("w", "INSERT INTO ledger VALUES ($1::bigint, $2::int) RETURNING seq"), describeStatement("w"), sync_),
+		{name: "prepared", bursts: []burst{
+			one(parse("w", "INSERT INTO ledger VALUES ($1::bigint, $2::int) RETURNING seq"), describeStatement("w"), sync_),
 			one(parse("r", "SELECT amount FROM account WHERE client = $1::bigint"), describeStatement("r"), sync_),
 			one(bind("", "w", "$c", "1"), execute(""), sync_), one(bind("", "r", "$c"), execute(""), sync_), one(bind("", "w", "$c", "2"), execute(""), sync_),
-			one(closeStatement("w"), sync_), one(bind("", "w", "$c", "3"), execute(""), sync_), one(parse("w", "SELECT 3"), bind("", "w"), execute(""), sync_)}},
-		{name: "prepared-at-once", bursts: []burst{one(parse("w", "INSERT INTO ledger VALUES ($1::bigint, $2::int)"), describeStatement("w"), bind("", "w", "$c", "1"), describePortal(""), execute(""), sync_),
-			one(bind("", "w", "$c", "2"), execute(""), sync_)}},
+			one(closeStatement("w"), sync_), one(bind("", "w", "$c", "3"), execute(""), sync_), one(parse("w", "SELECT 3"), bind("", "w"), execute(""), sync_),
+		}},
+		{name: "prepared-at-once", bursts: []burst{
+			one(parse("w", "INSERT INTO ledger VALUES ($1::bigint, $2::int)"), describeStatement("w"), bind("", "w", "$c", "1"), describePortal(""), execute(""), sync_),
+			one(bind("", "w", "$c", "2"), execute(""), sync_),
+		}},
 		{name: "prepared-sql", may: []string{pinned}, bursts: queries("PREPARE p AS INSERT INTO ledger VALUES ($c, $1) RETURNING seq", "EXECUTE p(1)", "EXECUTE p(2)", "DEALLOCATE p", insert(3))},
 
 		// COPY.
 		{name: "copy-in", may: []string{failed}, bursts: []burst{until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n$c\t2\t\\N\n"), copyData("$c\t3\ty\n"), copyDone), one(query("SELECT count(*) FROM ledger WHERE client = $c"))}},
 		{name: "copy-in-extended", may: []string{failed}, bursts: []burst{until('G', parse("", "COPY ledger (client, seq) FROM STDIN"), bind("", ""), execute(""), flush), one(copyData("$c\t1\n"), copyDone, sync_)}},
-		{name: "copy-in-fails", may: []string{failed}, bursts: []burst{until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n"), copyData("$c\tno\n"), copyDone),
-			until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n"), copyFail("the client does not want it"))}},
+		{name: "copy-in-fails", may: []string{failed}, bursts: []burst{
+			until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n"), copyData("$c\tno\n"), copyDone),
+			until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n"), copyFail("the client does not want it")),
+		}},
 		{name: "copy-in-block", bursts: bursts(queries("BEGIN"), []burst{until('G', query("COPY ledger (client, seq) FROM STDIN")), one(copyData("$c\t1\n$c\t2\n"), copyDone)}, queries("COMMIT"))},
 		{name: "copy-in-large", most: 8, may: []string{failed}, bursts: []burst{until('G', query("COPY ledger FROM STDIN")), one(append(five(func(i int) []message {
 			return []message{copyData(fmt.Sprintf("$c\t%d\t%s\n", i, strings.Repeat("y", 30_000)))}
@@ -108,8 +116,10 @@ func corpus() []*script {
 		{name: "cursor", bursts: queries("BEGIN", "DECLARE cur CURSOR FOR SELECT generate_series(1, 6)", "FETCH 2 FROM cur", insert(1), "FETCH 2 FROM cur", "CLOSE cur", "COMMIT")},
 		{name: "cursor-hold", may: []string{pinned}, bursts: queries("DECLARE held CURSOR WITH HOLD FOR SELECT generate_series(1, 4)", "FETCH 2 FROM held", insert(1), "FETCH 2 FROM held", "CLOSE held")},
 		{name: "portal-rows", bursts: bursts(queries("BEGIN"), []burst{one(parse("", "SELECT generate_series(1, 5)"), bind("pp", ""), describePortal("pp"), fetch("pp", 2), sync_), one(fetch("pp", 2), sync_), one(fetch("pp", 0), sync_)}, queries("COMMIT"))},
-		{name: "portal-autocommit", may: []string{failed}, bursts: []burst{one(parse("", "INSERT INTO ledger SELECT $1::bigint, i FROM generate_series(1, 5) i RETURNING seq"), bind("", "", "$c"), fetch("", 2), sync_),
-			one(parse("", "SELECT generate_series(1, 5)"), bind("", ""), fetch("", 2), fetch("", 2), fetch("", 0), sync_)}},
+		{name: "portal-autocommit", may: []string{failed}, bursts: []burst{
+			one(parse("", "INSERT INTO ledger SELECT $1::bigint, i FROM generate_series(1, 5) i RETURNING seq"), bind("", "", "$c"), fetch("", 2), sync_),
+			one(parse("", "SELECT generate_series(1, 5)"), bind("", ""), fetch("", 2), fetch("", 2), fetch("", 0), sync_),
+		}},
 
 		// Settings.
 		{name: "settings", bursts: queries("SET work_mem = '7MB'", "SET app.user_id = '$c'", "SELECT v FROM secret", "SELECT set_config('app.more', 'x', false)", "RESET work_mem", insert(1), "SET statement_timeout = '1min'")},
@@ -136,5 +146,5 @@ func corpus() []*script {
 		{name: "prepare-transaction", parts: true, may: []string{unknown, pinned}, bursts: queries("BEGIN", insert(1), "PREPARE TRANSACTION 'p$c'", "COMMIT PREPARED 'p$c'", "BEGIN", insert(2), "PREPARE TRANSACTION 'q$c'", "ROLLBACK PREPARED 'q$c'", insert(3))},
 		{name: "explain", bursts: queries("EXPLAIN (COSTS OFF) SELECT 1", "EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF) INSERT INTO ledger VALUES ($c, 1)")},
 	}
-	return all
+	return append(all, apps()...)
 }

@@ -41,10 +41,20 @@ type Options struct {
 	Report int // how many violations are printed with everything that passed; default 3
 }
 
+// Place is which connection is cut.
+type Place string
+
+// The places.
+const (
+	AtServer Place = "server" // between gateway and server
+	AtClient Place = "client" // between client and gateway
+)
+
 // Case is one cut of one script.
 type Case struct {
 	Script  string
 	Routing Routing
+	Place   Place
 	Dir     Direction
 	K       int // of the message, from 1
 	Kind    Kind
@@ -52,21 +62,21 @@ type Case struct {
 
 // String is the name by which the case is run again.
 func (c Case) String() string {
-	return fmt.Sprintf("%s/%s/%s/%d/%s", c.Script, c.Routing, c.Dir, c.K, c.Kind)
+	return fmt.Sprintf("%s/%s/%s/%s/%d/%s", c.Script, c.Routing, c.Place, c.Dir, c.K, c.Kind)
 }
 
 // ParseCase reads what String gives.
 func ParseCase(name string) (c Case, err error) {
 	p := strings.Split(name, "/")
-	if len(p) == 5 {
-		c = Case{Script: p[0], Routing: Routing(p[1]), Kind: Kind(p[4])}
-		if p[2] == ToClient.String() {
+	if len(p) == 6 {
+		c = Case{Script: p[0], Routing: Routing(p[1]), Place: Place(p[2]), Kind: Kind(p[5])}
+		if p[3] == ToClient.String() {
 			c.Dir = ToClient
 		}
-		c.K, err = strconv.Atoi(p[3])
+		c.K, err = strconv.Atoi(p[4])
 	}
-	if len(p) != 5 || err != nil || p[2] != c.Dir.String() {
-		return c, fmt.Errorf("%q is not the name of a case, such as write-simple/sticky/to-client/3/lost", name)
+	if err != nil || c.String() != name {
+		return c, fmt.Errorf("%q is not the name of a case, such as write-simple/sticky/server/to-client/3/lost", name)
 	}
 	return c, nil
 }
@@ -83,6 +93,7 @@ type Finding struct {
 type Result struct {
 	Seed     uint64
 	Cases    int
+	Of       int // cases that there are
 	Missed   int // cases whose message did not come: they went as uncut
 	Took     time.Duration
 	Table    map[string]map[string]int // script, outcome: cases
@@ -170,7 +181,7 @@ func (r *run) all(ctx context.Context) error {
 	for _, name := range sorted(r.scripts) {
 		if r.o.Only == "" || r.o.Only == name {
 			for _, how := range []Routing{Sticky, Alternate} {
-				whole = append(whole, Case{Script: name, Routing: how, Kind: None})
+				whole = append(whole, Case{Script: name, Routing: how, Place: AtServer, Kind: None})
 			}
 		}
 	}
@@ -192,6 +203,7 @@ func (r *run) all(ctx context.Context) error {
 	slices.SortFunc(cases, func(a, b Case) int { return strings.Compare(a.String(), b.String()) })
 	rng := rand.New(rand.NewPCG(r.o.Seed, 0))
 	rng.Shuffle(len(cases), func(i, j int) { cases[i], cases[j] = cases[j], cases[i] })
+	r.res.Of = len(cases)
 	fmt.Fprintf(r.o.Out, "%d scripts, %d cases", len(whole)/2, len(cases))
 	if r.o.Cases > 0 && r.o.Cases < len(cases) {
 		cases = cases[:r.o.Cases]
@@ -202,16 +214,22 @@ func (r *run) all(ctx context.Context) error {
 }
 
 // cuts are the cases of a script.
-func (r *run) cuts(c Case, counts [2]int) (cases []Case) {
-	for dir, n := range counts {
-		for _, k := range places(n, r.scripts[c.Script].most) {
-			for _, kind := range kinds[dir] {
-				if r.o.Double {
-					kind = Double
-				}
-				cases = append(cases, Case{c.Script, c.Routing, Direction(dir), k, kind})
-				if r.o.Double {
-					break
+func (r *run) cuts(c Case, counts map[Place][2]int) (cases []Case) {
+	most := r.scripts[c.Script].most
+	for place, both := range counts {
+		for dir, n := range both {
+			ways := kinds[dir]
+			switch {
+			case place == AtClient && (r.o.Double || c.Routing != Alternate):
+				continue
+			case r.o.Double:
+				ways = []Kind{Double}
+			case place == AtClient:
+				ways = clientKinds[dir]
+			}
+			for _, k := range places(n, most) {
+				for _, kind := range ways {
+					cases = append(cases, Case{c.Script, c.Routing, place, Direction(dir), k, kind})
 				}
 			}
 		}
@@ -222,7 +240,7 @@ func (r *run) cuts(c Case, counts [2]int) (cases []Case) {
 // places chooses at which of n messages to cut: all, or the first and the last ones and some between.
 func places(n, most int) (ks []int) {
 	for k := 1; k <= n; k++ {
-		if most == 0 || n <= most || k <= most/2 || k > n-most/4 || k%(max(1, 4*n/most)) == 0 {
+		if most == 0 || n <= most || k <= most/2 || k > n-most/4 || k%max(1, 4*n/most) == 0 {
 			ks = append(ks, k)
 		}
 	}
@@ -258,79 +276,124 @@ func (r *run) each(ctx context.Context, cases []Case, f func(ctx context.Context
 }
 
 // whole runs a script uncut, which must go as at PostgreSQL itself, and counts its messages.
-func (r *run) whole(ctx context.Context, b *bench, c Case) (counts [2]int, err error) {
+func (r *run) whole(ctx context.Context, b *bench, c Case) (counts map[Place][2]int, err error) {
 	// How many messages there are up to the first segment of the tail: then what the gateway does after the last transaction
 	// is over as well.
 	s := r.scripts[c.Script]
-	b.router.next(c.Routing)
-	b.wire.begin(plan{kind: None})
-	number := b.p.number()
-	if err := b.seed(ctx, number); err != nil {
-		return counts, err
-	}
-	cl, err := connect(ctx, b.addr, b.p.keys, b.name)
+	number, err := b.begin(ctx, c)
 	if err != nil {
-		return counts, err
+		return nil, err
 	}
-	t := &transcript{}
-	err = cl.run(t, append(slices.Clone(s.bursts), tail[0]), number)
-	counts = b.wire.count()
-	cl.close()
-	b.wire.release()
-	if err != nil {
-		return counts, err
+	if s.app != nil {
+		if _, err = s.app.use(ctx, b.front.addr(), b.name, number); err != nil {
+			return nil, err
+		}
+	} else {
+		cl, err := connect(ctx, b.front.addr(), b.p.keys, b.name)
+		if err != nil {
+			return nil, err
+		}
+		err = cl.run(&transcript{}, append(slices.Clone(s.bursts), tail[0]), number)
+		cl.close()
+		if err != nil {
+			return nil, err
+		}
 	}
+	counts = map[Place][2]int{AtServer: b.wire.count(), AtClient: b.front.wire.count()}
+	b.release()
 	return counts, r.one(ctx, b, c)
+}
+
+// begin makes a bench ready for a case; it gives the number of the client.
+func (b *bench) begin(ctx context.Context, c Case) (number string, err error) {
+	back, front := plan{kind: None}, plan{c.Dir, c.K, c.Kind}
+	if c.Place == AtServer {
+		back, front = front, back
+	}
+	b.router.next(c.Routing)
+	b.front.refuse.Store(false)
+	b.wire.begin(back)
+	b.front.wire.begin(front)
+	number = b.p.number()
+	return number, b.seed(ctx, number)
+}
+
+func (b *bench) release() {
+	b.front.wire.release()
+	b.wire.release()
 }
 
 // one runs a case and judges it.
 func (r *run) one(ctx context.Context, b *bench, c Case) error {
 	s := r.scripts[c.Script]
-	base, err := r.oracle.expect(ctx, b, s, variant{})
+	var base *expectation
+	var err error
+	if s.app == nil {
+		if base, err = r.oracle.expect(ctx, b, s, variant{}); err != nil {
+			return err
+		}
+	}
+	number, err := b.begin(ctx, c)
 	if err != nil {
 		return err
 	}
-	b.router.next(c.Routing)
-	number := b.p.number()
-	if err := b.seed(ctx, number); err != nil {
-		return err
+	var by *bystander
+	if c.Place == AtClient {
+		if by, err = b.newBystander(ctx); err != nil {
+			return err
+		}
+		defer by.c.close()
 	}
-	cl, err := connect(ctx, b.addr, b.p.keys, b.name)
-	if err != nil {
-		return err
+	o, addr := seen{transcript: &transcript{}}, b.addr
+	if c.Place == AtClient {
+		addr = b.front.addr()
 	}
-	o := seen{transcript: &transcript{}}
-	b.wire.begin(plan{c.Dir, c.K, c.Kind})
-	err = cl.run(o.transcript, s.all(), number)
+	hangUp := func() {}
+	if s.app != nil {
+		o.deeds, err = s.app.use(ctx, addr, b.name, number)
+	} else {
+		var cl *client
+		if cl, err = connect(ctx, addr, b.p.keys, b.name); err != nil {
+			return err
+		}
+		hangUp = cl.close
+		err = cl.run(o.transcript, s.all(), number)
+	}
 	struck, pids := b.wire.hit()
+	if c.Place == AtClient {
+		struck, _ = b.front.wire.hit()
+	}
 	var wrong []string
-	if err == nil && r.o.Sites { // before the relay lets go: the gateway must have seen to it
-		wrong, err = b.behind(ctx, pids, false)
+	look := func(f func() ([]string, error)) {
+		if err == nil {
+			var more []string
+			more, err = f()
+			wrong = append(wrong, more...)
+		}
 	}
-	cl.close()
-	b.wire.release()
-	if err == nil {
-		var more []string
-		more, err = b.behind(ctx, pids, true)
-		wrong = append(wrong, more...)
+	if by != nil {
+		look(func() ([]string, error) { return by.works(ctx, b) })
+	} else if r.o.Sites { // before the relay lets go: the gateway must have seen to it
+		look(func() ([]string, error) { return b.behind(ctx, pids, false) })
 	}
-	if err == nil {
-		o.ledger, err = b.ledger(ctx, number)
-	}
-	if err == nil {
-		_, err = b.forget(ctx, number)
-	}
+	hangUp()
+	b.release()
+	look(func() ([]string, error) { return b.behind(ctx, pids, true) })
+	look(func() ([]string, error) { o.ledger, err = b.ledger(ctx, number); return nil, err })
+	look(func() ([]string, error) { _, err = b.forget(ctx, number); return nil, err })
 	if err != nil {
 		return err
 	}
-	v, err := r.judge(ctx, b, s, base, o)
+	v, err := r.judge(ctx, b, c, base, o)
 	if err != nil {
 		return err
 	}
 	if v.wrong = append(v.wrong, wrong...); len(v.wrong) > 0 {
 		v.outcome = other
 	}
-	r.record(c, struck, v, number, b.wire.history())
+	trace := append(b.wire.history(), b.front.wire.history()...)
+	slices.SortStableFunc(trace, func(a, b event) int { return a.at.Compare(b.at) })
+	r.record(c, struck, v, number, trace)
 	return nil
 }
 
@@ -344,8 +407,16 @@ func (b *bench) behind(ctx context.Context, pids []uint32, gone bool) ([]string,
 }
 
 // judge asks the oracle for what fits best.
-func (r *run) judge(ctx context.Context, b *bench, s *script, base *expectation, o seen) (best verdict, err error) {
-	c := contract{sites: r.o.Sites}
+func (r *run) judge(ctx context.Context, b *bench, which Case, base *expectation, o seen) (best verdict, err error) {
+	s, c := r.scripts[which.Script], contract{sites: r.o.Sites}
+	switch {
+	case s.app != nil && which.Place == AtClient:
+		return judgeGoneApp(s, o), nil
+	case s.app != nil:
+		return judgeApp(c, s, o.deeds, o.ledger), nil
+	case which.Place == AtClient:
+		return judgeGone(s, base, o), nil
+	}
 	fails := o.failures(base)
 	if len(fails) == 0 {
 		return judge(c, s, base, base, o), nil
@@ -418,15 +489,15 @@ func (r *Result) Report() string {
 			row = sums
 		}
 		cases := 0
-		cells := ""
+		var cells strings.Builder
 		for _, o := range outcomes {
 			cases += row[o]
-			cells += fmt.Sprintf(" %d |", row[o])
+			fmt.Fprintf(&cells, " %d |", row[o])
 			if name != "all" {
 				sums[o] += row[o]
 			}
 		}
-		fmt.Fprintf(&b, "| %s | %d |%s\n", name, cases, cells)
+		fmt.Fprintf(&b, "| %s | %d |%s\n", name, cases, cells.String())
 	}
 	return b.String()
 }

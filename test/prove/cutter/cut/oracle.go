@@ -4,10 +4,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 
-	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/pgwire"
 )
 
@@ -114,7 +112,7 @@ func (o *oracle) play(ctx context.Context, b *bench, s *script, v variant) (*exp
 			return nil, err
 		}
 		if !t.alive() || t.complete() != i+1 {
-			return nil, fmt.Errorf("segment %d is not answered: %v %s", i, t.fatal, t.broken)
+			return nil, fmt.Errorf("segment %d is not answered: %s %s", i, t.last(), t.broken)
 		}
 		now, err := b.ledger(ctx, number)
 		if err != nil {
@@ -145,14 +143,12 @@ func (c *client) fail(t *transcript, segment []message, status byte, keep bool, 
 		}
 		instead = append(instead, one(append(kept, sync_)...))
 	}
-	switch {
-	case status == pgwire.InFailed:
-		if now == pgwire.Idle {
-			instead = append(instead, one(query("BEGIN")))
-		}
-		instead = append(instead, one(query("DO $do$ BEGIN RAISE 'fails' USING ERRCODE = '40001'; END $do$")))
-	case now != pgwire.Idle:
+	// The transaction is gone with its server, and its savepoints with it.
+	if now != pgwire.Idle {
 		instead = append(instead, one(query("ROLLBACK")))
+	}
+	if status == pgwire.InFailed {
+		instead = append(instead, queries("BEGIN", "DO $do$ BEGIN RAISE 'fails' USING ERRCODE = '40001'; END $do$")...)
 	}
 	aside := &transcript{}
 	if err := c.run(aside, instead, number); err != nil {
@@ -163,6 +159,3 @@ func (c *client) fail(t *transcript, segment []message, status byte, keep bool, 
 	t.broken = aside.broken
 	return nil
 }
-
-// hintOf is the advice that goes with an error of the cluster's.
-func hintOf(err error) string { return strings.TrimSpace(pgcluster.HintOf(err)) }

@@ -86,7 +86,9 @@ func furnish(ctx context.Context, c *pgcluster.Cluster) (*place, error) {
 	p.clients.Store(1_000_000)
 	p.verifier, p.keys = secrets()
 	for _, s := range []struct{ db, sql string }{
-		{"postgres", "CREATE ROLE " + appUser + " LOGIN"}, {"postgres", "CREATE DATABASE " + database}, {database, schema},
+		{"postgres", "CREATE ROLE " + appUser + " LOGIN"},
+		{"postgres", "CREATE DATABASE " + database},
+		{database, schema},
 		{database, "CREATE SCHEMA duri"},
 	} {
 		if err := c.Exec(ctx, s.db, s.sql); err != nil {
@@ -281,6 +283,7 @@ type bench struct {
 	wire    *wire
 	router  *router
 	sites   *sites
+	front   *relay // between clients and gateway, with a wire of its own
 	gateway *gateway.Server
 	addr    string
 	admin   *pgconn.PgConn
@@ -360,6 +363,10 @@ func (p *place) newBench(ctx context.Context, name string, lies Lie, withSites b
 	done := make(chan error, 1)
 	go func() { done <- b.gateway.Serve(serveCtx, l) }()
 	undo = append(undo, func() error { cancel(); return <-done })
+	if b.front, err = newWire(silenceMax).relayTo("client", b.addr); err != nil {
+		return nil, err
+	}
+	undo = append(undo, b.front.close)
 	return b, nil
 }
 
@@ -430,3 +437,43 @@ func (b *bench) forget(ctx context.Context, number string) ([]string, error) {
 
 // sorted are a map's keys.
 func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// bystander is a client in a transaction while another one's connection is cut.
+type bystander struct {
+	c      *client
+	t      *transcript
+	number string
+}
+
+func (b *bench) newBystander(ctx context.Context) (*bystander, error) {
+	by := &bystander{t: &transcript{}, number: b.p.number()}
+	if err := b.seed(ctx, by.number); err != nil {
+		return nil, err
+	}
+	var err error
+	if by.c, err = connect(ctx, b.addr, b.p.keys, b.name); err != nil {
+		return nil, err
+	}
+	err = by.c.run(by.t, queries("SET app.user_id = '$c'", "BEGIN", insert(1)), by.number)
+	if err != nil || !by.t.alive() {
+		by.c.close()
+		return nil, errors.Join(err, fmt.Errorf("the bystander cannot begin: %s", by.t.last()))
+	}
+	return by, nil
+}
+
+// works ends its transaction, and tells what is not as it must be.
+func (by *bystander) works(ctx context.Context, b *bench) (wrong []string, err error) {
+	if err := by.c.run(by.t, queries("COMMIT", "SELECT v FROM secret", insert(2)), by.number); err != nil {
+		return nil, err
+	}
+	if !by.t.alive() || by.t.complete() != 6 || !slices.Contains(by.t.answers[4].says, `D "\x00\x01\x00\x00\x00\x04mine"`) {
+		wrong = append(wrong, "the bystander was touched: "+fmt.Sprint(by.t.answers))
+	}
+	by.c.close()
+	ledger, err := b.ledger(ctx, by.number)
+	if err == nil && !slices.Equal(ledger, []int{1, 2}) {
+		wrong = append(wrong, fmt.Sprintf("the bystander's ledger has %v", ledger))
+	}
+	return wrong, err
+}

@@ -18,7 +18,8 @@ type message struct {
 
 // The words of the script language.
 
-func query(sql string) message           { return message{typ: pgwire.Query, text: sql} }
+func query(sql string) message { return message{typ: pgwire.Query, text: sql} }
+
 func parse(name, sql string) message     { return message{typ: pgwire.Parse, name: name, text: sql} }
 func describeStatement(n string) message { return message{typ: pgwire.Describe, of: 'S', name: n} }
 func describePortal(n string) message    { return message{typ: pgwire.Describe, of: 'P', name: n} }
@@ -95,6 +96,7 @@ type script struct {
 	may    []string // outcomes that are right although the default says otherwise, see contract
 	// parts: a segment may take effect in part, because it commits within.
 	parts bool
+	app   *app // in the place of bursts
 	// most bounds how many places there are to cut at, each way; 0: all.
 	most int
 }
@@ -128,7 +130,7 @@ func bursts(parts ...[]burst) (all []burst) {
 
 // tail is what each script ends with: what the client has set, and whether the session works.
 var tail = queries(
-	`SELECT current_setting('app.user_id', true), current_setting('app.more', true), current_setting('work_mem'), current_setting('role'),
+	`SELECT nullif(current_setting('app.user_id', true), ''), nullif(current_setting('app.more', true), ''), current_setting('work_mem'), current_setting('role'),
 	current_setting('search_path'), current_setting('statement_timeout'), current_setting('application_name'),
 	(SELECT string_agg(v, ',') FROM secret), (SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid())`,
 	"BEGIN", "INSERT INTO public.ledger VALUES ($c, 99)", "COMMIT",

@@ -51,6 +51,12 @@ var kinds = [2][]Kind{
 	ToClient: {ResetBefore, FinBefore, Half, Mute, Lost, SiteReset},
 }
 
+// clientKinds are those for the connection of a client.
+var clientKinds = [2][]Kind{
+	ToServer: {ResetBefore, FinAfter, Half, Late},
+	ToClient: {ResetBefore, FinAfter, Mute},
+}
+
 // plan is where to cut: at the k-th message of a direction, counted over all connections of a wire.
 type plan struct {
 	dir  Direction
@@ -529,8 +535,8 @@ func describe(dir Direction, typ byte, head []byte) string {
 	switch {
 	case typ == pgwire.ErrorResponse && dir == ToClient, typ == pgwire.NoticeResponse && dir == ToClient:
 		var fields []string
-		for _, f := range strings.Split(text, "\x00") {
-			if f != "" && strings.Contains("VCM", f[:1]) {
+		for f := range strings.SplitSeq(text, "\x00") {
+			if f != "" && strings.ContainsRune("VCM", rune(f[0])) {
 				fields = append(fields, f[1:])
 			}
 		}
