@@ -24,6 +24,7 @@ const (
 	codeAuth        = "28000"
 	codeProtocol    = "08P01" // the client broke the protocol; never a failure of the gateway
 	codeUnsupported = "0A000"
+	codeMissing     = "26000" // a prepared statement does not exist
 )
 
 // serverError is an ErrorResponse that a server sent instead of a login. Clients get it unchanged.
