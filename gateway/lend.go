@@ -170,6 +170,9 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	if b.line.next().changed {
 		send = func(w *pgwire.Writer) error { return w.Write(planChanged) }
 	}
+	if next := b.line.next(); next.missing && e.Code == codeMissing {
+		send = func(w *pgwire.Writer) error { return w.Write(missing(e, next.name)) }
+	}
 	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
 		// This statement is of no use to anybody any more: who prepares the same anew gets another.
 		b.pool.generation.Add(1)
