@@ -302,7 +302,7 @@ func (b *backend) deliver(s *session, typ byte) (err error) {
 func (b *backend) settle(s *session, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := forward
+	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
 		v = b.describe(s, typ)

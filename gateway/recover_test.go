@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -173,7 +174,7 @@ func TestServerIsLostAtEachByte(t *testing.T) {
 			}
 			relay.after(-1)
 			n := count(t, k.c, fmt.Sprintf("seq = %d", seq))
-			switch e, _ := err.(*pgconn.PgError); {
+			switch e, _ := errors.AsType[*pgconn.PgError](err); {
 			case err == nil && back == seq && n == "1":
 				reported++
 			case e != nil && e.Code == "40001" && n == "0":
