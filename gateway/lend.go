@@ -40,6 +40,8 @@ type lending struct {
 	last       uint64         // session that used it last
 	fatal      bool           // the server said why it ends the connection
 	dropped    bool           // the session does not want it any more
+	counts     Counts         // that its pool does not know yet
+	received   uint64         // that was counted, of what its reader has received
 }
 
 // question is a query of the gateway's own.
@@ -61,6 +63,10 @@ func (b *backend) ask(q *question) {
 func (b *backend) enter(p *pool) {
 	b.pool, b.status = p, pgwire.Idle
 	b.params = append([]pgwire.Param{}, b.initial...)
+	b.received = b.r.Received()
+	p.mu.Lock()
+	p.all[b] = struct{}{}
+	p.mu.Unlock()
 	p.g.backends.Go(func() {
 		b.leave(b.answer())
 	})
@@ -321,6 +327,7 @@ func (b *backend) ready(s *session) error {
 		return errUnexplained
 	}
 	b.status = status
+	b.answered(s, status)
 	b.atRest = status == pgwire.Idle && b.line.empty()
 	if err := s.w.Write(readyFor(status)); err != nil {
 		return err
