@@ -27,7 +27,6 @@ func (s *session) runAdmin(ctx context.Context) {
 	if !slices.Contains(s.g.lim().Admins, s.who.User) {
 		err := fatalError("42501", fmt.Sprintf("role %q may not use the gateway's own database %q", s.who.User, AdminDatabase), "", "name it in gateway.admins")
 		s.refuse(err)
-		s.g.refused(s, err)
 		return
 	}
 	params := []pgwire.Param{

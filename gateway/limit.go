@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -9,6 +10,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/duri-io/duri/pgwire"
 )
 
 // Limits are what may be changed while a Server works. What is zero has the default that Config names for it.
@@ -224,13 +227,21 @@ func (f *floods) sum(now, before time.Time) {
 	}
 }
 
-// refused logs why a client was not let in, or was sent away.
+// refused logs why a client was not let in, or was sent away. That its connection broke during the login is its own affair.
 func (g *Server) refused(s *session, err error) {
-	code, msg := codeLost, err.Error()
+	var code, msg string
 	if e, ok := asWireError(err); ok {
 		code, msg = e.Code, e.Message
+	} else if e, ok := errors.AsType[*pgwire.ProtocolError](err); ok {
+		code, msg = codeProtocol, e.Error()
+	} else {
+		return
 	}
-	from := place(s.conn.RemoteAddr())
-	g.refusals.count(code)
-	g.floods.warn(code+" "+from, "a client was refused", "address", from, "user", s.who.User, "database", s.who.Database, "sqlstate", code, "why", msg)
+	from, what := place(s.conn.RemoteAddr()), "a client was refused"
+	if s.pid == 0 {
+		g.refusals.count(code)
+	} else {
+		what = "a session was ended"
+	}
+	g.floods.warn(code+" "+what+" "+from, what, "address", from, "user", s.who.User, "database", s.who.Database, "sqlstate", code, "why", msg)
 }

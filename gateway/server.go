@@ -355,7 +355,6 @@ func (g *Server) serve(ctx context.Context, raw net.Conn) {
 	defer s.close()
 	if err := s.login(loginCtx, start); err != nil {
 		s.refuse(err)
-		g.refused(s, err)
 		return
 	}
 	ctx, s.kill = context.WithCancel(ctx)

@@ -65,6 +65,8 @@ func (s *session) refuse(err error) {
 		err = errShutdown
 	case s.killed.Load():
 		err = errKilled
+	default:
+		s.g.refused(s, err)
 	}
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // it may not listen any more
 	_ = s.send(report(err))

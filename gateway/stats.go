@@ -64,14 +64,14 @@ type tallying struct {
 
 // start notes that a client begins to send. The session's mu is held.
 func (s *session) start(b *backend) {
-	now := time.Now()
-	if b.line.empty() {
-		s.asked = now
-	}
-	if !b.atRest {
+	if !b.line.empty() {
 		return
 	}
-	s.began = now
+	s.asked = time.Now()
+	if b.status != pgwire.Idle {
+		return
+	}
+	s.began = s.asked
 	if s.site != b.target.Site {
 		if s.told1st {
 			b.counts.Moves++
