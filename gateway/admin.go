@@ -30,9 +30,14 @@ func (s *session) runAdmin(ctx context.Context) {
 		return
 	}
 	params := []pgwire.Param{
-		{Name: "server_version", Value: spoken + "/duri"}, {Name: "client_encoding", Value: "UTF8"}, {Name: "server_encoding", Value: "UTF8"},
-		{Name: "DateStyle", Value: "ISO, MDY"}, {Name: "TimeZone", Value: "UTC"}, {Name: "integer_datetimes", Value: "on"},
-		{Name: "standard_conforming_strings", Value: "on"}, {Name: "is_superuser", Value: "off"},
+		{Name: "server_version", Value: spoken + "/duri"},
+		{Name: "client_encoding", Value: "UTF8"},
+		{Name: "server_encoding", Value: "UTF8"},
+		{Name: "DateStyle", Value: "ISO, MDY"},
+		{Name: "TimeZone", Value: "UTC"},
+		{Name: "integer_datetimes", Value: "on"},
+		{Name: "standard_conforming_strings", Value: "on"},
+		{Name: "is_superuser", Value: "off"},
 	}
 	if err := s.begin(params); err != nil {
 		s.refuse(err)

@@ -69,10 +69,14 @@ func init() { // The functions refer to the map.
 			n:sv_being_canceled n:sv_idle n:sv_used n:sv_tested n:sv_login n:maxwait n:maxwait_us pool_mode`), showPools},
 		"stats": {columnsOf(`database d:total_xact_count d:total_query_count d:total_received d:total_sent d:total_xact_time d:total_query_time
 			d:total_wait_time d:avg_xact_count d:avg_query_count d:avg_recv d:avg_sent d:avg_xact_time d:avg_query_time d:avg_wait_time`), showStats},
-		"stats_totals": {columnsOf(`database d:xact_count d:query_count d:bytes_received d:bytes_sent d:xact_time d:query_time d:wait_time`),
-			func(g *Server) [][]any { return cutRows(showStats(g), 1, 8) }},
-		"stats_averages": {columnsOf(`database d:xact_count d:query_count d:bytes_received d:bytes_sent d:xact_time d:query_time d:wait_time`),
-			func(g *Server) [][]any { return cutRows(showStats(g), 8, 15) }},
+		"stats_totals": {
+			columnsOf(`database d:xact_count d:query_count d:bytes_received d:bytes_sent d:xact_time d:query_time d:wait_time`),
+			func(g *Server) [][]any { return cutRows(showStats(g), 1, 8) },
+		},
+		"stats_averages": {
+			columnsOf(`database d:xact_count d:query_count d:bytes_received d:bytes_sent d:xact_time d:query_time d:wait_time`),
+			func(g *Server) [][]any { return cutRows(showStats(g), 8, 15) },
+		},
 		"totals": {columnsOf("name d:value"), showTotals},
 		"lists":  {columnsOf("list n:items"), showLists},
 		"users":  {columnsOf("name pool_mode"), showUsers},
@@ -459,8 +463,18 @@ func showLists(g *Server) [][]any {
 		}
 	}
 	return [][]any{
-		{"databases", databases}, {"users", len(users)}, {"pools", len(pools)}, {"free_clients", max(0, g.lim().ClientsMax-conns)}, {"used_clients", clients},
-		{"login_clients", max(0, conns-clients)}, {"free_servers", idle}, {"used_servers", used}, {"dns_names", 0}, {"dns_zones", 0}, {"dns_queries", 0}, {"dns_pending", 0},
+		{"databases", databases},
+		{"users", len(users)},
+		{"pools", len(pools)},
+		{"free_clients", max(0, g.lim().ClientsMax-conns)},
+		{"used_clients", clients},
+		{"login_clients", max(0, conns-clients)},
+		{"free_servers", idle},
+		{"used_servers", used},
+		{"dns_names", 0},
+		{"dns_zones", 0},
+		{"dns_queries", 0},
+		{"dns_pending", 0},
 	}
 }
 

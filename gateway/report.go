@@ -75,17 +75,16 @@ var escapeLabel = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
 // sample writes a value; labels are names and values in turn.
 func (m metricsWriter) sample(name string, value float64, labels ...string) {
-	m.w.WriteString("duri_gateway_" + name)
+	b := append(m.w.AvailableBuffer(), "duri_gateway_"+name...)
 	for i := 0; i < len(labels); i += 2 {
-		m.w.WriteByte("{,"[min(i, 1)])
-		m.w.WriteString(labels[i] + `="` + escapeLabel.Replace(strings.ToValidUTF8(labels[i+1], "\uFFFD")) + `"`)
+		b = append(b, "{,"[min(i, 1)])
+		b = append(b, labels[i]+`="`+escapeLabel.Replace(strings.ToValidUTF8(labels[i+1], "\uFFFD"))+`"`...)
 	}
 	if len(labels) > 0 {
-		m.w.WriteByte('}')
+		b = append(b, '}')
 	}
-	m.w.WriteByte(' ')
-	m.w.WriteString(strconv.FormatFloat(value, 'g', -1, 64))
-	m.w.WriteByte('\n')
+	b = strconv.AppendFloat(append(b, ' '), value, 'g', -1, 64)
+	_, _ = m.w.Write(append(b, '\n')) // Flush tells what went wrong.
 }
 
 // WriteMetrics writes gauges and counters in Prometheus' text format.
