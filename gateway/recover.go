@@ -214,7 +214,7 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 	if len(d.LTXID) == 0 { // It was asked for its id, and had none.
 		return s.committed(l, d)
 	}
-	asking, cancel := context.WithTimeout(ctx, s.g.cfg.HoldMax)
+	asking, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
 	defer cancel()
 	fate, err := s.g.cfg.Sites.Fate(asking, d)
 	why := l.cause
@@ -222,7 +222,6 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		fate, why = Unknown, fmt.Sprintf("%s: %v", l.cause, err)
 	}
 	s.g.cfg.Log.Info("the fate of a transaction was asked for", "site", l.target.name(), "ltxid", fmt.Sprintf("%x", d.LTXID), "fate", int(fate), "error", err)
-	s.g.resolved[fate].Add(1)
 	switch fate {
 	case Committed:
 		return s.committed(l, d)
