@@ -81,7 +81,7 @@ type Config struct {
 	Verifiers Verifiers
 	// Sites lets the sessions of TransactionMode go on when a server is lost; nil: they end with it.
 	Sites Sites
-	// Dial connects to a target; nil: net.Dialer does.
+	// Dial connects to a target; nil: net.Dialer does. What it gives may be Secured.
 	Dial func(ctx context.Context, t Target) (net.Conn, error)
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
 	TLS *tls.Config
