@@ -18,7 +18,22 @@ type text struct {
 	unprepared bool     // ends a prepared transaction
 	customs    []string // parameters with a dot, which only those who know their names can read
 	deallocate string   // the text is one DEALLOCATE of this name
+	does       deed
 }
+
+// deed is what becomes of a text when its server is lost. Whatever is not surely something else is an opaque one.
+type deed byte
+
+const (
+	reads     deed = iota // or changes no more than the session: it may run again
+	begins                // one BEGIN
+	commits               // one COMMIT
+	rollsBack             // one ROLLBACK of the whole transaction
+	writes                // one statement that can be made to commit apart from its result
+	copies                // one COPY FROM, which commits when the client has sent all
+	opaque                // commits with its result when no transaction is open
+	tangled               // may end a transaction among others
+)
 
 // token is a piece of SQL. Its kind is one of these, or the character itself.
 type token struct {
@@ -247,12 +262,26 @@ func readText(sql []byte, escapes bool) text {
 	var t text
 	var last [4]token // the token before comes first
 	start := true
+	var whole deed // of the statements before
+	count := 0     // of them
+	next := func() {
+		if last == [4]token{} {
+			return
+		}
+		if count++; count > 1 {
+			t.does = together(whole, t.does)
+		}
+		whole, t.does = t.does, reads
+	}
 	for {
 		tok := l.next()
 		switch {
 		case tok.kind == tokEnd:
+			next()
+			t.does = whole
 			return t
 		case tok.kind == ';':
+			next()
 			start = true
 			last = [4]token{}
 			continue
@@ -262,7 +291,7 @@ func readText(sql []byte, escapes bool) text {
 			t.statement(&l, tok, last == [4]token{} && isBlank(sql[:tok.start]))
 		case tok.kind == tokWord:
 			switch sql[tok.start] | 0x20 { // the words that inside looks for
-			case 't', 'p', 'e':
+			case 't', 'p', 'e', 'i', 'u', 'd', 'm':
 				t.inside(l.word(tok))
 			}
 		case tok.kind == tokName && bytes.HasPrefix(l.word(tok), []byte("pg_temp")):
@@ -274,6 +303,90 @@ func readText(sql []byte, escapes bool) text {
 	}
 }
 
+// together is what two statements in one text do, that commit together if no transaction is open.
+func together(a, b deed) deed {
+	switch {
+	case a == reads && b == reads:
+		return reads
+	case isInner(a) && isInner(b):
+		return opaque
+	default:
+		return tangled
+	}
+}
+
+// isInner reports that a statement neither begins nor ends a transaction.
+func isInner(d deed) bool { return d == reads || d == writes || d == copies || d == opaque }
+
+// deedOf judges a statement by its first word; what lies inside it may make a writing one of it.
+func deedOf(l *lexer, first []byte) deed {
+	switch string(first) {
+	case "select", "values", "table", "with", "show", "explain", "set", "reset", "discard", "deallocate", "declare", "fetch", "move", "close",
+		"savepoint", "release", "listen", "unlisten", "notify", "lock":
+		return reads
+	case "insert", "update", "delete", "merge", "truncate":
+		return writes
+	case "copy":
+		return copyOf(l)
+	case "prepare":
+		if string(l.word(l.next())) == "transaction" {
+			return tangled
+		}
+		return reads
+	case "begin", "start":
+		return begins
+	case "commit", "end", "rollback", "abort":
+		return endOf(l, string(first) == "rollback" || string(first) == "abort")
+	}
+	return opaque
+}
+
+// copyOf judges what follows COPY.
+func copyOf(l *lexer) deed {
+	for depth := 0; ; {
+		tok := l.next()
+		switch {
+		case tok.kind == tokEnd || tok.kind == ';':
+			return opaque
+		case tok.kind == '(':
+			depth++
+		case tok.kind == ')':
+			depth--
+		case depth > 0 || tok.kind != tokWord:
+		case string(l.word(tok)) == "from":
+			return copies
+		case string(l.word(tok)) == "to":
+			return reads
+		}
+	}
+}
+
+// endOf judges what follows COMMIT or ROLLBACK.
+func endOf(l *lexer, back bool) deed {
+	tok := l.next()
+	w := string(l.word(tok))
+	if w == "work" || w == "transaction" {
+		tok = l.next()
+		w = string(l.word(tok))
+	}
+	if w == "and" { // [NO] CHAIN
+		if string(l.word(l.next())) != "no" {
+			return tangled
+		}
+		l.next()
+		tok = l.next()
+	}
+	switch {
+	case back && w == "to":
+		return reads
+	case tok.kind != tokEnd && tok.kind != ';':
+		return tangled
+	case back:
+		return rollsBack
+	}
+	return commits
+}
+
 func isBlank(b []byte) bool {
 	l := lexer{src: b}
 	return l.next().kind == tokEnd
@@ -283,6 +396,8 @@ func isBlank(b []byte) bool {
 func (t *text) statement(l *lexer, first token, only bool) {
 	ahead := *l // what follows is looked at and read again
 	w := l.word(first)
+	again := *l
+	t.does = max(t.does, deedOf(&again, w))
 	switch string(w) {
 	case "set":
 		t.set(&ahead)
@@ -321,6 +436,9 @@ func (t *text) inside(w []byte) {
 		t.probe = true
 	case string(w) == "execute":
 		t.probe, t.dirty = true, true
+		t.does = max(t.does, opaque)
+	case string(w) == "insert", string(w) == "update", string(w) == "delete", string(w) == "merge", string(w) == "into":
+		t.write()
 	}
 }
 
@@ -380,7 +498,7 @@ func (t *text) call(l *lexer, last [4]token) {
 	name := l.word(last[0])
 	switch {
 	case !builtin:
-		t.probe, t.dirty = true, true
+		t.unknownCall()
 	case !qualified && isClause(name, before, *l):
 	case string(name) == "set_config":
 		t.setConfig(*l)
@@ -390,8 +508,23 @@ func (t *text) call(l *lexer, last [4]token) {
 		t.probe = t.probe || !bytes.Contains(name, []byte("_xact_"))
 	case bytes.HasPrefix(name, []byte("dblink_connect")):
 		t.pin = "a connection of dblink"
+	case string(name) == "setval":
+		t.write()
 	case !knownCalls[string(name)]:
-		t.probe, t.dirty = true, true
+		t.unknownCall()
+	}
+}
+
+// unknownCall notes a function of which nothing is known.
+func (t *text) unknownCall() {
+	t.probe, t.dirty = true, true
+	t.write()
+}
+
+// write notes that a statement does more than read.
+func (t *text) write() {
+	if t.does == reads {
+		t.does = writes
 	}
 }
 
@@ -401,6 +534,8 @@ func isClause(name []byte, before token, l lexer) bool {
 	switch string(name) {
 	case "over", "filter":
 		return before.kind == ')'
+	case "copy":
+		return before == token{}
 	case "conflict":
 		return before.kind == tokWord && string(l.word(before)) == "on"
 	case "join":

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
 )
 
@@ -133,9 +134,80 @@ var texts = []struct {
 	{"SELECT 1; DEALLOCATE p1", text{probe: true}},
 }
 
+// ignoreDeed compares texts but for what TestDeeds looks at.
+var ignoreDeed = cmp.Options{cmp.AllowUnexported(text{}), cmpopts.IgnoreFields(text{}, "does")}
+
+func TestDeeds(t *testing.T) {
+	for _, c := range []struct {
+		sql  string
+		want deed
+	}{
+		{"", reads},
+		{"-- nothing", reads},
+		{"SELECT 1", reads},
+		{"SELECT 1;", reads},
+		{"SELECT 1; SELECT 2", reads},
+		{"(SELECT 1) UNION (SELECT 2)", reads},
+		{"VALUES (1)", reads},
+		{"WITH x AS (SELECT 1) SELECT count(*) FROM x", reads},
+		{"SELECT nextval('s')", reads},
+		{"SET a.b = 1", reads},
+		{"SAVEPOINT a", reads},
+		{"ROLLBACK TO a", reads},
+		{"ROLLBACK WORK TO SAVEPOINT a", reads},
+		{"BEGIN", begins},
+		{"START TRANSACTION ISOLATION LEVEL SERIALIZABLE, READ WRITE;", begins},
+		{"COMMIT", commits},
+		{"end transaction ; ", commits},
+		{"COMMIT AND NO CHAIN", commits},
+		{"COMMIT AND CHAIN", tangled},
+		{"COMMIT PREPARED 'x'", tangled},
+		{"ROLLBACK", rollsBack},
+		{"ABORT WORK", rollsBack},
+		{"ROLLBACK AND CHAIN", tangled},
+		{"ROLLBACK PREPARED 'x'", tangled},
+		{"INSERT INTO t (a) VALUES ($1)", writes},
+		{"INSERT INTO t (a) VALUES ($1) RETURNING f(a)", writes},
+		{"UPDATE t SET a = 1", writes},
+		{"DELETE FROM t", writes},
+		{"MERGE INTO t USING u ON true WHEN MATCHED THEN DO NOTHING", writes},
+		{"TRUNCATE t", writes},
+		{"WITH x AS (DELETE FROM t RETURNING a) SELECT * FROM x", writes},
+		{"SELECT 1 INTO u", writes},
+		{"SELECT a FROM t FOR UPDATE", writes},
+		{"SELECT f(1)", writes},
+		{"SELECT s.f(1)", writes},
+		{"SELECT setval('s', 1)", writes},
+		{"EXPLAIN ANALYZE UPDATE t SET a = 1", writes},
+		{"INSERT INTO t VALUES (1); SELECT 1", opaque},
+		{"INSERT INTO t VALUES (1); INSERT INTO t VALUES (2)", opaque},
+		{"CREATE TABLE t (a int)", opaque},
+		{"COPY t FROM STDIN", copies},
+		{"COPY t (a, b) FROM STDIN WHERE a > 1", copies},
+		{"COPY (SELECT a FROM t) TO STDOUT", reads},
+		{"COPY (DELETE FROM t RETURNING a) TO STDOUT", writes},
+		{"COPY t", opaque},
+		{"CALL p()", opaque},
+		{"DO $$ begin end $$", opaque},
+		{"VACUUM", opaque},
+		{"SELECT 1; VACUUM", opaque},
+		{"EXECUTE p", opaque},
+		{"FROBNICATE", opaque},
+		{"BEGIN; INSERT INTO t VALUES (1); COMMIT", tangled},
+		{"SELECT 1; COMMIT", tangled},
+		{"COMMIT; BEGIN", tangled},
+		{"PREPARE TRANSACTION 'x'", tangled},
+		{"PREPARE p AS SELECT 1", reads},
+	} {
+		if got := readText([]byte(c.sql), false).does; got != c.want {
+			t.Errorf("%s: %d, want %d", c.sql, got, c.want)
+		}
+	}
+}
+
 func TestTexts(t *testing.T) {
 	for _, c := range texts {
-		if diff := cmp.Diff(c.want, readText([]byte(c.sql), false), cmp.AllowUnexported(text{})); diff != "" {
+		if diff := cmp.Diff(c.want, readText([]byte(c.sql), false), ignoreDeed); diff != "" {
 			t.Errorf("%s:\n%s", c.sql, diff)
 		}
 	}
@@ -162,7 +234,7 @@ func TestSpaceAndCaseDoNotMatter(t *testing.T) {
 			}
 			b.WriteString(w)
 		}
-		if diff := cmp.Diff(c.want, readText([]byte(b.String()), false), cmp.AllowUnexported(text{})); diff != "" {
+		if diff := cmp.Diff(c.want, readText([]byte(b.String()), false), ignoreDeed); diff != "" {
 			t.Fatalf("%s:\n%s", b.String(), diff)
 		}
 	})
@@ -173,7 +245,7 @@ func TestNothingIsHiddenBehindOthers(t *testing.T) {
 	for _, c := range texts {
 		got := readText([]byte("SELECT 'a''b', $x$;$x$, \"q\"\"\" FROM t; "+c.sql+"\n; SELECT 1"), false)
 		got.deallocate, c.want.deallocate = "", ""
-		if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(text{})); diff != "" {
+		if diff := cmp.Diff(c.want, got, ignoreDeed); diff != "" {
 			t.Errorf("%s:\n%s", c.sql, diff)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"reflect"
 	"strings"
 	"sync"
@@ -257,7 +258,8 @@ func (r *running) wait(t testing.TB) error {
 	case <-r.ended:
 		return r.err
 	case <-time.After(20 * time.Second):
-		t.Fatal("timed out waiting for the end of Follow")
+		buf := make([]byte, 1<<20)
+		t.Fatalf("timed out waiting for the end of Follow; what runs:\n%s", buf[:runtime.Stack(buf, true)])
 		return nil
 	}
 }

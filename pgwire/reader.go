@@ -276,10 +276,11 @@ func noEOF(err error) error {
 // Writer gathers messages and writes them in one call. It is for one goroutine at a time. After an error it keeps returning
 // it.
 type Writer struct {
-	dst io.Writer
-	buf *[BufferSize]byte // nil while nothing is buffered
-	n   int
-	err error
+	dst  io.Writer
+	buf  *[BufferSize]byte // nil while nothing is buffered
+	n    int
+	sent int64 // bytes given to dst
+	err  error
 }
 
 // NewWriter writes to dst.
@@ -313,6 +314,21 @@ func (w *Writer) Free() []byte {
 // Buffered is how many bytes wait for Flush.
 func (w *Writer) Buffered() int { return w.n }
 
+// Total is how many bytes were ever written, those that wait for Flush included.
+func (w *Writer) Total() int64 { return w.sent + int64(w.n) }
+
+// Sent is how many of them the connection was given.
+func (w *Writer) Sent() int64 { return w.sent }
+
+// CutBack takes back what was written after the first total bytes; false means that the connection was given some of it.
+func (w *Writer) CutBack(total int64) bool {
+	if total < w.sent {
+		return false
+	}
+	w.n = min(w.n, int(total-w.sent))
+	return true
+}
+
 // Flush writes what is buffered to the connection and gives the buffer back.
 func (w *Writer) Flush() error {
 	w.send()
@@ -327,5 +343,6 @@ func (w *Writer) send() {
 	if w.n > 0 && w.err == nil {
 		_, w.err = w.dst.Write(w.buf[:w.n])
 	}
+	w.sent += int64(w.n)
 	w.n = 0
 }

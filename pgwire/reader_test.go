@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -408,4 +409,35 @@ func (l *loop) Read(p []byte) (int, error) {
 	n := copy(p, l.b[l.at:])
 	l.at = (l.at + n) % len(l.b)
 	return n, nil
+}
+
+func TestWhatWasNotSentCanBeTakenBack(t *testing.T) {
+	var dst bytes.Buffer
+	w := NewWriter(&dst)
+	write := func(s string) {
+		if err := w.Write([]byte(s)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("kept ")
+	if err := w.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	write("and kept")
+	mark := w.Total()
+	write(", not kept")
+	if !w.CutBack(mark) {
+		t.Error("nothing of it was sent")
+	}
+	if w.CutBack(2) {
+		t.Error("that was sent")
+	}
+	write(".")
+	if err := w.Flush(); err != nil || dst.String() != "kept and kept." || w.Total() != int64(dst.Len()) || w.Sent() != w.Total() {
+		t.Errorf("%q, %v, total %d, sent %d", dst.String(), err, w.Total(), w.Sent())
+	}
+	write(strings.Repeat("x", BufferSize+1))
+	if w.CutBack(int64(dst.Len()) - 1) {
+		t.Error("a full buffer was sent")
+	}
 }

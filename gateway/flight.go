@@ -1,0 +1,244 @@
+package gateway
+
+import (
+	"slices"
+
+	"github.com/duri-io/duri/pgwire"
+)
+
+// flight is what a session knows of its transactions under way, so that it can go on when their server is lost. It is kept only
+// with Config.Sites, and guarded by the session's mu.
+type flight struct {
+	log      []byte // what the client has sent since the oldest of them began, as it came
+	torn     bool   // some of it was too long to be kept
+	segments []segment
+	answered int   // of segments: the client has their ReadyForQuery
+	hidden   int   // ReadyForQuery to come that the client has already had, from a server that was lost
+	strange  bool  // another server has answered otherwise
+	base     int64 // s.w's total where the answer to the first unanswered segment begins
+
+	names []naming
+
+	status byte   // of the transaction before the first unanswered segment
+	xid    uint64 // of the transaction that is about to commit; 0: none
+	failed bool   // there was an error since it was last set to false
+}
+
+// naming is a change of what a client calls its statements.
+type naming struct {
+	at   int // in log
+	name string
+	was  *statement // nil: none
+}
+
+// segment is what a client sends up to one ReadyForQuery.
+type segment struct {
+	start  int  // in log
+	does   deed // of its statements together
+	some   bool // it has one
+	sent   bool // to a server, at least in part
+	ended  bool // the client has sent the message that asks for ReadyForQuery
+	closed bool // and it was sent on
+	fed    bool // all data of a COPY are sent
+	ltxid  []byte
+	wrote  bool // one of its statements may have written
+	// committing: its transaction was told to commit, and may have done so. unmarked: nobody can be asked whether it has.
+	committing, unmarked bool
+}
+
+// Limits of what is kept: a longer message or transaction is not run again.
+const (
+	recordMax = pgwire.BufferSize
+	flightMax = 256 << 10
+)
+
+// open gives the segment that is being sent.
+func (f *flight) open() *segment {
+	if n := len(f.segments); n > 0 && !f.segments[n-1].closed {
+		return &f.segments[n-1]
+	}
+	f.segments = append(f.segments, segment{start: len(f.log)})
+	return &f.segments[len(f.segments)-1]
+}
+
+// record keeps a message; a nil body is one that is too long.
+func (f *flight) record(typ byte, body []byte, long bool) {
+	s := f.open()
+	if long || len(f.log)+len(body) > flightMax {
+		f.torn = true
+	}
+	if !f.torn {
+		f.log = append(pgwire.AppendHeader(f.log, typ, len(body)), body...)
+	}
+	s.ended = typ == pgwire.Query || typ == pgwire.Sync || typ == pgwire.FunctionCall
+}
+
+// note adds what a statement does to the segment that is being sent.
+func (f *flight) note(does deed) {
+	s := f.open()
+	s.wrote = s.wrote || does >= writes
+	if !s.some {
+		s.does, s.some = does, true
+		return
+	}
+	s.does = joined(s.does, does)
+}
+
+// joined is what two statements of one segment of the extended protocol do: they commit together at its end.
+func joined(a, b deed) deed {
+	inner := isInner(b)
+	switch {
+	case a == begins && inner:
+		return begins // and leaves it open
+	case b == reads:
+		return a
+	case a == reads, a == writes && b == writes:
+		return b
+	case a == writes && b == commits:
+		return commits
+	case inner && isInner(a):
+		return opaque
+	}
+	return tangled
+}
+
+// outstanding are the segments that the client has no ReadyForQuery of.
+func (f *flight) outstanding() []segment { return f.segments[min(f.answered, len(f.segments)):] }
+
+// settled reports that all before the segment that is being sent was answered.
+func (f *flight) settled() bool {
+	n := len(f.segments)
+	if n > 0 && !f.segments[n-1].closed {
+		n--
+	}
+	return f.answered >= n
+}
+
+// wrote reports that the transactions under way may have written.
+func (f *flight) wrote() bool {
+	return slices.ContainsFunc(f.segments, func(s segment) bool { return s.wrote })
+}
+
+// isCommitting reports that a transaction was told to commit.
+func (f *flight) isCommitting() bool {
+	for _, s := range f.outstanding() {
+		if s.committing {
+			return true
+		}
+	}
+	return false
+}
+
+// certain gives the status in which the next statement runs; ok is false when it depends on answers that are still to come.
+func (f *flight) certain() (status byte, ok bool) {
+	if f.settled() {
+		return f.status, true
+	}
+	for _, s := range f.outstanding() {
+		if s.closed && !isInner(s.does) {
+			return 0, false
+		}
+	}
+	return f.status, f.status != pgwire.Idle
+}
+
+// ready notes a ReadyForQuery for the client; total is s.w's, behind it.
+func (f *flight) ready(status byte, total int64) {
+	f.answered++
+	f.status, f.base = status, total
+	if status != pgwire.Idle {
+		return
+	}
+	f.xid = 0
+	if f.answered >= len(f.segments) {
+		f.forget()
+		return
+	}
+	cut := f.segments[f.answered].start
+	if !f.torn {
+		f.log = slices.Delete(f.log, 0, cut)
+	}
+	f.segments = slices.Delete(f.segments, 0, f.answered)
+	for i := range f.segments {
+		f.segments[i].start -= cut
+	}
+	f.names = slices.DeleteFunc(f.names, func(n naming) bool { return n.at < cut })
+	for i := range f.names {
+		f.names[i].at -= cut
+	}
+	f.answered = 0
+}
+
+// forget begins anew: nothing is under way.
+func (f *flight) forget() {
+	if cap(f.log) > 1<<10 {
+		f.log = nil // an idle session keeps little
+	}
+	f.log, f.segments, f.names = f.log[:0], f.segments[:0], f.names[:0]
+	f.answered, f.torn = 0, false
+}
+
+// onlyBegun reports that the open transaction has run nothing yet.
+func (f *flight) onlyBegun() bool {
+	return f.status == pgwire.InBlock && f.answered == 1 && f.segments[0].does == begins
+}
+
+// unanswered is what the client has sent and has no ReadyForQuery of.
+func (f *flight) unanswered() []byte {
+	if f.answered >= len(f.segments) {
+		return nil
+	}
+	return f.log[f.segments[f.answered].start:]
+}
+
+// course is how a session goes on when its server is lost.
+type course byte
+
+const (
+	again   course = iota // run what is under way at another server, from the beginning of the transaction
+	fails                 // tell the client that its transaction is rolled back (40001)
+	stays                 // the transaction had failed before, or is rolled back as the client wished
+	asks                  // learn what became of the commit
+	unknown               // tell the client that nobody knows (08007)
+)
+
+// decide says how to go on, from what is under way at the moment of the loss (design: gateway, section 5). delivered: the client
+// has a part of the answer to the first unanswered segment. replay: the transaction may be run again although the client has
+// seen some of its answers.
+func (f *flight) decide(delivered, replay bool) course {
+	under := f.outstanding()
+	runAgain := fails
+	if !f.torn && !delivered && !f.strange && (f.status == pgwire.Idle || f.onlyBegun() || replay) {
+		runAgain = again
+	}
+	if len(under) == 0 {
+		if f.status == pgwire.InFailed {
+			return stays
+		}
+		return runAgain
+	}
+	for _, s := range under[1:] {
+		// What was sent behind may have been carried out, and not all of that can be done twice.
+		if s.sent && (s.does == opaque || s.does == tangled || s.does == copies) {
+			return unknown
+		}
+	}
+	first := under[0]
+	switch {
+	case first.committing:
+		return asks
+	case first.does == tangled && first.sent:
+		return unknown
+	case f.status == pgwire.InFailed, f.status == pgwire.InBlock && first.does == rollsBack:
+		return stays
+	case f.status == pgwire.InBlock:
+		return runAgain
+	case !first.sent:
+		return runAgain
+	case first.does == copies && !first.fed:
+		return fails
+	case first.does == opaque, first.does == copies:
+		return unknown
+	}
+	return runAgain
+}
