@@ -55,6 +55,9 @@ type Target struct {
 	Network, Address string // as net.Dial takes them
 	// Epoch is the site's. Connections that were opened in an older one are not used again.
 	Epoch uint64
+	// History names what the server writes, so that a transaction's number means the same as long as it is equal. The gateway
+	// only hands it on to Sites, with each Doubt.
+	History string
 }
 
 // Wish is what a session wants of its next server.
