@@ -23,15 +23,14 @@ import (
 //	another site    it was applied, or is on record as decided against; where the register has left its own site out, that is
 //	                decided now, once and for all
 
-// verdict is what follows from a site's answer. server is the history that the transaction's site wrote when its connection was
-// opened.
-func verdict(d gateway.Doubt, server string, a link.FateAnswer) gateway.Fate {
+// verdict is what follows from a site's answer.
+func verdict(d gateway.Doubt, a link.FateAnswer) gateway.Fate {
 	switch {
 	case a.Outcome == link.OutcomeUnknown:
 		return gateway.Unknown
 	case a.Site != d.Site:
 		return fateOf(a.Outcome) // on record, once and for all
-	case server == "" || a.Server != server:
+	case d.History == "" || a.Server != d.History:
 		return gateway.Unknown // another server: the number of the transaction is another one's there
 	case a.Outcome == link.OutcomeAborted:
 		return gateway.Aborted // it has not reached any other site, and never will
@@ -57,14 +56,16 @@ func fateOf(o link.Outcome) gateway.Fate {
 const (
 	// runsMax is how long a backend may take to end that is told to (T1 of the design).
 	runsMax = 2 * time.Second
-	// underway bounds how long ago a gateway may have put a question that is answered now, so that the age that it names is less
-	// by no more than that.
-	underway = 5 * time.Second
+	// fateMax bounds a question.
+	fateMax = 5 * time.Second
+	// margin is more than the age of a transaction may be greater than a question names: the loss was noticed, the question was
+	// under way, and waited here.
+	margin = 2*fateMax + link.StateSilence
 )
 
 // Fate is that of link.Asked.
 func (h *host) Fate(ctx context.Context, q link.FateQuestion) (link.FateAnswer, error) {
-	ctx, cancel := context.WithTimeout(ctx, underway)
+	ctx, cancel := context.WithTimeout(ctx, fateMax)
 	defer cancel()
 	if q.Site == h.a.self.Name {
 		return h.ownFate(ctx, q), nil
@@ -99,7 +100,7 @@ func (h *host) ownFate(ctx context.Context, q link.FateQuestion) link.FateAnswer
 	a.Server, a.Waits = server, n.waits()
 	// Was it told to commit in the same life of the server as the answer? After a crash, numbers that were not in the WAL are given
 	// again, and the data directory may be an older one, which the journal knows.
-	same := since.Before(time.Now().Add(-q.Age - underway))
+	same := since.Before(time.Now().Add(-q.Age - margin))
 	switch {
 	case status != "aborted" && status != "committed":
 		a.Why = "its server says that it is " + status
@@ -194,7 +195,7 @@ func (h *host) inJournal(ctx context.Context, n *node, q link.FateQuestion) (lin
 	switch found, since := n.marks.has(string(q.LTXID)); {
 	case found:
 		return link.OutcomeCommitted, nil
-	case since.Before(time.Now().Add(-q.Age - underway)):
+	case since.Before(time.Now().Add(-q.Age - margin)):
 		return link.OutcomeAborted, nil // what has its number now is another one
 	}
 	return link.OutcomeUnknown, fmt.Errorf("the server and the agent have begun anew since")
@@ -209,7 +210,7 @@ type marks struct {
 }
 
 // marksKeep is how long they are kept, at least: longer than anybody asks.
-const marksKeep = 25 * time.Second
+const marksKeep = 40 * time.Second
 
 // note notes a transaction's mark; none: that from now on all are noted.
 func (m *marks) note(id string, now time.Time) {

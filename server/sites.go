@@ -39,15 +39,8 @@ type siteLink struct {
 	dial   func(ctx context.Context) (net.Conn, error)
 	target gateway.Target
 
-	mu      sync.Mutex             // guards the rest
-	conns   map[*tunneled]struct{} // to be cut when the site is lost
-	servers []serverSeen           // the latest ones
-}
-
-// serverSeen is which history a site's server wrote from a moment on, by the clock of this process.
-type serverSeen struct {
-	at time.Time
-	id string
+	mu    sync.Mutex             // guards the rest
+	conns map[*tunneled]struct{} // to be cut when the site is lost
 }
 
 // newSites makes it; home may be empty, own nil.
@@ -135,9 +128,6 @@ func (s *sites) follow(ctx context.Context, l *siteLink) {
 // learn takes what a site has told, or that it does not tell anything any more.
 func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
 	now := time.Now()
-	if heard {
-		l.note(st.Server, now)
-	}
 	s.mu.Lock()
 	old := s.seen.Load()
 	p := &picture{sites: slices.Clone(old.sites), members: old.members, epoch: old.epoch}
@@ -172,30 +162,6 @@ func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
 			s.retire(v.name)
 		}
 	}
-}
-
-// note remembers which history the site's server writes.
-func (l *siteLink) note(server string, now time.Time) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if n := len(l.servers); n > 0 && l.servers[n-1].id == server {
-		return
-	}
-	l.servers = append(l.servers, serverSeen{now, server})
-	l.servers = l.servers[max(0, len(l.servers)-16):]
-}
-
-// serverAt is which history it wrote at a moment; empty: not known.
-func (l *siteLink) serverAt(at time.Time) (id string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, s := range l.servers {
-		if s.at.After(at) {
-			break
-		}
-		id = s.id
-	}
-	return id
 }
 
 // tunneled is a connection to a site's server that is cut when the site is lost.
@@ -289,7 +255,7 @@ func (s *sites) Route(l *gateway.Login, w gateway.Wish) (gateway.Target, error) 
 		return gateway.Target{}, p.none(s.whyShut)
 	}
 	t := s.link(v.name).target
-	t.Epoch = p.epochOf(v)
+	t.Epoch, t.History = p.epochOf(v), v.state.Server
 	return t, nil
 }
 
@@ -355,7 +321,7 @@ func (s *sites) byNearness() []*siteLink {
 }
 
 const (
-	// fateAskMax bounds one question for a fate; see underway.
+	// fateAskMax bounds one question for a fate; see fateMax.
 	fateAskMax = 3 * time.Second
 	// fateAskPause is the pause before it is asked again.
 	fateAskPause = 20 * time.Millisecond
@@ -366,13 +332,8 @@ func (s *sites) Fate(ctx context.Context, d gateway.Doubt) (gateway.Fate, error)
 	if d.XID == 0 {
 		return gateway.Aborted, nil // it has written nothing
 	}
-	l := s.link(d.Site)
-	if l == nil {
-		return gateway.Unknown, fmt.Errorf("there is no site %q", d.Site)
-	}
-	server := l.serverAt(d.At)
 	for {
-		fate, err := s.fateOnce(ctx, d, server)
+		fate, err := s.fateOnce(ctx, d)
 		if fate != gateway.Unknown {
 			return fate, nil
 		}
@@ -385,8 +346,8 @@ func (s *sites) Fate(ctx context.Context, d gateway.Doubt) (gateway.Fate, error)
 }
 
 // fateOnce asks the transaction's own site, if it is there, and the others if it cannot tell.
-func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt, server string) (gateway.Fate, error) {
-	q := link.FateQuestion{Database: d.Database, Site: d.Site, Server: server, Epoch: d.Epoch, PID: d.PID, XID: d.XID, LTXID: d.LTXID}
+func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, error) {
+	q := link.FateQuestion{Database: d.Database, Site: d.Site, Server: d.History, Epoch: d.Epoch, PID: d.PID, XID: d.XID, LTXID: d.LTXID}
 	var errs []error
 	for _, l := range s.whoKnows(d.Site) {
 		one, cancel := context.WithTimeout(ctx, fateAskMax)
@@ -394,7 +355,7 @@ func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt, server string) (g
 		a, err := l.asked.Fate(one, q)
 		cancel()
 		if err == nil {
-			if fate := verdict(d, server, a); fate != gateway.Unknown {
+			if fate := verdict(d, a); fate != gateway.Unknown {
 				return fate, nil
 			}
 			err = fmt.Errorf("site %s: %s", a.Site, a.Why)
