@@ -146,6 +146,30 @@ func (c *client) write(ctx context.Context) error {
 	return nil
 }
 
+// writeBlock makes a transaction of several statements, unless there was an error before.
+func (c *client) writeBlock(ctx context.Context, before error) error {
+	if before != nil {
+		return before
+	}
+	tx, err := c.conn.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	for _, sql := range []string{
+		fmt.Sprintf("INSERT INTO t VALUES (%d, %d, current_setting('app.site'))", c.n, c.seq+1),
+		fmt.Sprintf("INSERT INTO t VALUES (%d, %d, current_setting('app.site'))", c.n, c.seq+2),
+	} {
+		if _, err := tx.Exec(ctx, sql); err != nil {
+			return errors.Join(err, tx.Rollback(ctx))
+		}
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return err
+	}
+	c.seq += 2
+	return nil
+}
+
 // writeAt makes a transaction with each client, and says whether all were at a site.
 func writeAt(ctx context.Context, site string, all []*client) (bool, error) {
 	there := true
@@ -297,6 +321,77 @@ func TestSessionsSurviveTheEndOfTheirServer(t *testing.T) {
 		tr.waitAt("a", all)
 	}
 	tr.audit(all)
+}
+
+// TestNothingIsLostOrDoubledWhenAServerEnds: clients write without a pause while PostgreSQL at their site, or the whole site, is
+// killed. All keep their connection, and what each was told is what both sites hold in the end.
+func TestNothingIsLostOrDoubledWhenAServerEnds(t *testing.T) {
+	tr := start(t)
+	all := tr.clients(8)
+	tr.waitAt("a", all)
+	for round, whole := range []bool{false, true} {
+		var wg sync.WaitGroup
+		var stop atomic.Bool
+		var again, longest atomic.Int64
+		for i, c := range all {
+			wg.Go(func() {
+				for !stop.Load() {
+					begun := time.Now()
+					err := c.write(t.Context())
+					if i%2 == 1 { // a transaction of several statements
+						err = c.writeBlock(t.Context(), err)
+					}
+					longest.Store(max(longest.Load(), int64(time.Since(begun))))
+					var pgErr *pgconn.PgError
+					if errors.As(err, &pgErr) && pgErr.Code == "40001" {
+						again.Add(1)
+						continue
+					}
+					if err != nil {
+						t.Errorf("round %d: %v", round, err)
+						return
+					}
+				}
+			})
+		}
+		before := all[0].at.Load()
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "clients write", func(context.Context) (bool, error) { return all[0].at.Load() != before, nil })
+		})
+		if whole {
+			if err := tr.a.SignalAgent(syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := tr.a.Cluster.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "all clients are at b", func(context.Context) (bool, error) {
+				for _, c := range all {
+					if at := *c.at.Load(); at != "b" {
+						return t.Failed(), fmt.Errorf("client %d is at %s", c.n, at)
+					}
+				}
+				return true, nil
+			})
+		})
+		tr.within(time.Minute, tr.a.Cluster.Start)
+		if whole {
+			if err := tr.a.StartAgent(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		tr.waitMembers()
+		stop.Store(true)
+		wg.Wait()
+		t.Logf("round %d: %d transactions were rolled back with 40001, the longest took %v", round, again.Load(), time.Duration(longest.Load()).Round(time.Millisecond))
+		if t.Failed() {
+			return
+		}
+		tr.waitAt("a", all)
+		tr.audit(all)
+	}
 }
 
 // TestFenceHoldsForTunnels: a site that is fenced serves nobody who comes through a gateway elsewhere, and what is under way there
