@@ -252,7 +252,9 @@ func TestDrainMovesSessionsWithoutErrors(t *testing.T) {
 	}
 	for range 2 {
 		// Through the other site's agent, as an operator may.
-		tr.within(time.Minute, func(ctx context.Context) error { return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true}) })
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true})
+		})
 		everybodyAt("b")
 		tr.within(time.Minute, func(ctx context.Context) error {
 			return tr.p.Wait(ctx, "nothing is left of the gateways at a", func(ctx context.Context) (bool, error) {
