@@ -67,38 +67,6 @@ const (
 	Merge   Tail = "merge"   // they go to the other sites with their versions
 )
 
-// Gateway is the way of clients to PostgreSQL through the agent.
-type Gateway struct {
-	Listen string      `yaml:"listen" json:"listen"` // host:port; empty: clients do not come this way
-	Mode   GatewayMode `yaml:"mode" json:"mode"`
-	Cert   string      `yaml:"cert" json:"cert"` // PEM files for clients; empty: no TLS, and not with GatewayDoor
-	Key    string      `yaml:"key" json:"key"`
-}
-
-// GatewayMode is what the agent does with what passes.
-type GatewayMode string
-
-// The modes.
-const (
-	GatewayDoor        GatewayMode = "door"        // hands bytes on
-	GatewaySession     GatewayMode = "session"     // authenticates clients; each has a connection to the server
-	GatewayTransaction GatewayMode = "transaction" // authenticates clients; each transaction has one
-)
-
-// Authenticates reports whether the agent checks clients' passwords, for which it reads their verifiers.
-func (g Gateway) Authenticates() bool { return g.Listen != "" && g.Mode != GatewayDoor }
-
-func (d *decoder) validateGateway(g Gateway) {
-	d.choice("gateway.mode", string(g.Mode), string(GatewayDoor), string(GatewaySession), string(GatewayTransaction))
-	if g.Mode == GatewayDoor && (g.Cert != "" || g.Key != "") {
-		d.invalid("gateway.cert", "gateway.cert and gateway.key are not for the mode door", "TLS is between client and PostgreSQL there; remove them, or set gateway.mode")
-		return
-	}
-	if (g.Cert == "") != (g.Key == "") {
-		d.invalid("gateway.cert", "gateway.cert and gateway.key go together", "give both files, or none for connections without TLS")
-	}
-}
-
 // HasRegister reports whether the cluster keeps a register.
 func (c *Config) HasRegister() bool { return len(c.Quorum.Members)+len(c.Quorum.External) > 0 }
 
@@ -125,8 +93,8 @@ func (c *Config) WitnessName() string {
 	return ""
 }
 
-// Name is that of the own site, or of the witness: the name in the certificate.
-func (c *Config) Name() string { return cmp.Or(c.Site, c.Witness) }
+// Name is that of the own site, or of the witness or gateway: the name in the certificate.
+func (c *Config) Name() string { return cmp.Or(c.Gateway.Name, c.Site, c.Witness) }
 
 // Voter is the voter that runs here, in the agent or as the witness; false when none does.
 func (c *Config) Voter() (Voter, bool) {
@@ -216,7 +184,7 @@ func (d *decoder) validateDurability(c *Config) {
 			waits = key
 		}
 	}
-	if waits != "" && u.Policy != AvailabilityFirst && !c.HasRegister() && c.Witness == "" {
+	if waits != "" && u.Policy != AvailabilityFirst && !c.HasRegister() && c.Witness == "" && !c.Alone() {
 		d.invalid(waits, waits+" is sync, but there is no quorum", "name three voters under quorum, one of which may be a witness; or choose durability.policy availability-first, which waits for nobody")
 	}
 	_, site := c.SiteByName(u.Preferred)

@@ -91,7 +91,7 @@ func (s *session) runBorrowing(ctx context.Context) {
 	s.ending.Store(true)
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
 	s.detach()
-	if err != nil || s.g.ending.Load() {
+	if err != nil || s.g.ending.Load() || s.killed.Load() {
 		s.refuse(err)
 	}
 }
@@ -122,18 +122,40 @@ const retryEvery = 25 * time.Millisecond
 // fetchPatiently is fetch for a session that has begun: between two transactions nothing is lost when no server may be used just
 // now, so that the client waits for one, no longer than HoldMax.
 func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
-	deadline := time.Now().Add(s.g.cfg.HoldMax)
-	for {
+	deadline := time.Now().Add(s.g.lim().HoldMax)
+	waited := func(*backend) {}
+	for first := true; ; first = false {
 		b, err := s.fetch(ctx)
 		if err == nil || !absent(err) || s.ending.Load() || time.Now().After(deadline) {
+			waited(b)
 			return b, err
+		}
+		if first {
+			waited = s.waits()
 		}
 		select {
 		case <-ctx.Done():
+			waited(nil)
 			return nil, errShutdown
 		case <-time.After(retryEvery):
 		}
 	}
+}
+
+// catchUp waits until the session sees at b's site what it has seen at the one before. It does not go on with less.
+func (s *session) catchUp(ctx context.Context, b *backend) error {
+	to := b.target.Site
+	if !s.keeps() || s.last == "" || s.last == to {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
+	defer cancel()
+	err := s.g.cfg.Sites.CatchUp(ctx, s.who.Database, s.last, to)
+	if err == nil {
+		return nil
+	}
+	b.pool.put(b)
+	return fatalError(codeNoSite, fmt.Sprintf("site %s does not have yet what this session has seen at site %s", to, s.last), err.Error(), "connect again")
 }
 
 // absent reports that no server may be used now, or that the one at hand starts or ends: the next moment may be different.
@@ -152,24 +174,50 @@ func absent(err error) bool {
 // sendAll hands on what the client sends, until it leaves; an error is for the client.
 func (s *session) sendAll(ctx context.Context) error {
 	for {
-		if !s.r.Complete() {
-			s.endBurst()
-		}
-		typ, _, err := s.r.Next(pgwire.FromClient)
-		if err != nil {
-			return s.readError(err)
-		}
-		if typ == pgwire.Terminate {
+		typ, err := s.next()
+		if err == nil && typ == pgwire.Terminate {
 			s.endBurst() // What came before it is carried out.
 			return nil
 		}
-		if err := s.handle(ctx, typ); err != nil {
-			if errors.Is(err, errGone) {
-				return nil
-			}
+		if err == nil {
+			err = s.handle(ctx, typ)
+		}
+		if errors.Is(err, errLoss) {
+			err = s.recover(ctx)
+		}
+		if errors.Is(err, errGone) {
+			return nil
+		}
+		if err != nil {
 			return s.readError(err)
 		}
 	}
+}
+
+// next waits for the client's next message, or for the loss of the server.
+func (s *session) next() (typ byte, err error) {
+	for s.rerun != nil {
+		if !s.r.Complete() {
+			s.endBurst()
+		}
+		if typ, _, err = s.r.Next(pgwire.FromClient); err == nil {
+			return typ, nil
+		}
+		s.handledAgain() // They are at their end.
+	}
+	if s.r.Complete() {
+		typ, _, err = s.r.Next(pgwire.FromClient)
+		return typ, err
+	}
+	s.endBurst()
+	if !s.park() {
+		return 0, errLoss
+	}
+	typ, _, err = s.r.Next(pgwire.FromClient)
+	if s.unpark() && err != nil {
+		err = errLoss
+	}
+	return typ, err
 }
 
 // errGone means that the client knows, or has gone itself.
@@ -178,6 +226,12 @@ var errGone = errors.New("the session has ended")
 // handle sends one message to the server. The connection to a server that breaks is the concern of the backend's
 // goroutine, so errors of writing to it are not looked at here.
 func (s *session) handle(ctx context.Context, typ byte) error {
+	if s.limbo != nil {
+		return s.inLimbo(typ)
+	}
+	if err := s.record(typ); err != nil {
+		return err
+	}
 	switch typ {
 	case pgwire.Query:
 		return s.query(ctx)
@@ -190,15 +244,55 @@ func (s *session) handle(ctx context.Context, typ byte) error {
 	case pgwire.CopyData, pgwire.CopyDone, pgwire.CopyFail:
 		return s.copyIn(typ)
 	}
-	kind := typ // Execute, Sync, FunctionCall; Flush has no answer
-	b, err := s.borrow(ctx, text{probe: typ == pgwire.FunctionCall, dirty: typ == pgwire.FunctionCall})
+	var t text
+	if typ == pgwire.FunctionCall {
+		t = text{probe: true, dirty: true, does: opaque}
+	}
+	b, err := s.borrow(ctx, t)
 	if err != nil {
 		return err
 	}
-	if typ != pgwire.Flush {
-		s.push(b, expected{kind: kind})
+	e := expected{kind: typ} // Execute, Sync, FunctionCall; Flush has no answer
+	switch typ {
+	case pgwire.Flush:
+		if err := s.pass(b); err != nil {
+			return err
+		}
+		s.flushHeld(b)
+		return nil
+	case pgwire.Execute:
+		e.commits = s.executes(commits)
+	case pgwire.Sync:
+		if split, err := s.splits(b); err != nil {
+			return err
+		} else if split {
+			return s.commitSync(b, s.scratch[:0])
+		}
 	}
+	s.push(b, e)
 	return s.pass(b)
+}
+
+// executes reports whether the Execute at hand runs a statement that does something.
+func (s *session) executes(what deed) bool {
+	if !s.keeps() {
+		return false
+	}
+	body, err := s.r.Peek(min(s.r.Left(), 256))
+	if err != nil {
+		return false
+	}
+	portal, _, err := pgwire.ParseExecute(body)
+	if err != nil {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.portal
+	if len(portal) > 0 {
+		st = s.portals[string(portal)]
+	}
+	return st != nil && st.effects.does == what
 }
 
 // pass forwards the current message; what is wrong with the client's side of it shows.
@@ -213,14 +307,25 @@ func (s *session) push(b *backend, e ...expected) {
 	for _, e := range e {
 		b.line.push(e)
 	}
+	s.sending(b)
+	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S') {
+		s.flight.open().closed = true
+	}
+}
+
+// sending notes that something of the client's is sent. mu is held.
+func (s *session) sending(b *backend) {
 	b.atRest = false
+	if s.keeps() {
+		s.flight.open().sent = true
+	}
 }
 
 // query sends a Query.
 func (s *session) query(ctx context.Context) error {
 	body, err := s.r.Body(textMax)
 	if errors.Is(err, pgwire.ErrTooLong) {
-		b, err := s.borrow(ctx, text{probe: true, dirty: true}) // nothing is known of it
+		b, err := s.borrow(ctx, text{probe: true, dirty: true, does: tangled}) // nothing is known of it
 		if err != nil {
 			return err
 		}
@@ -239,24 +344,35 @@ func (s *session) query(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	switch split, err := s.splits(b); {
+	case err != nil:
+		return err
+	case split:
+		return s.commitQuery(b, sql)
+	}
+	if t.does == commits {
+		if err := s.beforeCommit(b); err != nil {
+			return err
+		}
+	}
+	var first []byte // what is sent in the place of the Query
 	s.mu.Lock()
 	if st := s.statements[t.deallocate]; t.deallocate != "" && st != nil {
 		// It exists under this name here only. The server drops an empty one that it is given for the purpose.
-		delete(s.statements, t.deallocate)
-		s.scratch = pgwire.AppendTarget(s.scratch[:0], pgwire.Close, 'S', goneStatement) // perhaps left by one that failed
-		s.scratch = pgwire.AppendParse(s.scratch, goneStatement, nil, []byte{0, 0})
-		s.scratch = pgwire.AppendQuery(s.scratch, "DEALLOCATE "+goneStatement)
+		s.rename(t.deallocate, nil)
+		first = pgwire.AppendTarget(s.scratch[:0], pgwire.Close, 'S', goneStatement) // perhaps left by one that failed
+		first = pgwire.AppendParse(first, goneStatement, nil, []byte{0, 0})
+		first = pgwire.AppendQuery(first, "DEALLOCATE "+goneStatement)
 		b.line.push(expected{kind: 'c'})
 		b.line.push(expected{kind: 'p'})
-		body = nil
+		s.scratch = first
 	}
-	b.line.push(expected{kind: 'Q'})
-	b.atRest = false
 	delete(s.statements, "") // A Query takes the unnamed statement away.
 	b.known.unnamed = preparation{}
 	s.mu.Unlock()
-	if body == nil {
-		_ = b.w.Write(s.scratch)
+	s.push(b, expected{kind: 'Q', commits: t.does == commits})
+	if first != nil {
+		_ = b.w.Write(first)
 		return nil
 	}
 	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Query, len(body))
@@ -266,7 +382,7 @@ func (s *session) query(ctx context.Context) error {
 }
 
 // tooLong is what is known of a prepared statement that is too long to be held: it cannot be prepared elsewhere.
-var tooLong = text{probe: true, dirty: true, pin: "a prepared statement of more than 1 MB"}
+var tooLong = text{probe: true, dirty: true, does: opaque, pin: "a prepared statement of more than 1 MB"}
 
 // look reads a text. Where characters may hold a byte that looks like a quote's or backslash's, nothing is known.
 func (s *session) look(sql []byte) text {
@@ -312,7 +428,7 @@ func (s *session) parse(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	s.prepare(b, p, t)
-	b.atRest = false
+	s.sending(b)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch) // Not under mu, which answers need: the server may take no more before it is rid of them.
 	return nil
@@ -331,7 +447,7 @@ func (s *session) prepare(b *backend, p pgwire.Statement, effects text) {
 		b.line.push(expected{kind: 'P'})
 		return
 	}
-	s.statements[client] = st
+	s.rename(client, st)
 	st.born = s.g.clock.Add(1)
 	s.learn(b, st)
 	s.scratch = pgwire.AppendParse(s.scratch, st.name, p.SQL, p.OIDs)
@@ -359,9 +475,9 @@ func (s *session) parseLong(ctx context.Context) error {
 	st := &statement{name: fmt.Sprintf("duri_long_%d_%d", s.id, s.longs), effects: tooLong}
 	s.scratch = s.scratch[:0]
 	s.learn(b, st)
-	s.statements[client] = st
+	s.rename(client, st)
 	b.line.push(expected{kind: 'P', st: st, name: client})
-	b.atRest = false
+	s.sending(b)
 	s.scratch = pgwire.AppendHeader(s.scratch, pgwire.Parse, s.r.Left()-end+len(st.name))
 	s.scratch = append(s.scratch, st.name...)
 	s.mu.Unlock()
@@ -498,11 +614,20 @@ func (s *session) bind(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	name, same := noStatement, true // The server says in its own words that it does not exist.
-	if st != nil {
-		if same = s.ensure(b, st); same {
-			name = st.name
+	if t.does == commits {
+		if err := s.beforeCommit(b); err != nil {
+			return err
 		}
+	}
+	e := expected{kind: 'B'}
+	name := noStatement // The server says in its own words that it does not exist.
+	switch {
+	case st == nil:
+		e.missing, e.name = true, string(client)
+	case s.ensure(b, st):
+		name = st.name
+	default:
+		e.changed = true
 	}
 	s.mu.Lock()
 	if len(portal) == 0 {
@@ -513,8 +638,8 @@ func (s *session) bind(ctx context.Context) error {
 	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Bind, s.r.Left()-len(client)+len(name))
 	s.scratch = append(append(s.scratch, portal...), 0)
 	s.scratch = append(append(s.scratch, name...), 0)
-	b.line.push(expected{kind: 'B', changed: !same})
-	b.atRest = false
+	b.line.push(e)
+	s.sending(b)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
 	if err := s.r.Discard(length); err != nil {
@@ -549,12 +674,9 @@ func (s *session) target(ctx context.Context, typ byte) error {
 		e = expected{kind: 'C', st: st, name: name}
 		name = noStatement
 	case kind == 'S':
-		e = expected{kind: 'T', st: st}
-		if st != nil && s.ensure(b, st) {
-			name = st.name
-		} else {
-			e.changed = st != nil
-			name = noStatement
+		e = expected{kind: 'T', st: st, changed: st != nil, missing: st == nil, name: name}
+		if name = noStatement; st != nil && s.ensure(b, st) {
+			e.changed, name = false, st.name
 		}
 	case typ == pgwire.Describe:
 		e = expected{kind: 'O', st: s.portals[name]}
@@ -564,10 +686,11 @@ func (s *session) target(ctx context.Context, typ byte) error {
 	}
 	s.mu.Lock()
 	if e.kind == 'C' && e.st != nil {
-		delete(s.statements, e.name)
+		s.rename(e.name, nil)
 	}
+	e.commits = e.kind != 'C' && e.st != nil && e.st.effects.does == commits
 	b.line.push(e)
-	b.atRest = false
+	s.sending(b)
 	s.mu.Unlock()
 	s.scratch = pgwire.AppendTarget(s.scratch[:0], typ, kind, name)
 	_ = b.w.Write(s.scratch)
@@ -578,9 +701,17 @@ func (s *session) target(ctx context.Context, typ byte) error {
 func (s *session) copyIn(typ byte) error {
 	s.mu.Lock()
 	b := s.b
+	if s.loss != nil {
+		s.mu.Unlock()
+		return errLoss
+	}
 	if b == nil || b.asking.Load() != nil {
 		s.mu.Unlock()
 		return nil
+	}
+	if s.keeps() && len(s.flight.segments) > 0 {
+		s.flight.torn = true
+		s.flight.segments[len(s.flight.segments)-1].fed = typ != pgwire.CopyData
 	}
 	s.writing = true
 	kind := byte('x')
@@ -600,12 +731,21 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	for s.b != nil && s.b.asking.Load() != nil {
 		s.changed.Wait()
 	}
+	if err := s.holdPinned(ctx); err != nil {
+		return nil, err
+	}
 	for try := 0; s.b == nil; try++ {
+		if s.loss != nil {
+			return nil, errLoss
+		}
 		if s.lost || s.ending.Load() {
 			return nil, errGone
 		}
 		s.mu.Unlock()
 		b, err := s.fetchPatiently(ctx)
+		if err == nil {
+			err = s.catchUp(ctx, b)
+		}
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
@@ -614,10 +754,19 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 			return nil, err
 		}
 	}
-	s.writing = true
+	if !s.writing {
+		s.start(s.b)
+		s.writing = true
+	}
 	s.note(t)
+	if s.keeps() {
+		s.flight.note(t.does)
+	}
 	return s.b, nil
 }
+
+// keeps reports that the session keeps what it needs to go on without its server.
+func (s *session) keeps() bool { return s.g.cfg.Sites != nil }
 
 // attachTries is how many connections that died in the pool are tried before the client is told.
 const attachTries = 5
@@ -627,7 +776,7 @@ var errStale = fatalError(codeLost, "connections to the server were lost", "", "
 
 // note remembers what a text does.
 func (s *session) note(t text) {
-	if s.g.cfg.Strict {
+	if s.g.lim().Strict {
 		t.probe, t.dirty = true, true
 	}
 	s.probe = s.probe || t.probe || (t.unpin && s.pinned() != "")
@@ -668,21 +817,23 @@ func (s *session) attach(b *backend, seq bool) error {
 	other := b.last != s.id
 	b.last = s.id
 	sequences := other && !fresh && b.pool.hasSeq()
+	if err := s.prepareMarks(b); err != nil {
+		return err
+	}
+	defer func() {
+		if len(s.flight.outstanding()) <= 1 && s.flight.answered == 0 {
+			s.flight.base = s.w.Total() // what the client was told until now belongs to no answer
+		}
+	}()
 	differs := !slices.Equal(b.settings, s.settings) || len(b.news(s.told)) > 0
 	if !differs && !sequences && (!b.dirty || !other) {
 		return nil
 	}
 	q := &question{setup: true}
 	b.ask(q)
-	b.atRest = false
 	s.scratch = pgwire.AppendQuery(s.scratch[:0], setupSQL(s.settings, sequences))
-	_ = b.w.Write(s.scratch)
-	_ = b.w.Flush() // Its goroutine sees what is wrong with the connection.
-	for !q.done && s.b == b {
-		s.changed.Wait()
-	}
-	if s.b != b {
-		return errStale
+	if err := s.await(b, q); err != nil {
+		return err
 	}
 	wrong := notAsSet(s.settings, q.rows)
 	if q.err == nil && wrong == "" {
@@ -728,6 +879,7 @@ func (s *session) endBurst() {
 	defer s.mu.Unlock()
 	s.writing = false
 	if s.b != nil {
+		s.took(s.b)
 		s.rest(s.b)
 	}
 }
@@ -746,11 +898,15 @@ func (s *session) rest(b *backend) {
 		return
 	}
 	if s.pinned() != "" || b.cancelling > 0 {
+		b.pool.mu.Lock()
+		b.pool.gather(b)
+		b.pool.mu.Unlock()
 		return
 	}
 	s.unsettled = false
 	s.portal = nil
 	clear(s.portals)
+	s.last = b.target.Site
 	s.b = nil
 	b.owner.Store(nil)
 	b.pool.put(b)
@@ -758,6 +914,12 @@ func (s *session) rest(b *backend) {
 
 // probed takes the answer to a probe.
 func (s *session) probed(b *backend, q *question) {
+	if s.heldReady {
+		s.heldReady = false
+		_ = s.w.Write(readyFor(pgwire.Idle)) // the next read tells if the client has gone
+		_ = s.w.Flush()
+		s.answered(pgwire.Idle)
+	}
 	if q.err != nil {
 		s.probe = true // after the next transaction
 		s.pinSeen = "its state could not be read: " + q.err.Message
@@ -782,6 +944,10 @@ func (s *session) lose(b *backend, cause error) {
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
 		return
 	}
+	if s.survivable(b) {
+		s.lostServer(b, cause)
+		return
+	}
 	s.lost = true
 	if !b.fatal && !inMessage(b) {
 		why := s.pinned()
@@ -798,8 +964,8 @@ func (s *session) lose(b *backend, cause error) {
 	_ = s.conn.Close()
 }
 
-// inMessage reports whether the client has got a part of a message.
-func inMessage(b *backend) bool { return b.r.Left() > 0 }
+// inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
+func inMessage(b *backend) bool { return b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {
@@ -814,7 +980,8 @@ func (s *session) detach() {
 // was called.
 func (s *session) busyBorrowed() (b *backend, done func()) {
 	b = s.b
-	if b.line.empty() || b.asking.Load() != nil {
+	if b.line.empty() || b.asking.Load() != nil || s.flight.isCommitting() {
+		// A commit that waits for another site must not be disturbed: it would be reported without being durable there.
 		return nil, nil
 	}
 	b.cancelling++

@@ -100,7 +100,10 @@ func (s *session) login(ctx context.Context, start *pgwire.Startup) error {
 	if err := s.identify(start); err != nil {
 		return err
 	}
-	if err := s.g.admit(); err != nil {
+	if err := s.g.admit(s.who.Database); err != nil {
+		return err
+	}
+	if err := s.g.admitLogin(s); err != nil {
 		return err
 	}
 	if admit := s.g.cfg.Admit; admit != nil {
@@ -118,6 +121,9 @@ func (s *session) login(ctx context.Context, start *pgwire.Startup) error {
 	return s.authenticate(verifier)
 }
 
+// homeParam is the startup parameter by which a client asks for a site.
+const homeParam = "duri.home"
+
 // identify reads who the client says it is.
 func (s *session) identify(start *pgwire.Startup) error {
 	s.who.User = start.Get("user")
@@ -128,6 +134,10 @@ func (s *session) identify(start *pgwire.Startup) error {
 		s.who.Database = s.who.User
 	}
 	for _, p := range start.Params {
+		if p.Name == homeParam {
+			s.home = p.Value // for the gateway only
+			continue
+		}
 		if !strings.HasPrefix(p.Name, "_pq_.") && p.Name != "database" && p.Name != "user" {
 			s.who.Params = append(s.who.Params, p)
 		}
@@ -170,6 +180,7 @@ func (s *session) authenticate(v *scram.Verifier) error {
 	}
 	reply, s.keys, err = conv.Final(body)
 	if errors.Is(err, scram.ErrPassword) {
+		s.g.wrongPassword(s)
 		return fatalError(codePassword, fmt.Sprintf("password authentication failed for user %q", s.who.User), "", "")
 	}
 	if err != nil {
