@@ -95,7 +95,17 @@ func TestAStatementWhoseResultIsKnownLater(t *testing.T) {
 // TestWhatIsSentAfterAnError: a server passes over everything up to the next Sync, also what the client sends when it has seen
 // the error already, and the session goes on.
 func TestWhatIsSentAfterAnError(t *testing.T) {
-	_, addr := alternate(t, Config{})
+	c := markable(t)
+	for name, sites := range map[string]Sites{"ending with its server": nil, "outliving it": &knowing{c: c}} {
+		t.Run(name, func(t *testing.T) {
+			_, addr := serve(t, Config{Mode: TransactionMode, Sites: sites}, c)
+			sendAfterErrors(t, addr)
+		})
+	}
+}
+
+func sendAfterErrors(t *testing.T, addr string) {
+	t.Helper()
 	c := open1(t, dsn(addr, ""))
 	prepareRaw(t, c, "kept", "SELECT 7")
 	h, err := c.PgConn().Hijack()
@@ -137,16 +147,33 @@ func TestWhatIsSentAfterAnError(t *testing.T) {
 		}
 		return isReady(m)
 	}
-	for i := range 4 {
+	for i := range 8 {
+		if i == 4 { // the same in a transaction that has written
+			send(&pgproto3.Query{String: "BEGIN"})
+			until("ready", isReady)
+			send(&pgproto3.Query{String: "SAVEPOINT s"})
+			until("ready", isReady)
+		}
+		if i >= 4 {
+			send(&pgproto3.Query{String: "ROLLBACK TO s"})
+			until("ready", isReady)
+			send(&pgproto3.Query{String: fmt.Sprintf("INSERT INTO ledger VALUES (%d, 0)", i)})
+			until("ready", isReady)
+		}
 		send(&pgproto3.Parse{Query: "SELECT 1/0"}, &pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Flush{})
 		until("error", isError)
+		send(&pgproto3.Parse{Query: "COMMIT"}, &pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Flush{})
+		send(&pgproto3.Parse{Query: "DELETE FROM ledger"}, &pgproto3.Bind{}, &pgproto3.Execute{})
 		name := fmt.Sprintf("lost%d", i)
 		send(&pgproto3.Parse{Name: name, Query: "SELECT 2"}, &pgproto3.Describe{ObjectType: 'S', Name: name}, &pgproto3.Bind{PreparedStatement: name}, &pgproto3.Execute{}, &pgproto3.Flush{})
 		// It knows the shape of this one, and would have it compared.
 		send(&pgproto3.Close{ObjectType: 'S', Name: "kept"}, &pgproto3.Parse{Name: "kept", Query: "SELECT 8"}, &pgproto3.Bind{PreparedStatement: "kept"}, &pgproto3.Flush{})
-		send(&pgproto3.Query{String: "SELECT 3"}) // passed over as well
 		send(&pgproto3.Sync{})
 		until("ready", isReady)
+		if i >= 4 {
+			send(&pgproto3.Query{String: "ROLLBACK TO s"})
+			until("ready", isReady)
+		}
 		// Nothing of that was carried out.
 		send(&pgproto3.Bind{PreparedStatement: "kept"}, &pgproto3.Execute{}, &pgproto3.Sync{})
 		if until("kept", isRow); row != "7" {
