@@ -4,13 +4,15 @@ package clients
 const (
 	pidIsVirtual   = "it ends its own connection by pg_terminate_backend with the process id that the client was given, which is the gateway's and no server's"
 	namesAreOwn    = "it looks into pg_prepared_statements for names that the client gave; at servers they have others"
+	outlives       = "it ends the backend under its transaction and expects its connection to end; the session outlives it, and gets 40001"
 	namesAreShared = "it counts pg_prepared_statements; statements stay at servers for others after the client has closed them"
 )
 
 // pgxNot are those of pgx.
 var pgxNot = map[string]string{
-	".TestFatalRxError": pidIsVirtual,
-	".TestFatalTxError": pidIsVirtual,
+	".TestFatalRxError":                                                 pidIsVirtual,
+	".TestBeginTxFatalErrorKillsConn":                                   outlives,
+	".TestFatalTxError":                                                 pidIsVirtual,
 	".TestPrepareHandlesTimeoutBetweenParseAndDescribe":                 namesAreOwn,
 	".TestPrepareWithDigestedNameHandlesTimeoutBetweenParseAndDescribe": namesAreOwn,
 	"pgconn.TestConnCheckConn":                                          pidIsVirtual,
