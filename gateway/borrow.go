@@ -308,7 +308,7 @@ func (s *session) push(b *backend, e ...expected) {
 		b.line.push(e)
 	}
 	s.sending(b)
-	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S') {
+	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S' || k == 'z') {
 		s.flight.open().closed = true
 	}
 }
@@ -347,8 +347,10 @@ func (s *session) query(ctx context.Context) error {
 	switch split, err := s.splits(b); {
 	case err != nil:
 		return err
-	case split:
+	case split && t.does == writes:
 		return s.commitQuery(b, sql)
+	case split:
+		return s.commitWrapped(b, body)
 	}
 	if t.does == commits {
 		if err := s.beforeCommit(b); err != nil {
@@ -367,8 +369,7 @@ func (s *session) query(ctx context.Context) error {
 		b.line.push(expected{kind: 'p'})
 		s.scratch = first
 	}
-	delete(s.statements, "") // A Query takes the unnamed statement away.
-	b.known.unnamed = preparation{}
+	s.forgetUnnamed(b)
 	s.mu.Unlock()
 	s.push(b, expected{kind: 'Q', commits: t.does == commits})
 	if first != nil {
