@@ -752,6 +752,9 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
+		if errors.Is(err, errStale) && s.keeps() {
+			s.g.endOrphan(ctx, Doubt{Target: b.target, Database: s.who.Database, PID: b.pid, Started: b.started, At: time.Now()})
+		}
 		s.mu.Lock()
 		if err != nil && (!errors.Is(err, errStale) || try >= attachTries) {
 			return nil, err
@@ -968,7 +971,7 @@ func (s *session) lose(b *backend, cause error) {
 }
 
 // inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
-func inMessage(b *backend) bool { return b.r.Left() > 0 && b.asking.Load() == nil }
+func inMessage(b *backend) bool { return b.part && b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {

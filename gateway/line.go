@@ -30,6 +30,7 @@ type expected struct {
 	changed bool // B, T: made to fail, because the statement is not what it was
 	missing bool // B, T: fails, because the client has no such statement
 	commits bool // Q, T, O, E: it is a COMMIT
+	done    bool // Q: its CommandComplete has come
 }
 
 // verdict is what becomes of an answer.
@@ -80,6 +81,13 @@ func (l *line) next() expected {
 		return expected{}
 	}
 	return l.sent[l.first]
+}
+
+// complete notes the CommandComplete of a Query.
+func (l *line) complete() {
+	if l.head() == 'Q' {
+		l.sent[l.first].done = true
+	}
 }
 
 func (l *line) pop() expected {
