@@ -308,7 +308,7 @@ func (s *session) push(b *backend, e ...expected) {
 		b.line.push(e)
 	}
 	s.sending(b)
-	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S') {
+	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S' || k == 'z') {
 		s.flight.open().closed = true
 	}
 }
@@ -347,12 +347,18 @@ func (s *session) query(ctx context.Context) error {
 	switch split, err := s.splits(b); {
 	case err != nil:
 		return err
-	case split:
+	case split && t.does == writes:
 		return s.commitQuery(b, sql)
+	case split:
+		return s.commitWrapped(b, body)
 	}
+	e := expected{kind: 'Q', commits: t.does == commits}
 	if t.does == commits {
 		if err := s.beforeCommit(b); err != nil {
 			return err
+		}
+		if s.resume(b) {
+			e = expected{kind: 'z'} // The client has the error of the mark, and no use for the tag of a ROLLBACK.
 		}
 	}
 	var first []byte // what is sent in the place of the Query
@@ -367,10 +373,9 @@ func (s *session) query(ctx context.Context) error {
 		b.line.push(expected{kind: 'p'})
 		s.scratch = first
 	}
-	delete(s.statements, "") // A Query takes the unnamed statement away.
-	b.known.unnamed = preparation{}
+	s.forgetUnnamed(b)
 	s.mu.Unlock()
-	s.push(b, expected{kind: 'Q', commits: t.does == commits})
+	s.push(b, e)
 	if first != nil {
 		_ = b.w.Write(first)
 		return nil
@@ -749,6 +754,9 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
+		if errors.Is(err, errStale) && s.keeps() {
+			s.g.endOrphan(ctx, Doubt{Target: b.target, Database: s.who.Database, PID: b.pid, Started: b.started, At: time.Now()})
+		}
 		s.mu.Lock()
 		if err != nil && (!errors.Is(err, errStale) || try >= attachTries) {
 			return nil, err
@@ -965,7 +973,7 @@ func (s *session) lose(b *backend, cause error) {
 }
 
 // inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
-func inMessage(b *backend) bool { return b.r.Left() > 0 && b.asking.Load() == nil }
+func inMessage(b *backend) bool { return b.part && b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {

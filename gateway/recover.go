@@ -16,9 +16,12 @@ import (
 type loss struct {
 	target Target
 	pid    uint32
+	since  string // the start of its backend
 	cause  string
 	sent   []expected // to it, and not answered; what is the gateway's own included
 	broken bool       // the client has got a part of a message
+	under  bool       // something was sent to it, and not answered
+	pinned string     // why the session cannot go on without it
 	ready  bool       // all was done, but what it has made of the session is not known
 }
 
@@ -43,9 +46,9 @@ type recovery struct {
 	rerun        *bytes.Reader  // what is handled again, behind r
 }
 
-// survivable reports that the session can do without its backend b, which is lost. mu is held.
+// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && s.pinned() == "" && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
+	return s.keeps() && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
@@ -82,7 +85,7 @@ func (s *session) lostServer(b *backend, cause error) {
 		why = b.lastWord
 	}
 	s.loss = &loss{
-		target: b.target, pid: b.pid, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
+		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady, pinned: s.pinned(),
 	}
 	s.heldReady = false
 	if s.parked && !s.poked {
@@ -152,6 +155,7 @@ func (s *session) recover(ctx context.Context) error {
 	how := f.decide(delivered, false)
 	f.strange = false
 	d := s.doubt(l)
+	l.under = len(f.outstanding()) > 0
 	unmarked := how == asks && f.outstanding()[0].unmarked
 	block := f.status != pgwire.Idle || f.hidden > 0
 	s.mu.Unlock()
@@ -172,7 +176,11 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if d.XID != 0 && how != unknown {
+	if l.pinned != "" && how != unknown {
+		s.g.endOrphan(ctx, d)
+		return lost(l.target, l.pinned, l.cause)
+	}
+	if how != unknown && (block || l.under) {
 		s.g.endOrphan(ctx, d)
 	}
 	switch how {
@@ -193,7 +201,7 @@ func (c course) String() string {
 
 // doubt is the transaction under way, for those who may know what became of it. mu is held.
 func (s *session) doubt(l *loss) Doubt {
-	d := Doubt{Target: l.target, Database: s.who.Database, PID: l.pid, XID: s.flight.xid, At: time.Now()}
+	d := Doubt{Target: l.target, Database: s.who.Database, PID: l.pid, Started: l.since, XID: s.flight.xid, At: time.Now()}
 	if under := s.flight.outstanding(); len(under) > 0 {
 		d.LTXID = under[0].ltxid
 	}
@@ -230,6 +238,9 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		status, delivered := s.flight.status, s.w.Sent() > s.flight.base
 		torn := s.flight.torn
 		s.mu.Unlock()
+		if l.pinned != "" {
+			return lost(l.target, l.pinned, why+" Its transaction was rolled back.")
+		}
 		if status == pgwire.Idle && !delivered && !torn {
 			return s.runAgain()
 		}
@@ -257,6 +268,9 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.mu.Unlock()
 	if changed {
 		return errSettings(l)
+	}
+	if l.pinned != "" {
+		return lost(l.target, l.pinned, l.cause+" Its transaction was committed.")
 	}
 	s.handleAgain(left)
 	return s.flushed()

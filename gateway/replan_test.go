@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -215,5 +216,42 @@ func TestStatementsThatWereNotClosedForOthers(t *testing.T) {
 		if res := useRaw(t, conn, fmt.Sprintf("s%d", i)); res.Err != nil {
 			t.Errorf("s%d: %v", i, res.Err)
 		}
+	}
+}
+
+// TestAMarkThatFails: the client gets its error, and nothing is committed.
+func TestAMarkThatFails(t *testing.T) {
+	c := markable(t)
+	_, addr := serve(t, Config{Mode: TransactionMode, Sites: &knowing{c: c}}, c)
+	pgtest.Exec(t, c, "shop", `CREATE OR REPLACE FUNCTION duri.mark(ltxid bytea) RETURNS void LANGUAGE plpgsql AS $$
+		BEGIN IF pg_current_xact_id_if_assigned() IS NOT NULL THEN RAISE 'no mark' USING ERRCODE = '57014'; END IF; END $$`)
+	conn := open1(t, dsn(addr, "default_query_exec_mode=simple_protocol"))
+	for _, sql := range []string{
+		"INSERT INTO ledger VALUES (1, 1)", "INSERT INTO ledger VALUES (1, 1); INSERT INTO ledger VALUES (1, 2)", "BEGIN; INSERT INTO ledger VALUES (1, 1); COMMIT",
+	} {
+		for range 2 {
+			_, err := conn.Exec(t.Context(), sql)
+			if strings.HasPrefix(sql, "BEGIN") && err == nil {
+				pgtest.Exec(t, c, "shop", "DELETE FROM ledger") // a block of the client's own in one Query is not marked
+				continue
+			}
+			wantCode(t, sql, err, "57014", "no mark")
+		}
+		if n := count(t, c, "true"); n != "0" {
+			t.Errorf("%s: %s rows", sql, n)
+		}
+	}
+	for range 2 {
+		exec1(t, conn, "BEGIN")
+		exec1(t, conn, "INSERT INTO ledger VALUES (1, 1)")
+		_, err := conn.Exec(t.Context(), "COMMIT")
+		wantCode(t, "COMMIT", err, "57014", "no mark")
+		exec1(t, conn, "ROLLBACK")
+	}
+	if n := count(t, c, "true"); n != "0" {
+		t.Errorf("%s rows", n)
+	}
+	if value[int](t, conn, "SELECT 1") != 1 {
+		t.Error("no answer")
 	}
 }
