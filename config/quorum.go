@@ -73,6 +73,15 @@ type Gateway struct {
 	Mode   GatewayMode `yaml:"mode" json:"mode"`
 	Cert   string      `yaml:"cert" json:"cert"` // PEM files for clients; empty: no TLS, and not with GatewayDoor
 	Key    string      `yaml:"key" json:"key"`
+
+	// These are not for GatewayDoor. They are read again by Agent.Reload.
+	Admins     []string `yaml:"admins" json:"admins"` // roles that may use the database duri; empty: the agent's
+	ClientsMax int      `yaml:"clients_max" json:"clients_max"`
+	PoolSize   int      `yaml:"pool_size" json:"pool_size"`
+	Hold       Duration `yaml:"hold" json:"hold"` // how long a client may wait for a connection, or for a site that may serve
+	Idle       Duration `yaml:"idle" json:"idle"` // how long a connection is kept that nobody uses
+	Strict     bool     `yaml:"strict" json:"strict"`
+	LoginRate  int      `yaml:"login_rate" json:"login_rate"` // per second and address
 }
 
 // GatewayMode is what the agent does with what passes.
@@ -93,6 +102,17 @@ func (d *decoder) validateGateway(g Gateway) {
 	if g.Mode == GatewayDoor && (g.Cert != "" || g.Key != "") {
 		d.invalid("gateway.cert", "gateway.cert and gateway.key are not for the mode door", "TLS is between client and PostgreSQL there; remove them, or set gateway.mode")
 		return
+	}
+	within(d, "gateway.clients_max", g.ClientsMax, 1, 1_000_000)
+	within(d, "gateway.pool_size", g.PoolSize, 1, 10_000)
+	within(d, "gateway.hold", g.Hold, 10*Millisecond, Hour)
+	within(d, "gateway.idle", g.Idle, Second, 24*Hour)
+	within(d, "gateway.login_rate", g.LoginRate, 1, 1_000_000)
+	seen := map[string]int{}
+	for i, role := range g.Admins {
+		key := fmt.Sprintf("gateway.admins[%d]", i)
+		d.identifier(key, role)
+		unique(d, seen, role, key)
 	}
 	if (g.Cert == "") != (g.Key == "") {
 		d.invalid("gateway.cert", "gateway.cert and gateway.key go together", "give both files, or none for connections without TLS")

@@ -91,7 +91,7 @@ func (s *session) runBorrowing(ctx context.Context) {
 	s.ending.Store(true)
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
 	s.detach()
-	if err != nil || s.g.ending.Load() {
+	if err != nil || s.g.ending.Load() || s.killed.Load() {
 		s.refuse(err)
 	}
 }
@@ -122,14 +122,20 @@ const retryEvery = 25 * time.Millisecond
 // fetchPatiently is fetch for a session that has begun: between two transactions nothing is lost when no server may be used just
 // now, so that the client waits for one, no longer than HoldMax.
 func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
-	deadline := time.Now().Add(s.g.cfg.HoldMax)
-	for {
+	deadline := time.Now().Add(s.g.lim().HoldMax)
+	waited := func(*backend) {}
+	for first := true; ; first = false {
 		b, err := s.fetch(ctx)
 		if err == nil || !absent(err) || s.ending.Load() || time.Now().After(deadline) {
+			waited(b)
 			return b, err
+		}
+		if first {
+			waited = s.waits()
 		}
 		select {
 		case <-ctx.Done():
+			waited(nil)
 			return nil, errShutdown
 		case <-time.After(retryEvery):
 		}
@@ -142,7 +148,7 @@ func (s *session) catchUp(ctx context.Context, b *backend) error {
 	if !s.keeps() || s.last == "" || s.last == to {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.g.cfg.HoldMax)
+	ctx, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
 	defer cancel()
 	err := s.g.cfg.Sites.CatchUp(ctx, s.who.Database, s.last, to)
 	if err == nil {
@@ -727,6 +733,9 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	for s.b != nil && s.b.asking.Load() != nil {
 		s.changed.Wait()
 	}
+	if err := s.holdPinned(ctx); err != nil {
+		return nil, err
+	}
 	for try := 0; s.b == nil; try++ {
 		if s.loss != nil {
 			return nil, errLoss
@@ -747,7 +756,10 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 			return nil, err
 		}
 	}
-	s.writing = true
+	if !s.writing {
+		s.start(s.b)
+		s.writing = true
+	}
 	s.note(t)
 	if s.keeps() {
 		s.flight.note(t.does)
@@ -766,7 +778,7 @@ var errStale = fatalError(codeLost, "connections to the server were lost", "", "
 
 // note remembers what a text does.
 func (s *session) note(t text) {
-	if s.g.cfg.Strict {
+	if s.g.lim().Strict {
 		t.probe, t.dirty = true, true
 	}
 	s.probe = s.probe || t.probe || (t.unpin && s.pinned() != "")
@@ -869,6 +881,7 @@ func (s *session) endBurst() {
 	defer s.mu.Unlock()
 	s.writing = false
 	if s.b != nil {
+		s.took(s.b)
 		s.rest(s.b)
 	}
 }
@@ -887,6 +900,9 @@ func (s *session) rest(b *backend) {
 		return
 	}
 	if s.pinned() != "" || b.cancelling > 0 {
+		b.pool.mu.Lock()
+		b.pool.gather(b)
+		b.pool.mu.Unlock()
 		return
 	}
 	s.unsettled = false
@@ -900,6 +916,12 @@ func (s *session) rest(b *backend) {
 
 // probed takes the answer to a probe.
 func (s *session) probed(b *backend, q *question) {
+	if s.heldReady {
+		s.heldReady = false
+		_ = s.w.Write(readyFor(pgwire.Idle)) // the next read tells if the client has gone
+		_ = s.w.Flush()
+		s.answered(pgwire.Idle)
+	}
 	if q.err != nil {
 		s.probe = true // after the next transaction
 		s.pinSeen = "its state could not be read: " + q.err.Message

@@ -39,6 +39,14 @@ type serverError struct {
 
 func (e *serverError) Error() string { return e.says.Error() }
 
+// asWireError gives what a client is told of err, if it is more than that the connection broke.
+func asWireError(err error) (*pgwire.Error, bool) {
+	if e, ok := errors.AsType[*serverError](err); ok {
+		return e.says, true
+	}
+	return errors.AsType[*pgwire.Error](err)
+}
+
 // hintOf is the advice that goes with an error.
 func hintOf(err error) string {
 	if h, ok := errors.AsType[interface {

@@ -42,6 +42,8 @@ type lending struct {
 	fatal      bool           // the server said why it ends the connection
 	lastWord   string         // what it said, if the client was not told
 	dropped    bool           // the session does not want it any more
+	counts     Counts         // that its pool does not know yet
+	received   uint64         // that was counted, of what its reader has received
 	marking    marking
 
 	own bool // rows that come now are for the gateway; of the backend's goroutine
@@ -66,6 +68,10 @@ func (b *backend) ask(q *question) {
 func (b *backend) enter(p *pool) {
 	b.pool, b.status = p, pgwire.Idle
 	b.params = append([]pgwire.Param{}, b.initial...)
+	b.received = b.r.Received()
+	p.mu.Lock()
+	p.all[b] = struct{}{}
+	p.mu.Unlock()
 	p.g.backends.Go(func() {
 		b.leave(b.answer())
 	})
@@ -79,6 +85,12 @@ func (b *backend) answer() error {
 			return err
 		}
 		s, q := b.owner.Load(), b.asking.Load()
+		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
+			// All of it, because half a message that the client has got cannot be taken back.
+			if _, err := b.r.Peek(b.r.Left()); err != nil {
+				return err
+			}
+		}
 		switch {
 		case typ == pgwire.ParameterStatus || typ == pgwire.NoticeResponse || typ == pgwire.NotificationResponse || typ == pgwire.ErrorResponse:
 			err = b.report(s, q, typ)
@@ -296,7 +308,7 @@ func (b *backend) deliver(s *session, typ byte) (err error) {
 func (b *backend) settle(s *session, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := forward
+	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
 		v = b.describe(s, typ)
@@ -392,7 +404,14 @@ func (b *backend) ready(s *session) error {
 		return errUnexplained
 	}
 	b.status = status
+	b.answered(s, status)
 	b.atRest = status == pgwire.Idle && b.line.empty()
+	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {
+		// Until it is known what the session has become, it is not told: it could not go on elsewhere.
+		s.heldReady = true
+		s.rest(b)
+		return nil
+	}
 	if s.flight.hidden == 0 {
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err

@@ -79,6 +79,7 @@ func (a *Agent) newDoor() (door, error) {
 	}
 	v := &verifiers{config: c}
 	g.Verifiers = v
+	a.administer(&g, c.User)
 	s, err := gateway.NewServer(g)
 	if err != nil {
 		return nil, err

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -38,6 +39,10 @@ type Agent struct {
 	hooks   Hooks
 	keeper  *keeper // nil without a register
 	door    door    // nil: clients do not come through the agent
+	role    string  // the agent's, at its server
+
+	reloading sync.Mutex     // guards inForce
+	inForce   *config.Config // cfg with what was reloaded; nil: nothing was
 }
 
 // Hooks let tests reach in. The zero value changes nothing.
