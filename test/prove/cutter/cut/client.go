@@ -67,7 +67,7 @@ func (c *client) login(keys *scram.Keys, application string) error {
 			if perr != nil {
 				return perr
 			}
-			return e
+			return fmt.Errorf("%w: %s", e, e.Detail)
 		case pgwire.ReadyForQuery:
 			return nil
 		}
