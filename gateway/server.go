@@ -55,6 +55,9 @@ type Target struct {
 	Network, Address string // as net.Dial takes them
 	// Epoch is the site's. Connections that were opened in an older one are not used again.
 	Epoch uint64
+	// History names what the server writes, so that a transaction's number means the same as long as it is equal. The gateway
+	// only hands it on to Sites, with each Doubt.
+	History string
 }
 
 // Wish is what a session wants of its next server.
@@ -84,7 +87,7 @@ type Config struct {
 	Verifiers Verifiers
 	// Sites lets the sessions of TransactionMode go on when a server is lost; nil: they end with it.
 	Sites Sites
-	// Dial connects to a target; nil: net.Dialer does.
+	// Dial connects to a target; nil: net.Dialer does. What it gives may be Secured.
 	Dial func(ctx context.Context, t Target) (net.Conn, error)
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
 	TLS *tls.Config
