@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	rnd "math/rand/v2"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -318,22 +316,6 @@ func (g *Server) Shut(why string) {
 	g.shut = why
 	for c := range g.conns {
 		_ = c.Close() // the client may have closed it already
-	}
-}
-
-// Leave ends all connections to a site that were opened before an epoch, also those in use: the site is lost, even if they do
-// not show it. Sessions then go on as when their server breaks the connection.
-func (g *Server) Leave(site string, epoch uint64) {
-	g.mu.Lock()
-	sessions := slices.Collect(maps.Values(g.sessions))
-	g.mu.Unlock()
-	for _, s := range sessions {
-		s.mu.Lock()
-		if b := s.b; b != nil && b.target.Site == site && b.target.Epoch < epoch {
-			b.lastWord = "The site has been left out."
-			_ = b.conn.Close() // and its goroutine sees it
-		}
-		s.mu.Unlock()
 	}
 }
 
