@@ -960,7 +960,14 @@ func (s *session) lose(b *backend, cause error) {
 		default:
 			why = "a transaction is open"
 		}
-		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
+		told := lost(b.target, why, cause.Error())
+		if s.keeps() && s.flight.doubtful() {
+			told.Code, told.Message = codeUnknown, told.Message+", and nobody can say now whether what it was doing was committed"
+		}
+		_ = s.w.Write(report(told))
+	}
+	if s.keeps() {
+		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid}))
 	}
 	_ = s.w.Flush()
 	_ = s.conn.Close()

@@ -183,6 +183,9 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 		// This statement is of no use to anybody any more: who prepares the same anew gets another.
 		b.pool.generation.Add(1)
 	}
+	if s.tag > 0 { // Of a Query that cannot be committed, a server does not tell the tag.
+		s.w.CutBack(s.tag - 1)
+	}
 	b.line.answer(pgwire.ErrorResponse, s.undo)
 	b.own, s.flight.failed = false, true
 	if s.flight.hidden > 0 { // It went well the last time.
@@ -309,6 +312,9 @@ func (b *backend) settle(s *session, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var v verdict
+	if typ == pgwire.CommandComplete && b.line.next().simple {
+		s.tag = s.w.Total() + 1
+	}
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
 		v = b.describe(s, typ)
@@ -403,7 +409,7 @@ func (b *backend) ready(s *session) error {
 	if b.line.answer(pgwire.ReadyForQuery, nil) != forward {
 		return errUnexplained
 	}
-	b.status = status
+	b.status, s.tag = status, 0
 	b.answered(s, status)
 	b.atRest = status == pgwire.Idle && b.line.empty()
 	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {

@@ -153,7 +153,9 @@ func settle(sent []expected) (out []byte, ok bool) {
 			if !e.commits {
 				return nil, false
 			}
-			out = pgwire.AppendCommandComplete(out, "COMMIT")
+			if !e.done {
+				out = pgwire.AppendCommandComplete(out, "COMMIT")
+			}
 		}
 		if e.kind == 'Q' || e.kind == 'S' {
 			return pgwire.AppendReadyForQuery(out, pgwire.Idle), true

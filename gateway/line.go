@@ -26,6 +26,8 @@ type expected struct {
 	changed bool // B, T: made to fail, because the statement is not what it was
 	missing bool // B, T: fails, because the client has no such statement
 	commits bool // Q, T, O, E: it is a COMMIT
+	done    bool // Q: its CommandComplete has come
+	simple  bool // E: of a Query that is sent as extended messages, which tells its tag when it has committed
 }
 
 // verdict is what becomes of an answer.
@@ -127,6 +129,8 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 		l.copyIn = head == 'E'
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
 		switch head {
+		case 'Q':
+			l.sent[l.first].done = true
 		case 'E':
 			l.execute()
 		case 'm':

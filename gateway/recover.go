@@ -35,6 +35,7 @@ type recovery struct {
 	last      string // site of the latest transaction
 	home      string // the site that the client has asked for
 
+	tag   int64       // where the CommandComplete of a Query stands in w that has yet to commit, plus 1; else 0
 	eager atomic.Bool // answers are not held back: the client waits for them
 
 	// Of the session's goroutine.
@@ -84,7 +85,7 @@ func (s *session) lostServer(b *backend, cause error) {
 	s.loss = &loss{
 		target: b.target, pid: b.pid, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
 	}
-	s.heldReady = false
+	s.heldReady, s.tag = false, 0
 	if s.parked && !s.poked {
 		s.poked = true
 		_ = s.conn.SetReadDeadline(time.Unix(1, 0)) // it may have ended
@@ -172,9 +173,7 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if d.XID != 0 && how != unknown {
-		s.g.endOrphan(ctx, d)
-	}
+	s.g.endOrphan(d)
 	switch how {
 	case again:
 		return s.runAgain()
@@ -203,10 +202,14 @@ func (s *session) doubt(l *loss) Doubt {
 // orphanMax bounds how long the end of a backend without a client is waited for.
 const orphanMax = time.Second
 
-func (g *Server) endOrphan(ctx context.Context, d Doubt) {
-	ctx, cancel := context.WithTimeout(ctx, orphanMax)
-	defer cancel()
-	g.cfg.Sites.End(ctx, d)
+// endOrphan has the backend of a lost connection ended, if its server lives: it does not see by itself that its client is gone, and
+// has a transaction or a lock. What runs again elsewhere does not wait for that.
+func (g *Server) endOrphan(d Doubt) {
+	g.backends.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), orphanMax)
+		defer cancel()
+		g.cfg.Sites.End(ctx, d)
+	})
 }
 
 // resolve learns what became of a commit whose answer was lost.
@@ -324,6 +327,7 @@ func (s *session) enterLimbo(owed *pgwire.Error, block bool) error {
 			s.limbo.skip, left = true, nil
 			if under[0].ended {
 				left = pgwire.AppendHeader(nil, pgwire.Sync, 0)
+				s.limbo.block = block && under[0].does != commits && under[0].does != rollsBack
 			}
 			if s.w.Write(s.limbo.refuse()) != nil {
 				s.mu.Unlock()

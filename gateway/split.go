@@ -187,7 +187,7 @@ func (s *session) commitQuery(b *backend, sql []byte) error {
 	delete(s.statements, "") // A Query takes the unnamed statement away.
 	b.known.unnamed = preparation{}
 	for _, kind := range []byte("pbuE") {
-		b.line.push(expected{kind: kind})
+		b.line.push(expected{kind: kind, simple: kind == 'E'})
 	}
 	m := pgwire.AppendParse(s.scratch[:0], "", sql, []byte{0, 0})
 	m = appendExecute(pgwire.AppendTarget(appendBind(m, "", nil), pgwire.Describe, 'P', ""))
