@@ -16,6 +16,10 @@ import "github.com/duri-io/duri/pgwire"
 //	E execute                           CommandComplete, EmptyQueryResponse or PortalSuspended
 //	b bind of our own                   BindComplete, which the client does not see
 //	m execute of our own                DataRow and CommandComplete, which the client does not see
+//	q query of our own, before w        until ReadyForQuery, which the client does not see
+//	w query of the client in a block    until ReadyForQuery, which alone the client does not see
+//	  of our own
+//	z query of our own, after w         CommandComplete, which the client does not see, and ReadyForQuery
 //	C close, c close of our own         CloseComplete, which the client does not see of our own
 //	d copy data, x end of copy data     none
 type expected struct {
@@ -135,11 +139,14 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 			l.execute()
 		case 'm':
 			return l.take(true, true)
+		case 'q', 'z':
+			return swallow
 		}
 	case pgwire.ErrorResponse:
 		l.fail(head, undo)
 	case pgwire.ReadyForQuery:
-		return l.take(head == 'Q' || head == 'F' || head == 'S', false)
+		own := head == 'q' || head == 'w'
+		return l.take(own || head == 'Q' || head == 'F' || head == 'S' || head == 'z', own)
 	}
 	return forward
 }
@@ -171,7 +178,8 @@ func (l *line) execute() {
 
 // fail pops what an error takes with it: in the extended protocol all up to the next Sync.
 func (l *line) fail(head byte, undo func(expected)) {
-	if head == 0 || head == 'Q' || head == 'F' || head == 'S' {
+	switch head {
+	case 0, 'Q', 'F', 'S', 'q', 'w', 'z':
 		return
 	}
 	if l.copyIn && l.marked() {

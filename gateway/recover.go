@@ -16,9 +16,11 @@ import (
 type loss struct {
 	target Target
 	pid    uint32
+	since  string // the start of its backend
 	cause  string
 	sent   []expected // to it, and not answered; what is the gateway's own included
 	broken bool       // the client has got a part of a message
+	under  bool       // something was sent to it, and not answered
 	ready  bool       // all was done, but what it has made of the session is not known
 }
 
@@ -83,7 +85,7 @@ func (s *session) lostServer(b *backend, cause error) {
 		why = b.lastWord
 	}
 	s.loss = &loss{
-		target: b.target, pid: b.pid, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
+		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
 	}
 	s.heldReady, s.tag = false, 0
 	if s.parked && !s.poked {
@@ -153,6 +155,7 @@ func (s *session) recover(ctx context.Context) error {
 	how := f.decide(delivered, false)
 	f.strange = false
 	d := s.doubt(l)
+	l.under = len(f.outstanding()) > 0
 	unmarked := how == asks && f.outstanding()[0].unmarked
 	block := f.status != pgwire.Idle || f.hidden > 0
 	s.mu.Unlock()
@@ -173,7 +176,9 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	s.g.endOrphan(d)
+	if block || l.under {
+		s.g.endOrphan(d)
+	}
 	switch how {
 	case again:
 		return s.runAgain()
@@ -192,7 +197,7 @@ func (c course) String() string {
 
 // doubt is the transaction under way, for those who may know what became of it. mu is held.
 func (s *session) doubt(l *loss) Doubt {
-	d := Doubt{Target: l.target, Database: s.who.Database, PID: l.pid, XID: s.flight.xid, At: time.Now()}
+	d := Doubt{Target: l.target, Database: s.who.Database, PID: l.pid, Started: l.since, XID: s.flight.xid, At: time.Now()}
 	if under := s.flight.outstanding(); len(under) > 0 {
 		d.LTXID = under[0].ltxid
 	}

@@ -242,10 +242,10 @@ func (a answer) equal(b answer) bool {
 
 func sameNotice(a, b string) bool { return a == b && strings.HasPrefix(a, "N ") }
 
-// lost reports that a says 25P02 where PostgreSQL, in a failed transaction that never had the savepoint, says that it does not
-// exist: the gateway cannot know better.
+// lost reports that a says 25P02 where PostgreSQL, in a failed transaction that never had the savepoint or portal, says that it
+// does not exist: the gateway cannot know better.
 func (a answer) lost(b answer) bool {
-	return a.status == b.status && slices.Equal(a.codes, []string{inFailed}) && slices.Equal(b.codes, []string{"3B001"})
+	return a.status == b.status && slices.Equal(a.codes, []string{inFailed}) && (slices.Equal(b.codes, []string{"3B001"}) || slices.Equal(b.codes, []string{"34000"}))
 }
 
 func (a answer) String() string {
