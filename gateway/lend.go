@@ -47,8 +47,9 @@ type lending struct {
 	marking    marking
 	started    string // backend_start of the server's process, as far as it was asked
 
-	part bool // what is left of the message at hand follows what the client has got of it; of the backend's goroutine
-	own  bool // rows that come now are for the gateway; of the backend's goroutine
+	// Of the backend's goroutine.
+	part bool // what is left of the message at hand follows what the client has got of it
+	own  bool // rows that come now are for the gateway
 }
 
 // question is a query of the gateway's own.

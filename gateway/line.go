@@ -139,6 +139,8 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 		l.copyIn = head == 'E'
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
 		switch head {
+		case 'Q':
+			l.sent[l.first].done = true
 		case 'E':
 			l.execute()
 		case 'm':

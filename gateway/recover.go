@@ -176,12 +176,11 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if l.pinned != "" && how != unknown {
-		s.g.endOrphan(ctx, d)
-		return lost(l.target, l.pinned, l.cause)
+	if how != unknown && (block || l.under || l.pinned != "") {
+		s.g.endOrphan(d)
 	}
-	if how != unknown && (block || l.under) {
-		s.g.endOrphan(ctx, d)
+	if l.pinned != "" && how != unknown {
+		return lost(l.target, l.pinned, l.cause)
 	}
 	switch how {
 	case again:
@@ -211,10 +210,14 @@ func (s *session) doubt(l *loss) Doubt {
 // orphanMax bounds how long the end of a backend without a client is waited for.
 const orphanMax = time.Second
 
-func (g *Server) endOrphan(ctx context.Context, d Doubt) {
-	ctx, cancel := context.WithTimeout(ctx, orphanMax)
-	defer cancel()
-	g.cfg.Sites.End(ctx, d)
+// endOrphan has the backend of a lost connection ended, if its server lives: it does not see by itself that its client is gone, and
+// has a transaction or a lock. What runs again elsewhere does not wait for that.
+func (g *Server) endOrphan(d Doubt) {
+	g.backends.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), orphanMax)
+		defer cancel()
+		g.cfg.Sites.End(ctx, d)
+	})
 }
 
 // resolve learns what became of a commit whose answer was lost.
@@ -338,6 +341,7 @@ func (s *session) enterLimbo(owed *pgwire.Error, block bool) error {
 			s.limbo.skip, left = true, nil
 			if under[0].ended {
 				left = pgwire.AppendHeader(nil, pgwire.Sync, 0)
+				s.limbo.block = block && under[0].does != commits && under[0].does != rollsBack
 			}
 			if s.w.Write(s.limbo.refuse()) != nil {
 				s.mu.Unlock()
