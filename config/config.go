@@ -229,8 +229,10 @@ func defaults() *Config {
 		Verify:       Verify{Enabled: true, Period: 300 * Second, CPU: 0.02},
 		MaxClockSkew: 500 * Millisecond, // replication.md rule 1
 		Heartbeat:    Second,
-		Gateway:      Gateway{Mode: GatewayDoor},
-		Log:          Log{Level: "info", Format: "text"},
+		Gateway: Gateway{
+			Mode: GatewayDoor, ClientsMax: 1000, PoolSize: 20, Hold: 15 * Second, Idle: 600 * Second, LoginRate: 1000,
+		},
+		Log: Log{Level: "info", Format: "text"},
 	}
 }
 

@@ -17,6 +17,15 @@ type Gateway struct {
 	Routes []Route `yaml:"routes" json:"routes"`
 	// RehomeEvery sends every n-th transaction to the next site, for tests of applications; 0: none.
 	RehomeEvery int `yaml:"rehome_every" json:"rehome_every"`
+
+	// These are not for GatewayDoor. They are read again by Agent.Reload.
+	Admins     []string `yaml:"admins" json:"admins"` // roles that may use the database duri; empty: the agent's
+	ClientsMax int      `yaml:"clients_max" json:"clients_max"`
+	PoolSize   int      `yaml:"pool_size" json:"pool_size"`
+	Hold       Duration `yaml:"hold" json:"hold"` // how long a client may wait for a connection, or for a site that may serve
+	Idle       Duration `yaml:"idle" json:"idle"` // how long a connection is kept that nobody uses
+	Strict     bool     `yaml:"strict" json:"strict"`
+	LoginRate  int      `yaml:"login_rate" json:"login_rate"` // per second and address
 }
 
 // Route gives the sessions that it fits a home site. What is empty fits all.
@@ -65,6 +74,17 @@ func (d *decoder) validateGateway(c *Config) {
 		}
 	}
 	within(d, "gateway.rehome_every", g.RehomeEvery, 0, 1_000_000)
+	within(d, "gateway.clients_max", g.ClientsMax, 1, 1_000_000)
+	within(d, "gateway.pool_size", g.PoolSize, 1, 10_000)
+	within(d, "gateway.hold", g.Hold, 10*Millisecond, Hour)
+	within(d, "gateway.idle", g.Idle, Second, 24*Hour)
+	within(d, "gateway.login_rate", g.LoginRate, 1, 1_000_000)
+	seen := map[string]int{}
+	for i, role := range g.Admins {
+		key := fmt.Sprintf("gateway.admins[%d]", i)
+		d.identifier(key, role)
+		unique(d, seen, role, key)
+	}
 	if g.Mode == GatewayDoor {
 		if g.Cert != "" || g.Key != "" {
 			d.invalid("gateway.cert", "gateway.cert and gateway.key are not for the mode door", "TLS is between client and PostgreSQL there; remove them, or set gateway.mode")

@@ -462,6 +462,14 @@ gateway:   # the way of clients to PostgreSQL through the agent, which keeps the
   routes: []   # of {database, role, application_name, site}: the home of the sessions that fit; default: this site
   rehome_every: 0   # for tests of applications: every n-th transaction goes to the next site
   name: ""   # in the file of a gateway that runs alone (duri gateway): that of its certificate
+  # For session and transaction; SIGHUP to the agent, or RELOAD in the database duri, takes a change of these.
+  admins: []   # roles that may use the gateway's own database, duri; default: the agent's role
+  clients_max: {{.Default.Gateway.ClientsMax}}
+  pool_size: {{.Default.Gateway.PoolSize}}   # connections to a server per database, user and set of startup parameters
+  hold: {{.Default.Gateway.Hold}}   # how long a client waits for one, or for a site that may serve
+  idle: {{.Default.Gateway.Idle}}   # after this an unused connection is closed
+  strict: {{.Default.Gateway.Strict}}   # true: ask the server after each transaction what the session has become
+  login_rate: {{.Default.Gateway.LoginRate}}   # logins per second and address, ten times as many at once
 {{- else if and .Voters (not .Witness)}}
 
 durability:

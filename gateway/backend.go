@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"time"
 
 	"github.com/duri-io/duri/pgwire"
 	"github.com/duri-io/duri/pgwire/scram"
@@ -22,6 +23,7 @@ type backend struct {
 	pid     uint32         // of the server's process
 	secret  []byte         // with which it is cancelled
 	initial []pgwire.Param // what it reported at login
+	opened  time.Time
 
 	lending
 }
@@ -36,7 +38,7 @@ func (g *Server) dial(ctx context.Context, t Target, who *Login, keys *scram.Key
 		return nil, unreachable(err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	b := &backend{target: t, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn)}
+	b := &backend{target: t, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn), opened: time.Now()}
 	err = b.login(who, keys, binding)
 	if !stop() && err == nil {
 		err = ctx.Err()
@@ -202,6 +204,10 @@ func (g *Server) cancel(ctx context.Context, start *pgwire.Startup) {
 	}
 	s := g.session(start.PID)
 	if s == nil || !s.knows(start.Secret) {
+		return
+	}
+	if stop := s.command.Load(); stop != nil {
+		(*stop)()
 		return
 	}
 	b, done := s.busy()

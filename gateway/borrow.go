@@ -91,7 +91,7 @@ func (s *session) runBorrowing(ctx context.Context) {
 	s.ending.Store(true)
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
 	s.detach()
-	if err != nil || s.g.ending.Load() {
+	if err != nil || s.g.ending.Load() || s.killed.Load() {
 		s.refuse(err)
 	}
 }
@@ -122,14 +122,20 @@ const retryEvery = 25 * time.Millisecond
 // fetchPatiently is fetch for a session that has begun: between two transactions nothing is lost when no server may be used just
 // now, so that the client waits for one, no longer than HoldMax.
 func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
-	deadline := time.Now().Add(s.g.cfg.HoldMax)
-	for {
+	deadline := time.Now().Add(s.g.lim().HoldMax)
+	waited := func(*backend) {}
+	for first := true; ; first = false {
 		b, err := s.fetch(ctx)
 		if err == nil || !absent(err) || s.ending.Load() || time.Now().After(deadline) {
+			waited(b)
 			return b, err
+		}
+		if first {
+			waited = s.waits()
 		}
 		select {
 		case <-ctx.Done():
+			waited(nil)
 			return nil, errShutdown
 		case <-time.After(retryEvery):
 		}
@@ -142,7 +148,7 @@ func (s *session) catchUp(ctx context.Context, b *backend) error {
 	if !s.keeps() || s.last == "" || s.last == to {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.g.cfg.HoldMax)
+	ctx, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
 	defer cancel()
 	err := s.g.cfg.Sites.CatchUp(ctx, s.who.Database, s.last, to)
 	if err == nil {
@@ -302,7 +308,7 @@ func (s *session) push(b *backend, e ...expected) {
 		b.line.push(e)
 	}
 	s.sending(b)
-	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S') {
+	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S' || k == 'z') {
 		s.flight.open().closed = true
 	}
 }
@@ -341,8 +347,10 @@ func (s *session) query(ctx context.Context) error {
 	switch split, err := s.splits(b); {
 	case err != nil:
 		return err
-	case split:
+	case split && t.does == writes:
 		return s.commitQuery(b, sql)
+	case split:
+		return s.commitWrapped(b, body)
 	}
 	if t.does == commits {
 		if err := s.beforeCommit(b); err != nil {
@@ -361,8 +369,7 @@ func (s *session) query(ctx context.Context) error {
 		b.line.push(expected{kind: 'p'})
 		s.scratch = first
 	}
-	delete(s.statements, "") // A Query takes the unnamed statement away.
-	b.known.unnamed = preparation{}
+	s.forgetUnnamed(b)
 	s.mu.Unlock()
 	s.push(b, expected{kind: 'Q', commits: t.does == commits})
 	if first != nil {
@@ -615,11 +622,15 @@ func (s *session) bind(ctx context.Context) error {
 			return err
 		}
 	}
-	name, same := noStatement, true // The server says in its own words that it does not exist.
-	if st != nil {
-		if same = s.ensure(b, st); same {
-			name = st.name
-		}
+	e := expected{kind: 'B'}
+	name := noStatement // The server says in its own words that it does not exist.
+	switch {
+	case st == nil:
+		e.missing, e.name = true, string(client)
+	case s.ensure(b, st):
+		name = st.name
+	default:
+		e.changed = true
 	}
 	s.mu.Lock()
 	if len(portal) == 0 {
@@ -630,7 +641,7 @@ func (s *session) bind(ctx context.Context) error {
 	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Bind, s.r.Left()-len(client)+len(name))
 	s.scratch = append(append(s.scratch, portal...), 0)
 	s.scratch = append(append(s.scratch, name...), 0)
-	b.line.push(expected{kind: 'B', changed: !same})
+	b.line.push(e)
 	s.sending(b)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
@@ -666,12 +677,9 @@ func (s *session) target(ctx context.Context, typ byte) error {
 		e = expected{kind: 'C', st: st, name: name}
 		name = noStatement
 	case kind == 'S':
-		e = expected{kind: 'T', st: st}
-		if st != nil && s.ensure(b, st) {
-			name = st.name
-		} else {
-			e.changed = st != nil
-			name = noStatement
+		e = expected{kind: 'T', st: st, changed: st != nil, missing: st == nil, name: name}
+		if name = noStatement; st != nil && s.ensure(b, st) {
+			e.changed, name = false, st.name
 		}
 	case typ == pgwire.Describe:
 		e = expected{kind: 'O', st: s.portals[name]}
@@ -726,6 +734,9 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	for s.b != nil && s.b.asking.Load() != nil {
 		s.changed.Wait()
 	}
+	if err := s.holdPinned(ctx); err != nil {
+		return nil, err
+	}
 	for try := 0; s.b == nil; try++ {
 		if s.loss != nil {
 			return nil, errLoss
@@ -746,7 +757,10 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 			return nil, err
 		}
 	}
-	s.writing = true
+	if !s.writing {
+		s.start(s.b)
+		s.writing = true
+	}
 	s.note(t)
 	if s.keeps() {
 		s.flight.note(t.does)
@@ -765,7 +779,7 @@ var errStale = fatalError(codeLost, "connections to the server were lost", "", "
 
 // note remembers what a text does.
 func (s *session) note(t text) {
-	if s.g.cfg.Strict {
+	if s.g.lim().Strict {
 		t.probe, t.dirty = true, true
 	}
 	s.probe = s.probe || t.probe || (t.unpin && s.pinned() != "")
@@ -868,6 +882,7 @@ func (s *session) endBurst() {
 	defer s.mu.Unlock()
 	s.writing = false
 	if s.b != nil {
+		s.took(s.b)
 		s.rest(s.b)
 	}
 }
@@ -886,6 +901,9 @@ func (s *session) rest(b *backend) {
 		return
 	}
 	if s.pinned() != "" || b.cancelling > 0 {
+		b.pool.mu.Lock()
+		b.pool.gather(b)
+		b.pool.mu.Unlock()
 		return
 	}
 	s.unsettled = false
@@ -899,6 +917,12 @@ func (s *session) rest(b *backend) {
 
 // probed takes the answer to a probe.
 func (s *session) probed(b *backend, q *question) {
+	if s.heldReady {
+		s.heldReady = false
+		_ = s.w.Write(readyFor(pgwire.Idle)) // the next read tells if the client has gone
+		_ = s.w.Flush()
+		s.answered(pgwire.Idle)
+	}
 	if q.err != nil {
 		s.probe = true // after the next transaction
 		s.pinSeen = "its state could not be read: " + q.err.Message
@@ -921,6 +945,9 @@ func (s *session) lose(b *backend, cause error) {
 	s.b = nil
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
+		if s.keeps() && q != nil && q.setup && !b.dropped {
+			s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
+		}
 		return
 	}
 	if s.survivable(b) {
@@ -937,14 +964,21 @@ func (s *session) lose(b *backend, cause error) {
 		default:
 			why = "a transaction is open"
 		}
-		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
+		told := lost(b.target, why, cause.Error())
+		if s.keeps() && s.flight.doubtful() {
+			told.Code, told.Message = codeUnknown, told.Message+", and nobody can say now whether what it was doing was committed"
+		}
+		_ = s.w.Write(report(told))
+	}
+	if s.keeps() {
+		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
 	}
 	_ = s.w.Flush()
 	_ = s.conn.Close()
 }
 
-// inMessage reports whether the client has got a part of a message.
-func inMessage(b *backend) bool { return b.r.Left() > 0 }
+// inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
+func inMessage(b *backend) bool { return b.part && b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {

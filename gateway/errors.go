@@ -24,6 +24,7 @@ const (
 	codeAuth        = "28000"
 	codeProtocol    = "08P01" // the client broke the protocol; never a failure of the gateway
 	codeUnsupported = "0A000"
+	codeMissing     = "26000" // a prepared statement does not exist
 	codeRolledBack  = "40001" // the transaction has certainly not taken effect; the session goes on
 	codeInFailed    = "25P02"
 	codeCrash       = "57P02" // a server's, that ends all its sessions
@@ -37,6 +38,14 @@ type serverError struct {
 }
 
 func (e *serverError) Error() string { return e.says.Error() }
+
+// asWireError gives what a client is told of err, if it is more than that the connection broke.
+func asWireError(err error) (*pgwire.Error, bool) {
+	if e, ok := errors.AsType[*serverError](err); ok {
+		return e.says, true
+	}
+	return errors.AsType[*pgwire.Error](err)
+}
 
 // hintOf is the advice that goes with an error.
 func hintOf(err error) string {

@@ -42,17 +42,23 @@ type lending struct {
 	fatal      bool           // the server said why it ends the connection
 	lastWord   string         // what it said, if the client was not told
 	dropped    bool           // the session does not want it any more
+	counts     Counts         // that its pool does not know yet
+	received   uint64         // that was counted, of what its reader has received
 	marking    marking
+	started    string // backend_start of the server's process, as far as it was asked
 
-	own bool // rows that come now are for the gateway; of the backend's goroutine
+	// Of the backend's goroutine.
+	part bool // what is left of the message at hand follows what the client has got of it
+	own  bool // rows that come now are for the gateway
 }
 
 // question is a query of the gateway's own.
 type question struct {
 	setup bool // else a probe
+	more  int  // ReadyForQuery that come before the last
 	rows  [][]string
-	err   *pgwire.Error
-	done  bool // guarded by the owner's mu
+	err   *pgwire.Error // the latest
+	done  bool          // guarded by the owner's mu
 }
 
 // ask makes what the server sends now the answer to a query of the gateway's own, which the caller sends. As a Query it
@@ -66,6 +72,10 @@ func (b *backend) ask(q *question) {
 func (b *backend) enter(p *pool) {
 	b.pool, b.status = p, pgwire.Idle
 	b.params = append([]pgwire.Param{}, b.initial...)
+	b.received = b.r.Received()
+	p.mu.Lock()
+	p.all[b] = struct{}{}
+	p.mu.Unlock()
 	p.g.backends.Go(func() {
 		b.leave(b.answer())
 	})
@@ -79,6 +89,14 @@ func (b *backend) answer() error {
 			return err
 		}
 		s, q := b.owner.Load(), b.asking.Load()
+		b.part = true
+		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
+			// All of it, because half a message that the client has got cannot be taken back.
+			b.part = false
+			if _, err := b.r.Peek(b.r.Left()); err != nil {
+				return err
+			}
+		}
 		switch {
 		case typ == pgwire.ParameterStatus || typ == pgwire.NoticeResponse || typ == pgwire.NotificationResponse || typ == pgwire.ErrorResponse:
 			err = b.report(s, q, typ)
@@ -156,13 +174,24 @@ func (s *session) holds() bool { return s.keeps() && !s.eager.Load() }
 func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	e := errorOf(b.r)
 	b.fatal = e.Severity == "FATAL" || e.Severity == "PANIC"
-	if b.fatal && isLeaving(e.Code) && s.survivable(b) {
-		b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
-		return nil // It is about to go.
+	if b.fatal && isLeaving(e.Code) && s.pinned() == "" {
+		b.fatal = false
+		if s.survivable(b) {
+			b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
+			return nil // It is about to go.
+		}
+		b.fatal = true
+	}
+	if s.flight.simple && s.flight.isCommitting() {
+		// A server tells a Query's result only when it has committed.
+		s.w.CutBack(s.flight.tag)
 	}
 	send = b.r.Forward
 	if b.line.next().changed {
 		send = func(w *pgwire.Writer) error { return w.Write(planChanged) }
+	}
+	if next := b.line.next(); next.missing && e.Code == codeMissing {
+		send = func(w *pgwire.Writer) error { return w.Write(missing(e, next.name)) }
 	}
 	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
 		// This statement is of no use to anybody any more: who prepares the same anew gets another.
@@ -241,6 +270,10 @@ func (b *backend) hear(s *session, q *question, typ byte) error {
 		}
 		q.rows = append(q.rows, row)
 	case pgwire.ReadyForQuery:
+		if q.more > 0 {
+			q.more--
+			return nil
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		b.asking.Store(nil)
@@ -293,7 +326,7 @@ func (b *backend) deliver(s *session, typ byte) (err error) {
 func (b *backend) settle(s *session, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := forward
+	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
 		v = b.describe(s, typ)
@@ -314,6 +347,10 @@ func (b *backend) settle(s *session, typ byte) error {
 		return nil
 	case v == asParse:
 		return s.w.Write(parseComplete)
+	}
+	if typ == pgwire.CommandComplete {
+		s.flight.tag = s.w.Total()
+		b.line.complete()
 	}
 	// Under mu, because what is behind the last answer may be flushed by the session's goroutine (flushHeld).
 	return b.r.Forward(s.w)
@@ -385,11 +422,25 @@ func (b *backend) ready(s *session) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b.line.answer(pgwire.ReadyForQuery, nil) != forward {
+	v := b.line.answer(pgwire.ReadyForQuery, nil)
+	if v == unexplained {
 		return errUnexplained
 	}
 	b.status = status
+	if v == swallow {
+		if s.wants {
+			s.changed.Broadcast()
+		}
+		return nil
+	}
+	b.answered(s, status)
 	b.atRest = status == pgwire.Idle && b.line.empty()
+	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {
+		// Until it is known what the session has become, it is not told: it could not go on elsewhere.
+		s.heldReady = true
+		s.rest(b)
+		return nil
+	}
 	if s.flight.hidden == 0 {
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err

@@ -100,7 +100,10 @@ func (s *session) login(ctx context.Context, start *pgwire.Startup) error {
 	if err := s.identify(start); err != nil {
 		return err
 	}
-	if err := s.g.admit(); err != nil {
+	if err := s.g.admit(s.who.Database); err != nil {
+		return err
+	}
+	if err := s.g.admitLogin(s); err != nil {
 		return err
 	}
 	if admit := s.g.cfg.Admit; admit != nil {
@@ -177,6 +180,7 @@ func (s *session) authenticate(v *scram.Verifier) error {
 	}
 	reply, s.keys, err = conv.Final(body)
 	if errors.Is(err, scram.ErrPassword) {
+		s.g.wrongPassword(s)
 		return fatalError(codePassword, fmt.Sprintf("password authentication failed for user %q", s.who.User), "", "")
 	}
 	if err != nil {

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -15,12 +16,14 @@ type poolKey struct{ network, address, login string }
 
 // pool keeps the backends of one server, database, user and set of startup parameters that no session uses.
 type pool struct {
-	g    *Server
-	key  poolKey
-	used time.Time // guarded by Server.mu
+	g     *Server
+	key   poolKey
+	tally tallyKey
+	used  time.Time // guarded by Server.mu
 
-	// generation goes into the names of statements; it is raised when those that are there cannot be used any more.
-	generation atomic.Uint64
+	// generation goes into the names of statements; it is raised when those that are there cannot be used any more. Pools of the
+	// same login have it in common: who prepares anew at one server is moved to another.
+	generation *atomic.Uint64
 
 	mu      sync.Mutex // guards the rest; nothing is locked and nobody waited for under it
 	idle    []*backend // the one used last is the last
@@ -28,6 +31,11 @@ type pool struct {
 	epoch   uint64     // the highest seen; older backends are not used again
 	waiting []chan *backend
 	seq     bool // some session reads what it left in sequences
+
+	all    map[*backend]struct{} // idle and in use
+	paused bool                  // nobody is served
+	renew  time.Time             // backends that were opened before are not used again
+	counts Counts                // of transactions that have ended
 }
 
 // pool gives the pool of a target and login.
@@ -37,7 +45,13 @@ func (g *Server) pool(t Target, who *Login) *pool {
 	defer g.mu.Unlock()
 	p := g.pools[key]
 	if p == nil {
-		p = &pool{g: g, key: key}
+		p = &pool{g: g, key: key, tally: tallyKey{who.Database, who.User, t.Site}, all: map[*backend]struct{}{}, generation: new(atomic.Uint64)}
+		p.paused = g.pausedNow(who.Database)
+		for other := range g.pools {
+			if other.login == key.login {
+				p.generation = g.pools[other].generation
+			}
+		}
 		g.pools[key] = p
 	}
 	p.used = time.Now()
@@ -50,19 +64,29 @@ func (p *pool) get(ctx context.Context, s *session, t Target) (*backend, error) 
 	p.mu.Lock()
 	p.epoch = max(p.epoch, t.Epoch)
 	p.expire(time.Time{})
-	if b := p.pick(s.id); b != nil {
-		p.mu.Unlock()
-		return b, nil
-	}
-	if p.open < p.g.cfg.PoolMax {
-		p.open++
-		p.mu.Unlock()
-		return p.dial(ctx, s, t)
+	if !p.paused {
+		if b := p.pick(s.id); b != nil {
+			p.mu.Unlock()
+			return b, nil
+		}
 	}
 	turn := make(chan *backend, 1)
-	p.waiting = append(p.waiting, turn)
+	if !p.paused && p.open < p.g.lim().PoolMax {
+		p.open++
+		turn <- nil
+	} else {
+		p.waiting = append(p.waiting, turn)
+	}
 	p.mu.Unlock()
-	timeout := time.NewTimer(p.g.cfg.HoldMax)
+	waited := s.waits()
+	b, err := p.wait(ctx, s, t, turn)
+	waited(b)
+	return b, err
+}
+
+// wait waits for its turn, and opens a backend if that is what it gets.
+func (p *pool) wait(ctx context.Context, s *session, t Target, turn chan *backend) (*backend, error) {
+	timeout := time.NewTimer(p.g.lim().HoldMax)
 	defer timeout.Stop()
 	select {
 	case b := <-turn:
@@ -75,8 +99,12 @@ func (p *pool) get(ctx context.Context, s *session, t Target) (*backend, error) 
 		return nil, errShutdown
 	case <-timeout.C:
 		p.leave(turn)
-		return nil, fatalError(codeTooMany, fmt.Sprintf("no connection to the server of %s became free within %v", t.name(), p.g.cfg.HoldMax),
-			fmt.Sprintf("All %d are in use.", p.g.cfg.PoolMax), "end transactions sooner, or raise the limit of connections per pool")
+		lim := p.g.lim()
+		if p.isPaused() {
+			return nil, errPaused(p.tally.database, lim.HoldMax)
+		}
+		return nil, fatalError(codeTooMany, fmt.Sprintf("no connection to the server of %s became free within %v", t.name(), lim.HoldMax),
+			fmt.Sprintf("All %d are in use.", lim.PoolMax), "end transactions sooner, or raise the limit of connections per pool")
 	}
 }
 
@@ -127,10 +155,11 @@ func (p *pool) dial(ctx context.Context, s *session, t Target) (*backend, error)
 // put takes a backend back.
 func (p *pool) put(b *backend) {
 	p.mu.Lock()
+	p.gather(b)
 	b.idleSince = time.Now()
 	switch {
 	case b.dead.Load(): // Its goroutine has taken it away, or is about to.
-	case b.target.Epoch < p.epoch || b.retired || p.g.ending.Load():
+	case p.stale(b) || b.retired || p.paused || p.open > p.g.lim().PoolMax || p.g.ending.Load():
 		_ = b.conn.Close() // and its goroutine takes it away
 	case len(p.waiting) > 0:
 		p.waiting[0] <- b
@@ -147,6 +176,8 @@ func (p *pool) gone(b *backend) {
 	if i := slices.Index(p.idle, b); i >= 0 {
 		p.idle = slices.Delete(p.idle, i, i+1)
 	}
+	delete(p.all, b)
+	p.gather(b)
 	p.mu.Unlock()
 	p.release()
 }
@@ -154,20 +185,27 @@ func (p *pool) gone(b *backend) {
 // release makes a place free.
 func (p *pool) release() {
 	p.mu.Lock()
-	if len(p.waiting) > 0 {
-		p.waiting[0] <- nil
-		p.waiting = p.waiting[1:]
-		p.mu.Unlock()
-		return
-	}
 	p.open--
+	p.wake()
 	p.mu.Unlock()
 }
+
+// wake lets those that wait open connections, as far as there may be more. p.mu is held.
+func (p *pool) wake() {
+	for !p.paused && len(p.waiting) > 0 && p.open < p.g.lim().PoolMax {
+		p.open++
+		p.waiting[0] <- nil
+		p.waiting = p.waiting[1:]
+	}
+}
+
+// stale reports that a backend is not to be used any more. p.mu is held.
+func (p *pool) stale(b *backend) bool { return b.target.Epoch < p.epoch || b.opened.Before(p.renew) }
 
 // expire closes idle backends of older epochs, and those that are idle since before a time.
 func (p *pool) expire(before time.Time) {
 	p.idle = slices.DeleteFunc(p.idle, func(b *backend) bool {
-		old := b.target.Epoch < p.epoch || b.idleSince.Before(before)
+		old := p.stale(b) || b.idleSince.Before(before)
 		if old {
 			_ = b.conn.Close() // and its goroutine takes it away
 		}
@@ -183,10 +221,18 @@ func (g *Server) tidy(before time.Time) {
 		p.mu.Lock()
 		p.expire(before)
 		if p.open == 0 && len(p.waiting) == 0 && p.used.Before(before) {
+			g.keep(p)
 			delete(g.pools, key)
 		}
 		p.mu.Unlock()
 	}
+}
+
+// allPools gives the pools that there are now.
+func (g *Server) allPools() []*pool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Collect(maps.Values(g.pools))
 }
 
 // setSeq notes that some session reads what it left in sequences. From then on nobody may see another's.

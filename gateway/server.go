@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	rnd "math/rand/v2"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -109,6 +107,15 @@ type Config struct {
 	// Strict, in TransactionMode, takes every transaction to change the session: for databases with triggers, views or
 	// operators that set parameters unseen. It costs a query to the server after each.
 	Strict bool
+	// LoginRate is how many logins per second an address may have in the long run (1000), ten times as many at once. Wrong
+	// passwords are limited apart, per address and user.
+	LoginRate int
+	// Admins are the roles that may use the database AdminDatabase, which is the gateway's own; Databases are those that its
+	// commands know before a client has used them. Version says what runs.
+	Admins, Databases []string
+	Version           string
+	// Reload, for the command RELOAD, reads the configuration again and calls SetLimits; nil: there is no such command.
+	Reload func() error
 	Log    *slog.Logger // slog.DiscardHandler's
 }
 
@@ -130,10 +137,24 @@ type Server struct {
 	nextPID  uint32
 	ending   atomic.Bool // set under mu
 
-	backends    sync.WaitGroup  // goroutines of pooled backends
-	lastID      atomic.Uint64   // of sessions
-	incarnation uint64          // random; part of the marks of transactions
-	resolved    [3]atomic.Int64 // commits in doubt, by Fate
+	backends    sync.WaitGroup // goroutines of pooled backends
+	lastID      atomic.Uint64  // of sessions
+	incarnation uint64         // random; part of the marks of transactions
+
+	limits   atomic.Pointer[Limits]
+	logins   meter
+	wrong    meter
+	floods   floods
+	refusals counter // by SQLSTATE
+	fates    counter
+	periods  periods
+	began    time.Time
+	ops
+
+	// Guarded by mu.
+	clients map[*session]struct{} // that have logged in
+	kept    map[tallyKey]Counts   // of pools that are gone
+	tallies map[tallyKey]*tally
 }
 
 // NewServer makes a Server that is ready, but serves nobody yet.
@@ -144,7 +165,7 @@ func NewServer(cfg Config) (*Server, error) {
 	for _, d := range []struct {
 		n     *int
 		value int
-	}{{&cfg.ClientsMax, 1000}, {&cfg.CancelsMax, 50}, {&cfg.PoolMax, 20}} {
+	}{{&cfg.CancelsMax, 50}} {
 		if *d.n == 0 {
 			*d.n = d.value
 		}
@@ -152,7 +173,7 @@ func NewServer(cfg Config) (*Server, error) {
 	for _, d := range []struct {
 		d     *time.Duration
 		value time.Duration
-	}{{&cfg.LoginMax, time.Minute}, {&cfg.HoldMax, 15 * time.Second}, {&cfg.IdleMax, 10 * time.Minute}} {
+	}{{&cfg.LoginMax, time.Minute}} {
 		if *d.d == 0 {
 			*d.d = d.value
 		}
@@ -163,6 +184,12 @@ func NewServer(cfg Config) (*Server, error) {
 	g := &Server{
 		cfg: cfg, shut: justStarted, mock: make([]byte, 32), cancels: make(chan struct{}, cfg.CancelsMax),
 		sessions: map[uint32]*session{}, conns: map[net.Conn]struct{}{}, pools: map[poolKey]*pool{},
+		floods: floods{log: cfg.Log}, began: time.Now(),
+		ops: newOps(), clients: map[*session]struct{}{}, kept: map[tallyKey]Counts{}, tallies: map[tallyKey]*tally{},
+	}
+	g.limits.Store(limitsOf(&cfg).complete())
+	if cfg.Sites != nil {
+		g.cfg.Sites = counted{cfg.Sites, &g.fates}
 	}
 	_, _ = rand.Read(g.mock) // It does not fail (crypto/rand).
 	g.incarnation = rnd.Uint64()
@@ -187,19 +214,8 @@ func (g *Server) Serve(ctx context.Context, l net.Listener) error {
 	var wg sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
-	tick := time.NewTicker(g.cfg.IdleMax / 10)
-	defer tick.Stop()
 	ended := make(chan struct{})
-	wg.Go(func() {
-		for {
-			select {
-			case now := <-tick.C:
-				g.tidy(now.Add(-g.cfg.IdleMax))
-			case <-ended:
-				return
-			}
-		}
-	})
+	wg.Go(func() { g.keepTidy(ended) })
 	var err error
 	for {
 		var c net.Conn
@@ -303,22 +319,6 @@ func (g *Server) Shut(why string) {
 	}
 }
 
-// Leave ends all connections to a site that were opened before an epoch, also those in use: the site is lost, even if they do
-// not show it. Sessions then go on as when their server breaks the connection.
-func (g *Server) Leave(site string, epoch uint64) {
-	g.mu.Lock()
-	sessions := slices.Collect(maps.Values(g.sessions))
-	g.mu.Unlock()
-	for _, s := range sessions {
-		s.mu.Lock()
-		if b := s.b; b != nil && b.target.Site == site && b.target.Epoch < epoch {
-			b.lastWord = "The site has been left out."
-			_ = b.conn.Close() // and its goroutine sees it
-		}
-		s.mu.Unlock()
-	}
-}
-
 // Status says whether it is open, why not, how many connections there are, and how many were let in.
 func (g *Server) Status() (shut string, now int, total int64) {
 	g.mu.Lock()
@@ -327,15 +327,17 @@ func (g *Server) Status() (shut string, now int, total int64) {
 }
 
 // admit lets a connection in, or says why not. Who was let in before it was shut was disconnected by that.
-func (g *Server) admit() error {
+func (g *Server) admit(database string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch {
 	case g.ending.Load():
 		return errShutdown
+	case database == AdminDatabase && len(g.conns) <= g.lim().ClientsMax+adminsMore:
+		return nil // Who looks after it is let in when it is shut or full.
 	case g.shut != "":
 		return fatalError(codeNoSite, shutOut+g.shut, "", shutHint)
-	case len(g.conns) > g.cfg.ClientsMax:
+	case len(g.conns) > g.lim().ClientsMax:
 		return fatalError(codeTooMany, "the gateway has as many clients as it may", "", "try again, or raise the limit of clients")
 	}
 	g.total++
@@ -361,6 +363,45 @@ func (g *Server) serve(ctx context.Context, raw net.Conn) {
 		s.refuse(err)
 		return
 	}
-	defer g.unregister(s)
+	ctx, s.kill = context.WithCancel(ctx)
+	defer s.kill()
+	g.enter(s)
+	defer g.leave(s)
 	s.run(ctx, loginCtx)
+}
+
+// enter notes that a client has logged in, and leave that it has left.
+func (g *Server) enter(s *session) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.clients[s] = struct{}{}
+}
+
+func (g *Server) leave(s *session) {
+	g.unregister(s)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.clients, s)
+}
+
+// keepTidy does what is to be done now and then, until ended is closed.
+func (g *Server) keepTidy(ended <-chan struct{}) {
+	g.periods.turn(time.Now(), func() map[string]Counts { return byDatabase(g.Tallies()) })
+	tick := time.NewTimer(0)
+	defer tick.Stop()
+	tidied := time.Now()
+	for {
+		tick.Reset(min(time.Second, g.lim().IdleMax/10))
+		select {
+		case now := <-tick.C:
+			g.periods.turn(now, func() map[string]Counts { return byDatabase(g.Tallies()) })
+			g.floods.sum(now, now.Add(-quietFor))
+			if idle := g.lim().IdleMax; now.Sub(tidied) >= idle/10 {
+				g.tidy(now.Add(-idle))
+				tidied = now
+			}
+		case <-ended:
+			return
+		}
+	}
 }

@@ -34,12 +34,19 @@ type session struct {
 
 	borrowing
 	recovery
+	tallying
+
+	kill    func()                 // ends it
+	killed  atomic.Bool            // by KILL
+	command atomic.Pointer[func()] // ends the command of an administrator that is under way
 }
 
 func newSession(g *Server, conn net.Conn) *session {
 	s := &session{g: g, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn)}
+	s.since = time.Now()
 	s.id, s.client = g.lastID.Add(1), s.r
 	s.changed.L = &s.mu
+	s.flight.status = pgwire.Idle
 	return s
 }
 
@@ -56,8 +63,13 @@ func (s *session) close() {
 
 // refuse tells the client what ends its session. No backend may be attached.
 func (s *session) refuse(err error) {
-	if s.g.ending.Load() {
+	switch {
+	case s.g.ending.Load():
 		err = errShutdown
+	case s.killed.Load():
+		err = errKilled
+	default:
+		s.g.refused(s, err)
 	}
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // it may not listen any more
 	_ = s.send(report(err))
@@ -81,6 +93,14 @@ func (s *session) busy() (b *backend, done func()) {
 
 // run serves the client after its login.
 func (s *session) run(ctx, loginCtx context.Context) {
+	switch err := s.g.enabled(s.who.Database); {
+	case err != nil:
+		s.refuse(err)
+		return
+	case s.who.Database == AdminDatabase:
+		s.runAdmin(ctx)
+		return
+	}
 	if s.g.cfg.Mode == TransactionMode && !s.who.Replication() {
 		s.runBorrowing(ctx)
 	} else {
@@ -90,6 +110,10 @@ func (s *session) run(ctx, loginCtx context.Context) {
 
 // runAlone serves the client with a backend of its own.
 func (s *session) runAlone(ctx, loginCtx context.Context) {
+	if err := s.holdAlone(loginCtx); err != nil {
+		s.refuse(err)
+		return
+	}
 	target, err := s.route()
 	if err != nil {
 		s.refuse(err)
@@ -106,8 +130,9 @@ func (s *session) runAlone(ctx, loginCtx context.Context) {
 		return
 	}
 	s.mu.Lock()
-	s.b = b
+	s.b, s.site, b.received = b, target.Site, b.r.Received()
 	s.mu.Unlock()
+	s.counting = s.g.alone(&s.who, target.Site)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -123,7 +148,7 @@ func (s *session) runAlone(ctx, loginCtx context.Context) {
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
 	_ = b.conn.Close()
 	<-ended
-	if err != nil || s.g.ending.Load() {
+	if err != nil || s.g.ending.Load() || s.killed.Load() {
 		s.refuse(err)
 	}
 }
@@ -168,6 +193,7 @@ func (s *session) forwardAll(b *backend) error {
 			return nil // The client has gone, or the server, which the backend's goroutine tells it.
 		}
 		if typ == pgwire.Terminate || !s.r.Complete() {
+			s.aloneAsked()
 			if b.w.Flush() != nil || typ == pgwire.Terminate {
 				return nil
 			}
@@ -177,8 +203,11 @@ func (s *session) forwardAll(b *backend) error {
 
 // readError is what a client is told about the end of what it sends; nil when it has gone.
 func (s *session) readError(err error) error {
-	if s.g.ending.Load() {
+	switch {
+	case s.g.ending.Load():
 		return errShutdown
+	case s.killed.Load():
+		return errKilled
 	}
 	if v, ok := errors.AsType[*pgwire.ProtocolError](err); ok {
 		return fatalError(codeProtocol, v.Error(), "", "")
@@ -204,6 +233,9 @@ func (s *session) answerAll(b *backend) {
 			break
 		}
 		toldWhy = typ == pgwire.ErrorResponse && isFatal(b.r)
+		if typ == pgwire.ReadyForQuery {
+			s.aloneAnswered(b, s.counting)
+		}
 		if err := b.r.Forward(s.w); err != nil {
 			break // inside a message nothing can be told
 		}

@@ -32,6 +32,7 @@ type Reader struct {
 	head [headerLen]byte   // of the current message
 
 	n   int // result of pull
+	got uint64
 	err error
 }
 
@@ -84,6 +85,9 @@ func (r *Reader) Complete() bool {
 	b := r.w - r.r
 	return b >= headerLen && int64(b-1) >= int64(binary.BigEndian.Uint32(r.buf[r.r+1:]))
 }
+
+// Received is how many bytes have come in all.
+func (r *Reader) Received() uint64 { return r.got }
 
 // Buffered is how many bytes were read and not consumed yet, of the current message and later ones.
 func (r *Reader) Buffered() int { return r.w - r.r }
@@ -216,6 +220,7 @@ func (r *Reader) fill() error {
 		r.n, r.err = r.src.Read(r.buf[r.w:])
 	}
 	r.w += r.n
+	r.got += uint64(r.n)
 	if r.n > 0 {
 		return nil
 	}

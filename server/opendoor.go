@@ -85,16 +85,17 @@ func (a *Agent) newDoor() (err error) {
 		return err
 	}
 	s := newSites(a.cfg, a.self.Name, a.host, a.clients, a.log)
-	g, err := newGateway(a.cfg.Gateway, s, a.log)
+	g, err := newGateway(a.cfg, s, a.log, a.administer)
 	if err != nil {
 		return err
 	}
-	a.door = &served{g, s, a.host}
+	a.door, a.role = &served{g, s, a.host}, a.host.verifiers.config.User
 	return nil
 }
 
 // newGateway makes the server for clients.
-func newGateway(c config.Gateway, s *sites, log *slog.Logger) (*gateway.Server, error) {
+func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
+	c := cfg.Gateway
 	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Dial: s.dial, Log: log}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
@@ -108,6 +109,14 @@ func newGateway(c config.Gateway, s *sites, log *slog.Logger) (*gateway.Server, 
 			return nil, &hinted{fmt.Sprintf("certificate for clients: %v", err), "check gateway.cert and gateway.key in duri.yaml"}
 		}
 		g.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+	}
+	role := ""
+	if s.own != nil {
+		role = s.own.verifiers.config.User
+	}
+	setLimits(&g, cfg, role)
+	if more != nil {
+		more(&g)
 	}
 	server, err := gateway.NewServer(g)
 	if err == nil {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -39,6 +40,10 @@ type Agent struct {
 	keeper  *keeper    // nil without a register
 	door    servedDoor // nil: clients do not come through the agent
 	host    *host      // nil: gateways elsewhere do not come through it
+	role    string     // the agent's, at its server
+
+	reloading sync.Mutex     // guards inForce
+	inForce   *config.Config // cfg with what was reloaded; nil: nothing was
 }
 
 // Hooks let tests reach in. The zero value changes nothing.

@@ -52,7 +52,7 @@ func NewGateway(cfg *config.Config, home string, log *slog.Logger) (*Gateway, er
 		}
 	}
 	g.sites = newSites(cfg, home, nil, g.clients, log)
-	if g.server, err = newGateway(cfg.Gateway, g.sites, log); err != nil {
+	if g.server, err = newGateway(cfg, g.sites, log, nil); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil

@@ -3,6 +3,9 @@ package main
 import (
 	"io"
 	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +18,8 @@ func newAgentCmd(a *app) *cobra.Command {
 		Use:   "agent",
 		Short: "Run the agent of this site",
 		Long: `The agent decodes the site's changes into a journal, exchanges journals with the other sites' agents and applies
-theirs. It runs until it is interrupted; killed at any moment, it goes on where it stopped.`,
+theirs. It runs until it is interrupted; killed at any moment, it goes on where it stopped. SIGHUP reads the gateway's limits
+again from its configuration.`,
 		Example: `  duri agent -c seoul/duri.yaml
   DURI_LOG_LEVEL=debug duri agent -c seoul/duri.yaml`,
 		Args: noArgs,
@@ -29,6 +33,14 @@ theirs. It runs until it is interrupted; killed at any moment, it goes on where 
 			if err != nil {
 				return err
 			}
+			hup := make(chan os.Signal, 1)
+			signal.Notify(hup, syscall.SIGHUP)
+			defer signal.Stop(hup)
+			go func() {
+				for range hup {
+					agent.ReloadLogged()
+				}
+			}()
 			return agent.Run(cmd.Context())
 		},
 	}

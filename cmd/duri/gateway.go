@@ -43,6 +43,7 @@ The file is one for a gateway (gateway.name), or a site's.`,
 	cmd.Flags().StringVar(&home, "home", "", "`site` that sessions go to as long as it serves them (default: site of the file)")
 	cmd.Flags().StringVar(&listen, "listen", "", "`host:port` for clients (default: gateway.listen)")
 	cmd.AddCommand(newGatewayNewCmd(a))
+	addGatewayShow(a, cmd)
 	return cmd
 }
 

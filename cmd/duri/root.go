@@ -27,6 +27,7 @@ var commands = []entry{
 	{"everyday", newRepairCmd},
 	{"sites", newRegisterCmd},
 	{"sites", newSiteCmd},
+	{"sites", newGatewayCmd},
 	{"data", newConflictCmd},
 	{"data", newTableCmd},
 	{"data", newJournalCmd},
