@@ -57,19 +57,25 @@ func startWith(t *testing.T, o pair.Options) *trial {
 		tr.within(time.Minute, p.HoldCommits)
 		tr.waitMembers()
 	}
-	if err := p.Gateway.Start(); err != nil {
+	tr.startGateway()
+	return tr
+}
+
+// startGateway starts it and waits until it serves.
+func (t *trial) startGateway() {
+	t.Helper()
+	if err := t.p.Gateway.Start(); err != nil {
 		t.Fatal(err)
 	}
-	tr.within(time.Minute, func(ctx context.Context) error {
-		return p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
-			c, err := tr.connect(ctx)
+	t.within(time.Minute, func(ctx context.Context) error {
+		return t.p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
+			c, err := t.connect(ctx)
 			if err != nil {
 				return false, err
 			}
 			return true, c.Close(ctx)
 		})
 	})
-	return tr
 }
 
 // within bounds a step.
@@ -485,6 +491,49 @@ func TestAgentsAreGateways(t *testing.T) {
 		run.waitAt("a")
 	})
 	t.Logf("%d transactions were rolled back with 40001, the longest took %v", again, longest)
+	tr.audit(all)
+}
+
+// TestEachTransactionAtAnotherSite: sessions that move with every transaction keep their settings, and see what they have written.
+func TestEachTransactionAtAnotherSite(t *testing.T) {
+	tr := start(t)
+	if err := tr.p.Gateway.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	err := tr.p.Gateway.EditConfig(func(text string) string {
+		return strings.Replace(text, "\ngateway:\n", "\ngateway:\n  rehome_every: 1\n", 1)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr.startGateway()
+	all := tr.clients(4)
+	begun := time.Now()
+	tr.within(time.Minute, func(ctx context.Context) error {
+		for range 25 {
+			for _, c := range all {
+				var last string
+				if at := c.at.Load(); at != nil {
+					last = *at
+				}
+				if err := c.write(ctx); err != nil {
+					return err
+				}
+				if c.seq > 2 && *c.at.Load() != last { // after an odd number of transactions at the other
+					t.Errorf("client %d wrote at %s and then at %s", c.n, last, *c.at.Load())
+				}
+				var n int
+				if err := c.conn.QueryRow(ctx, "SELECT count(*) FROM t WHERE client = $1", c.n).Scan(&n); err != nil {
+					return err
+				}
+				if n != c.seq {
+					t.Errorf("client %d has written %d rows and sees %d at the other site", c.n, c.seq, n)
+				}
+			}
+		}
+		return nil
+	})
+	t.Logf("200 transactions, each at another site than the one before: %v", time.Since(begun).Round(time.Millisecond))
 	tr.audit(all)
 }
 
