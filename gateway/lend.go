@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -93,8 +94,12 @@ func (b *backend) answer() error {
 		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
 			// All of it, because half a message that the client has got cannot be taken back.
 			b.part = false
-			if _, err := b.r.Peek(b.r.Left()); err != nil {
+			body, err := b.r.Peek(b.r.Left())
+			if err != nil {
 				return err
+			}
+			if s.replays && !b.own && q == nil && counts(typ) {
+				s.flight.sum = hash(hash(cmp.Or(s.flight.sum, hashStart), []byte{typ}), body)
 			}
 		}
 		switch {
@@ -297,6 +302,26 @@ func (b *backend) hear(s *session, q *question, typ byte) error {
 	return nil
 }
 
+// counts reports that a message is a part of the answer to a statement, as a client sees it. What says that a message of the
+// protocol was understood may be in another order when statements are known to the server.
+func counts(typ byte) bool {
+	switch typ {
+	case pgwire.DataRow, pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended, pgwire.ErrorResponse:
+		return true
+	}
+	return false
+}
+
+// sameAsBefore compares the answer to a segment that was run again with what the client has got the first time. mu is held.
+func (s *session) sameAsBefore() bool {
+	f := &s.flight
+	if i := len(f.sums) - f.hidden; s.replays && f.sums[i] != f.sum {
+		return false
+	}
+	f.hidden--
+	return true
+}
+
 // deliver hands an answer to the client. It flushes when no further one is there, unless answers are held back.
 func (b *backend) deliver(s *session, typ byte) (err error) {
 	switch typ {
@@ -445,8 +470,10 @@ func (b *backend) ready(s *session) error {
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err
 		}
-	} else {
-		s.flight.hidden--
+	} else if !s.sameAsBefore() {
+		s.flight.strange = true
+		_ = b.conn.Close() // and its goroutine ends
+		return nil
 	}
 	s.answered(status)
 	// Under mu, because afterwards the session's goroutine may make another backend the one that writes to the client.

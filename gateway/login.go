@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/duri-io/duri/pgwire"
@@ -186,6 +187,7 @@ func (s *session) authenticate(v *scram.Verifier) error {
 	if err != nil {
 		return fatalError(codeProtocol, err.Error(), "", "")
 	}
+	s.replays = s.keeps() && slices.Contains(s.g.lim().Replay, s.who.User)
 	return s.w.Write(pgwire.AppendAuth(pgwire.AppendAuth(nil, pgwire.AuthSASLFinal, reply), pgwire.AuthOK, nil))
 }
 

@@ -38,7 +38,8 @@ type recovery struct {
 	last      string // site of the latest transaction
 	home      string // the site that the client has asked for
 
-	eager atomic.Bool // answers are not held back: the client waits for them
+	replays bool        // the role's transactions may be run again as a whole
+	eager   atomic.Bool // answers are not held back: the client waits for them
 
 	// Of the session's goroutine.
 	salt, marked uint64         // of its marks
@@ -152,7 +153,8 @@ func (s *session) recover(ctx context.Context) error {
 	s.loss, s.writing = nil, false
 	f := &s.flight
 	delivered := s.w.Sent() > f.base
-	how := f.decide(delivered, false)
+	replay := s.replays && f.replayable(time.Now())
+	how := f.decide(delivered, replay)
 	f.strange = false
 	d := s.doubt(l)
 	l.under = len(f.outstanding()) > 0
@@ -240,11 +242,12 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		s.mu.Lock()
 		status, delivered := s.flight.status, s.w.Sent() > s.flight.base
 		torn := s.flight.torn
+		replay := s.replays && s.flight.replayable(time.Now())
 		s.mu.Unlock()
 		if l.pinned != "" {
 			return lost(l.target, l.pinned, why+" Its transaction was rolled back.")
 		}
-		if status == pgwire.Idle && !delivered && !torn {
+		if (status == pgwire.Idle || replay) && !delivered && !torn {
 			return s.runAgain()
 		}
 		return s.enterLimbo(errRolledBack(l.target, why), false)
@@ -303,7 +306,13 @@ func (s *session) runAgain() error {
 	}
 	left := slices.Clone(f.log)
 	s.unname(0)
-	f.hidden = max(f.hidden, f.answered)
+	if f.answered >= f.hidden { // else it is what was to come again the last time
+		f.sums = f.sums[:0]
+		for _, seg := range f.segments[:f.answered] {
+			f.sums = append(f.sums, seg.sum)
+		}
+		f.hidden, f.seen = f.answered, len(f.log)-len(f.unanswered())
+	}
 	f.forget()
 	f.status, f.xid = pgwire.Idle, 0
 	f.base = s.w.Total()
@@ -325,6 +334,11 @@ func (s *session) enterLimbo(owed *pgwire.Error, block bool) error {
 	f := &s.flight
 	if s.w.Sent() <= f.base {
 		s.w.CutBack(f.base)
+	}
+	if f.hidden > 0 {
+		// What the client has had the answers of is not answered again.
+		f.log = append(f.log, s.stopHandlingAgain()...)
+		f.segments, f.answered = []segment{{start: f.seen}}, 0
 	}
 	under := f.outstanding()
 	if f.torn && len(under) > 1 {
@@ -369,18 +383,23 @@ func errRolledBackForGood(owed *pgwire.Error) error {
 
 // handleAgain puts messages before those that the client sends now.
 func (s *session) handleAgain(messages []byte) {
-	if s.rerun != nil { // what is left of the last time
-		rest := s.rerun.Len() + s.r.Buffered() - s.r.Left()
-		all := make([]byte, rest)
-		_, _ = s.rerun.ReadAt(all, s.rerun.Size()-int64(rest)) // memory
-		messages = append(messages, all...)
-		s.r.Drop()
-	}
+	messages = append(messages, s.stopHandlingAgain()...) // what is left of the last time
 	s.rerun = bytes.NewReader(messages)
 	s.r = pgwire.NewReader(s.rerun)
 	if len(messages) == 0 {
 		s.handledAgain()
 	}
+}
+
+// stopHandlingAgain gives what is to be handled again and was not yet.
+func (s *session) stopHandlingAgain() []byte {
+	if s.rerun == nil {
+		return nil
+	}
+	rest := make([]byte, s.rerun.Len()+s.r.Buffered()-s.r.Left())
+	_, _ = s.rerun.ReadAt(rest, s.rerun.Size()-int64(len(rest))) // memory
+	s.handledAgain()
+	return rest
 }
 
 // handledAgain goes back to what the client sends.

@@ -24,7 +24,7 @@ type administered interface {
 func setLimits(g *gateway.Config, cfg *config.Config, role string) {
 	l := limits(cfg.Gateway, role)
 	g.ClientsMax, g.PoolMax, g.HoldMax, g.IdleMax = l.ClientsMax, l.PoolMax, l.HoldMax, l.IdleMax
-	g.Strict, g.LoginRate, g.Admins = l.Strict, l.LoginRate, l.Admins
+	g.Strict, g.LoginRate, g.Admins, g.Replay = l.Strict, l.LoginRate, l.Admins, l.Replay
 	for _, d := range cfg.Databases {
 		g.Databases = append(g.Databases, d.Name)
 	}
@@ -39,7 +39,7 @@ func (a *Agent) administer(g *gateway.Config) {
 func limits(c config.Gateway, role string) gateway.Limits {
 	l := gateway.Limits{
 		ClientsMax: c.ClientsMax, PoolMax: c.PoolSize, HoldMax: c.Hold.Std(), IdleMax: c.Idle.Std(), Strict: c.Strict, LoginRate: c.LoginRate,
-		Admins: c.Admins,
+		Admins: c.Admins, Replay: c.Replay,
 	}
 	if len(l.Admins) == 0 && role != "" {
 		l.Admins = []string{role}
@@ -49,7 +49,7 @@ func limits(c config.Gateway, role string) gateway.Limits {
 
 // reloadable are the keys of the configuration that Reload takes.
 var reloadable = []string{
-	"gateway.admins", "gateway.clients_max", "gateway.pool_size", "gateway.hold", "gateway.idle", "gateway.strict", "gateway.login_rate",
+	"gateway.admins", "gateway.replay", "gateway.clients_max", "gateway.pool_size", "gateway.hold", "gateway.idle", "gateway.strict", "gateway.login_rate",
 }
 
 // Reload reads the configuration file again and takes the gateway's limits from it; clients stay. A file with problems
