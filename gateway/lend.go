@@ -198,10 +198,6 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	if next := b.line.next(); next.missing && e.Code == codeMissing {
 		send = func(w *pgwire.Writer) error { return w.Write(missing(e, next.name)) }
 	}
-	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
-		// This statement is of no use to anybody any more: who prepares the same anew gets another.
-		b.pool.generation.Add(1)
-	}
 	b.line.answer(pgwire.ErrorResponse, s.undo)
 	b.own, s.flight.failed = false, true
 	if s.flight.hidden > 0 { // It went well the last time.
@@ -370,8 +366,6 @@ func (b *backend) settle(s *session, typ byte) error {
 		return errUnexplained
 	case v == swallow || s.flight.hidden > 0:
 		return nil
-	case v == asParse:
-		return s.w.Write(parseComplete)
 	}
 	if typ == pgwire.CommandComplete {
 		s.flight.tag = s.w.Total()
@@ -413,10 +407,7 @@ func (b *backend) describe(s *session, typ byte) verdict {
 	return v
 }
 
-var (
-	parseComplete  = pgwire.AppendMessage(nil, pgwire.ParseComplete, nil)
-	errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
-)
+var errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
 
 // completed looks for the end of statements that take the backend's prepared statements away.
 func (b *backend) completed(s *session) {
@@ -447,7 +438,7 @@ func (b *backend) ready(s *session) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := b.line.answer(pgwire.ReadyForQuery, nil)
+	v := b.line.answer(pgwire.ReadyForQuery, s.undo)
 	if v == unexplained {
 		return errUnexplained
 	}
