@@ -142,6 +142,22 @@ func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
 	}
 }
 
+// catchUp waits until the session sees at b's site what it has seen at the one before. It does not go on with less.
+func (s *session) catchUp(ctx context.Context, b *backend) error {
+	to := b.target.Site
+	if !s.keeps() || s.last == "" || s.last == to {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
+	defer cancel()
+	err := s.g.cfg.Sites.CatchUp(ctx, s.who.Database, s.last, to)
+	if err == nil {
+		return nil
+	}
+	b.pool.put(b)
+	return fatalError(codeNoSite, fmt.Sprintf("site %s does not have yet what this session has seen at site %s", to, s.last), err.Error(), "connect again")
+}
+
 // absent reports that no server may be used now, or that the one at hand starts or ends: the next moment may be different.
 func absent(err error) bool {
 	if e, ok := errors.AsType[*serverError](err); ok {
@@ -158,24 +174,50 @@ func absent(err error) bool {
 // sendAll hands on what the client sends, until it leaves; an error is for the client.
 func (s *session) sendAll(ctx context.Context) error {
 	for {
-		if !s.r.Complete() {
-			s.endBurst()
-		}
-		typ, _, err := s.r.Next(pgwire.FromClient)
-		if err != nil {
-			return s.readError(err)
-		}
-		if typ == pgwire.Terminate {
+		typ, err := s.next()
+		if err == nil && typ == pgwire.Terminate {
 			s.endBurst() // What came before it is carried out.
 			return nil
 		}
-		if err := s.handle(ctx, typ); err != nil {
-			if errors.Is(err, errGone) {
-				return nil
-			}
+		if err == nil {
+			err = s.handle(ctx, typ)
+		}
+		if errors.Is(err, errLoss) {
+			err = s.recover(ctx)
+		}
+		if errors.Is(err, errGone) {
+			return nil
+		}
+		if err != nil {
 			return s.readError(err)
 		}
 	}
+}
+
+// next waits for the client's next message, or for the loss of the server.
+func (s *session) next() (typ byte, err error) {
+	for s.rerun != nil {
+		if !s.r.Complete() {
+			s.endBurst()
+		}
+		if typ, _, err = s.r.Next(pgwire.FromClient); err == nil {
+			return typ, nil
+		}
+		s.handledAgain() // They are at their end.
+	}
+	if s.r.Complete() {
+		typ, _, err = s.r.Next(pgwire.FromClient)
+		return typ, err
+	}
+	s.endBurst()
+	if !s.park() {
+		return 0, errLoss
+	}
+	typ, _, err = s.r.Next(pgwire.FromClient)
+	if s.unpark() && err != nil {
+		err = errLoss
+	}
+	return typ, err
 }
 
 // errGone means that the client knows, or has gone itself.
@@ -184,6 +226,12 @@ var errGone = errors.New("the session has ended")
 // handle sends one message to the server. The connection to a server that breaks is the concern of the backend's
 // goroutine, so errors of writing to it are not looked at here.
 func (s *session) handle(ctx context.Context, typ byte) error {
+	if s.limbo != nil {
+		return s.inLimbo(typ)
+	}
+	if err := s.record(typ); err != nil {
+		return err
+	}
 	switch typ {
 	case pgwire.Query:
 		return s.query(ctx)
@@ -196,15 +244,55 @@ func (s *session) handle(ctx context.Context, typ byte) error {
 	case pgwire.CopyData, pgwire.CopyDone, pgwire.CopyFail:
 		return s.copyIn(typ)
 	}
-	kind := typ // Execute, Sync, FunctionCall; Flush has no answer
-	b, err := s.borrow(ctx, text{probe: typ == pgwire.FunctionCall, dirty: typ == pgwire.FunctionCall})
+	var t text
+	if typ == pgwire.FunctionCall {
+		t = text{probe: true, dirty: true, does: opaque}
+	}
+	b, err := s.borrow(ctx, t)
 	if err != nil {
 		return err
 	}
-	if typ != pgwire.Flush {
-		s.push(b, expected{kind: kind})
+	e := expected{kind: typ} // Execute, Sync, FunctionCall; Flush has no answer
+	switch typ {
+	case pgwire.Flush:
+		if err := s.pass(b); err != nil {
+			return err
+		}
+		s.flushHeld(b)
+		return nil
+	case pgwire.Execute:
+		e.commits = s.executes(commits)
+	case pgwire.Sync:
+		if split, err := s.splits(b); err != nil {
+			return err
+		} else if split {
+			return s.commitSync(b, s.scratch[:0])
+		}
 	}
+	s.push(b, e)
 	return s.pass(b)
+}
+
+// executes reports whether the Execute at hand runs a statement that does something.
+func (s *session) executes(what deed) bool {
+	if !s.keeps() {
+		return false
+	}
+	body, err := s.r.Peek(min(s.r.Left(), 256))
+	if err != nil {
+		return false
+	}
+	portal, _, err := pgwire.ParseExecute(body)
+	if err != nil {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.portal
+	if len(portal) > 0 {
+		st = s.portals[string(portal)]
+	}
+	return st != nil && st.effects.does == what
 }
 
 // pass forwards the current message; what is wrong with the client's side of it shows.
@@ -219,14 +307,25 @@ func (s *session) push(b *backend, e ...expected) {
 	for _, e := range e {
 		b.line.push(e)
 	}
+	s.sending(b)
+	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S') {
+		s.flight.open().closed = true
+	}
+}
+
+// sending notes that something of the client's is sent. mu is held.
+func (s *session) sending(b *backend) {
 	b.atRest = false
+	if s.keeps() {
+		s.flight.open().sent = true
+	}
 }
 
 // query sends a Query.
 func (s *session) query(ctx context.Context) error {
 	body, err := s.r.Body(textMax)
 	if errors.Is(err, pgwire.ErrTooLong) {
-		b, err := s.borrow(ctx, text{probe: true, dirty: true}) // nothing is known of it
+		b, err := s.borrow(ctx, text{probe: true, dirty: true, does: tangled}) // nothing is known of it
 		if err != nil {
 			return err
 		}
@@ -245,24 +344,35 @@ func (s *session) query(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	switch split, err := s.splits(b); {
+	case err != nil:
+		return err
+	case split:
+		return s.commitQuery(b, sql)
+	}
+	if t.does == commits {
+		if err := s.beforeCommit(b); err != nil {
+			return err
+		}
+	}
+	var first []byte // what is sent in the place of the Query
 	s.mu.Lock()
 	if st := s.statements[t.deallocate]; t.deallocate != "" && st != nil {
 		// It exists under this name here only. The server drops an empty one that it is given for the purpose.
-		delete(s.statements, t.deallocate)
-		s.scratch = pgwire.AppendTarget(s.scratch[:0], pgwire.Close, 'S', goneStatement) // perhaps left by one that failed
-		s.scratch = pgwire.AppendParse(s.scratch, goneStatement, nil, []byte{0, 0})
-		s.scratch = pgwire.AppendQuery(s.scratch, "DEALLOCATE "+goneStatement)
+		s.rename(t.deallocate, nil)
+		first = pgwire.AppendTarget(s.scratch[:0], pgwire.Close, 'S', goneStatement) // perhaps left by one that failed
+		first = pgwire.AppendParse(first, goneStatement, nil, []byte{0, 0})
+		first = pgwire.AppendQuery(first, "DEALLOCATE "+goneStatement)
 		b.line.push(expected{kind: 'c'})
 		b.line.push(expected{kind: 'p'})
-		body = nil
+		s.scratch = first
 	}
-	b.line.push(expected{kind: 'Q'})
-	b.atRest = false
 	delete(s.statements, "") // A Query takes the unnamed statement away.
 	b.known.unnamed = preparation{}
 	s.mu.Unlock()
-	if body == nil {
-		_ = b.w.Write(s.scratch)
+	s.push(b, expected{kind: 'Q', commits: t.does == commits})
+	if first != nil {
+		_ = b.w.Write(first)
 		return nil
 	}
 	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Query, len(body))
@@ -272,7 +382,7 @@ func (s *session) query(ctx context.Context) error {
 }
 
 // tooLong is what is known of a prepared statement that is too long to be held: it cannot be prepared elsewhere.
-var tooLong = text{probe: true, dirty: true, pin: "a prepared statement of more than 1 MB"}
+var tooLong = text{probe: true, dirty: true, does: opaque, pin: "a prepared statement of more than 1 MB"}
 
 // look reads a text. Where characters may hold a byte that looks like a quote's or backslash's, nothing is known.
 func (s *session) look(sql []byte) text {
@@ -317,7 +427,7 @@ func (s *session) parse(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	s.prepare(b, p, t)
-	b.atRest = false
+	s.sending(b)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch) // Not under mu, which answers need: the server may take no more before it is rid of them.
 	return nil
@@ -336,7 +446,7 @@ func (s *session) prepare(b *backend, p pgwire.Statement, effects text) {
 		b.line.push(expected{kind: 'P'})
 		return
 	}
-	s.statements[client] = st
+	s.rename(client, st)
 	if client != "" && b.known.find(st) != nil {
 		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Close, 'S', noStatement)
 		b.line.push(expected{kind: 'r', st: st, name: client})
@@ -368,9 +478,9 @@ func (s *session) parseLong(ctx context.Context) error {
 	st := &statement{name: fmt.Sprintf("duri_long_%d_%d", s.id, s.longs), effects: tooLong}
 	s.scratch = s.scratch[:0]
 	s.learn(b, st)
-	s.statements[client] = st
+	s.rename(client, st)
 	b.line.push(expected{kind: 'P', st: st, name: client})
-	b.atRest = false
+	s.sending(b)
 	s.scratch = pgwire.AppendHeader(s.scratch, pgwire.Parse, s.r.Left()-end+len(st.name))
 	s.scratch = append(s.scratch, st.name...)
 	s.mu.Unlock()
@@ -506,6 +616,11 @@ func (s *session) bind(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if t.does == commits {
+		if err := s.beforeCommit(b); err != nil {
+			return err
+		}
+	}
 	name, same := noStatement, true // The server says in its own words that it does not exist.
 	if st != nil {
 		if same = s.ensure(b, st); same {
@@ -522,7 +637,7 @@ func (s *session) bind(ctx context.Context) error {
 	s.scratch = append(append(s.scratch, portal...), 0)
 	s.scratch = append(append(s.scratch, name...), 0)
 	b.line.push(expected{kind: 'B', changed: !same})
-	b.atRest = false
+	s.sending(b)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
 	if err := s.r.Discard(length); err != nil {
@@ -572,10 +687,11 @@ func (s *session) target(ctx context.Context, typ byte) error {
 	}
 	s.mu.Lock()
 	if e.kind == 'C' && e.st != nil {
-		delete(s.statements, e.name)
+		s.rename(e.name, nil)
 	}
+	e.commits = e.kind != 'C' && e.st != nil && e.st.effects.does == commits
 	b.line.push(e)
-	b.atRest = false
+	s.sending(b)
 	s.mu.Unlock()
 	s.scratch = pgwire.AppendTarget(s.scratch[:0], typ, kind, name)
 	_ = b.w.Write(s.scratch)
@@ -586,9 +702,17 @@ func (s *session) target(ctx context.Context, typ byte) error {
 func (s *session) copyIn(typ byte) error {
 	s.mu.Lock()
 	b := s.b
+	if s.loss != nil {
+		s.mu.Unlock()
+		return errLoss
+	}
 	if b == nil || b.asking.Load() != nil {
 		s.mu.Unlock()
 		return nil
+	}
+	if s.keeps() && len(s.flight.segments) > 0 {
+		s.flight.torn = true
+		s.flight.segments[len(s.flight.segments)-1].fed = typ != pgwire.CopyData
 	}
 	s.writing = true
 	kind := byte('x')
@@ -612,11 +736,17 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		return nil, err
 	}
 	for try := 0; s.b == nil; try++ {
+		if s.loss != nil {
+			return nil, errLoss
+		}
 		if s.lost || s.ending.Load() {
 			return nil, errGone
 		}
 		s.mu.Unlock()
 		b, err := s.fetchPatiently(ctx)
+		if err == nil {
+			err = s.catchUp(ctx, b)
+		}
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
@@ -630,8 +760,14 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		s.writing = true
 	}
 	s.note(t)
+	if s.keeps() {
+		s.flight.note(t.does)
+	}
 	return s.b, nil
 }
+
+// keeps reports that the session keeps what it needs to go on without its server.
+func (s *session) keeps() bool { return s.g.cfg.Sites != nil }
 
 // attachTries is how many connections that died in the pool are tried before the client is told.
 const attachTries = 5
@@ -682,21 +818,23 @@ func (s *session) attach(b *backend, seq bool) error {
 	other := b.last != s.id
 	b.last = s.id
 	sequences := other && !fresh && b.pool.hasSeq()
+	if err := s.prepareMarks(b); err != nil {
+		return err
+	}
+	defer func() {
+		if len(s.flight.outstanding()) <= 1 && s.flight.answered == 0 {
+			s.flight.base = s.w.Total() // what the client was told until now belongs to no answer
+		}
+	}()
 	differs := !slices.Equal(b.settings, s.settings) || len(b.news(s.told)) > 0
 	if !differs && !sequences && (!b.dirty || !other) {
 		return nil
 	}
 	q := &question{setup: true}
 	b.ask(q)
-	b.atRest = false
 	s.scratch = pgwire.AppendQuery(s.scratch[:0], setupSQL(s.settings, sequences))
-	_ = b.w.Write(s.scratch)
-	_ = b.w.Flush() // Its goroutine sees what is wrong with the connection.
-	for !q.done && s.b == b {
-		s.changed.Wait()
-	}
-	if s.b != b {
-		return errStale
+	if err := s.await(b, q); err != nil {
+		return err
 	}
 	wrong := notAsSet(s.settings, q.rows)
 	if q.err == nil && wrong == "" {
@@ -769,6 +907,7 @@ func (s *session) rest(b *backend) {
 	s.unsettled = false
 	s.portal = nil
 	clear(s.portals)
+	s.last = b.target.Site
 	s.b = nil
 	b.owner.Store(nil)
 	b.pool.put(b)
@@ -798,6 +937,10 @@ func (s *session) lose(b *backend, cause error) {
 	s.b = nil
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
+		return
+	}
+	if s.survivable(b) {
+		s.lostServer(b, cause)
 		return
 	}
 	s.lost = true
@@ -832,7 +975,8 @@ func (s *session) detach() {
 // was called.
 func (s *session) busyBorrowed() (b *backend, done func()) {
 	b = s.b
-	if b.line.empty() || b.asking.Load() != nil {
+	if b.line.empty() || b.asking.Load() != nil || s.flight.isCommitting() {
+		// A commit that waits for another site must not be disturbed: it would be reported without being durable there.
 		return nil, nil
 	}
 	b.cancelling++

@@ -24,6 +24,10 @@ const (
 	codeAuth        = "28000"
 	codeProtocol    = "08P01" // the client broke the protocol; never a failure of the gateway
 	codeUnsupported = "0A000"
+	codeRolledBack  = "40001" // the transaction has certainly not taken effect; the session goes on
+	codeInFailed    = "25P02"
+	codeCrash       = "57P02" // a server's, that ends all its sessions
+	codeUnknown     = "08007" // the fate of a commit is unknown
 )
 
 // serverError is an ErrorResponse that a server sent instead of a login. Clients get it unchanged.

@@ -14,11 +14,21 @@ type flight struct {
 	segments []segment
 	answered int   // of segments: the client has their ReadyForQuery
 	hidden   int   // ReadyForQuery to come that the client has already had, from a server that was lost
+	strange  bool  // another server has answered otherwise
 	base     int64 // s.w's total where the answer to the first unanswered segment begins
 
-	status byte   // as the client knows it
-	xid    uint64 // of the open transaction, as far as it is known; 0: none
-	flush  bool   // the client waits for answers before the end of the segment
+	names []naming
+
+	status byte   // of the transaction before the first unanswered segment
+	xid    uint64 // of the transaction that is about to commit; 0: none
+	failed bool   // there was an error since it was last set to false
+}
+
+// naming is a change of what a client calls its statements.
+type naming struct {
+	at   int // in log
+	name string
+	was  *statement // nil: none
 }
 
 // segment is what a client sends up to one ReadyForQuery.
@@ -26,11 +36,14 @@ type segment struct {
 	start  int  // in log
 	does   deed // of its statements together
 	some   bool // it has one
-	closed bool // the message that asks for ReadyForQuery is sent
+	sent   bool // to a server, at least in part
+	ended  bool // the client has sent the message that asks for ReadyForQuery
+	closed bool // and it was sent on
 	fed    bool // all data of a COPY are sent
 	ltxid  []byte
-	// committing: its transaction was told to commit, and may have done so.
-	committing bool
+	wrote  bool // one of its statements may have written
+	// committing: its transaction was told to commit, and may have done so. unmarked: nobody can be asked whether it has.
+	committing, unmarked bool
 }
 
 // Limits of what is kept: a longer message or transaction is not run again.
@@ -57,12 +70,13 @@ func (f *flight) record(typ byte, body []byte, long bool) {
 	if !f.torn {
 		f.log = append(pgwire.AppendHeader(f.log, typ, len(body)), body...)
 	}
-	s.closed = typ == pgwire.Query || typ == pgwire.Sync || typ == pgwire.FunctionCall
-	f.flush = f.flush || typ == pgwire.Flush
+	s.ended = typ == pgwire.Query || typ == pgwire.Sync || typ == pgwire.FunctionCall
 }
 
 // note adds what a statement does to the segment that is being sent.
-func (s *segment) note(does deed) {
+func (f *flight) note(does deed) {
+	s := f.open()
+	s.wrote = s.wrote || does >= writes
 	if !s.some {
 		s.does, s.some = does, true
 		return
@@ -100,6 +114,21 @@ func (f *flight) settled() bool {
 	return f.answered >= n
 }
 
+// wrote reports that the transactions under way may have written.
+func (f *flight) wrote() bool {
+	return slices.ContainsFunc(f.segments, func(s segment) bool { return s.wrote })
+}
+
+// isCommitting reports that a transaction was told to commit.
+func (f *flight) isCommitting() bool {
+	for _, s := range f.outstanding() {
+		if s.committing {
+			return true
+		}
+	}
+	return false
+}
+
 // certain gives the status in which the next statement runs; ok is false when it depends on answers that are still to come.
 func (f *flight) certain() (status byte, ok bool) {
 	if f.settled() {
@@ -116,7 +145,7 @@ func (f *flight) certain() (status byte, ok bool) {
 // ready notes a ReadyForQuery for the client; total is s.w's, behind it.
 func (f *flight) ready(status byte, total int64) {
 	f.answered++
-	f.status, f.base, f.flush = status, total, false
+	f.status, f.base = status, total
 	if status != pgwire.Idle {
 		return
 	}
@@ -133,6 +162,10 @@ func (f *flight) ready(status byte, total int64) {
 	for i := range f.segments {
 		f.segments[i].start -= cut
 	}
+	f.names = slices.DeleteFunc(f.names, func(n naming) bool { return n.at < cut })
+	for i := range f.names {
+		f.names[i].at -= cut
+	}
 	f.answered = 0
 }
 
@@ -141,7 +174,7 @@ func (f *flight) forget() {
 	if cap(f.log) > 1<<10 {
 		f.log = nil // an idle session keeps little
 	}
-	f.log, f.segments = f.log[:0], f.segments[:0]
+	f.log, f.segments, f.names = f.log[:0], f.segments[:0], f.names[:0]
 	f.answered, f.torn = 0, false
 }
 
@@ -175,7 +208,7 @@ const (
 func (f *flight) decide(delivered, replay bool) course {
 	under := f.outstanding()
 	runAgain := fails
-	if !f.torn && !delivered && (f.status == pgwire.Idle || f.onlyBegun() || replay) {
+	if !f.torn && !delivered && !f.strange && (f.status == pgwire.Idle || f.onlyBegun() || replay) {
 		runAgain = again
 	}
 	if len(under) == 0 {
@@ -186,7 +219,7 @@ func (f *flight) decide(delivered, replay bool) course {
 	}
 	for _, s := range under[1:] {
 		// What was sent behind may have been carried out, and not all of that can be done twice.
-		if s.does == opaque || s.does == tangled || s.does == copies {
+		if s.sent && (s.does == opaque || s.does == tangled || s.does == copies) {
 			return unknown
 		}
 	}
@@ -194,11 +227,13 @@ func (f *flight) decide(delivered, replay bool) course {
 	switch {
 	case first.committing:
 		return asks
-	case first.does == tangled:
+	case first.does == tangled && first.sent:
 		return unknown
 	case f.status == pgwire.InFailed, f.status == pgwire.InBlock && first.does == rollsBack:
 		return stays
 	case f.status == pgwire.InBlock:
+		return runAgain
+	case !first.sent:
 		return runAgain
 	case first.does == copies && !first.fed:
 		return fails

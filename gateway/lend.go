@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,9 +40,13 @@ type lending struct {
 	retired    bool           // must not be used by another session
 	last       uint64         // session that used it last
 	fatal      bool           // the server said why it ends the connection
+	lastWord   string         // what it said, if the client was not told
 	dropped    bool           // the session does not want it any more
 	counts     Counts         // that its pool does not know yet
 	received   uint64         // that was counted, of what its reader has received
+	marking    marking
+
+	own bool // rows that come now are for the gateway; of the backend's goroutine
 }
 
 // question is a query of the gateway's own.
@@ -130,22 +135,37 @@ func (b *backend) report(s *session, q *question, typ byte) error {
 	default:
 		send := b.r.Forward
 		if typ == pgwire.ErrorResponse {
-			send = b.failed(s)
+			if send = b.failed(s); send == nil {
+				return nil
+			}
+		} else if s.flight.hidden > 0 {
+			return nil // The client has had it.
 		}
+		first := s.w.Total() == s.flight.base
 		if err := send(s.w); err != nil {
 			return err
 		}
+		if first && typ != pgwire.ErrorResponse {
+			s.flight.base = s.w.Total() // It belongs to no answer.
+		}
 	}
-	if b.atRest || !b.r.Complete() {
+	if b.atRest || !b.r.Complete() && (!s.holds() || s.w.Total() == s.flight.base) {
 		return s.w.Flush()
 	}
 	return nil
 }
 
+// holds reports that answers are held back until all of a segment's are there, so that it can be run again.
+func (s *session) holds() bool { return s.keeps() && !s.eager.Load() }
+
 // failed takes note of an error and gives what sends it to the client.
 func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	e := errorOf(b.r)
 	b.fatal = e.Severity == "FATAL" || e.Severity == "PANIC"
+	if b.fatal && isLeaving(e.Code) && s.survivable(b) {
+		b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
+		return nil // It is about to go.
+	}
 	send = b.r.Forward
 	if b.line.next().changed {
 		send = func(w *pgwire.Writer) error { return w.Write(planChanged) }
@@ -155,7 +175,21 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 		b.pool.generation.Add(1)
 	}
 	b.line.answer(pgwire.ErrorResponse, s.undo)
+	b.own, s.flight.failed = false, true
+	if s.flight.hidden > 0 { // It went well the last time.
+		s.flight.strange = true
+		_ = b.conn.Close() // and its goroutine ends
+		send = nil
+	}
+	if s.wants {
+		s.changed.Broadcast()
+	}
 	return send
+}
+
+// isLeaving tells the last words of a server that ends its connections from those that concern a session.
+func isLeaving(code string) bool {
+	return code == codeShutdown || code == codeCrash || code == codeNoSite
 }
 
 // planChanged is what a server says of a statement whose result is not what it was; drivers prepare again.
@@ -236,44 +270,77 @@ func (b *backend) hear(s *session, q *question, typ byte) error {
 	return nil
 }
 
-// deliver hands an answer to the client. It flushes when no further one is there.
-func (b *backend) deliver(s *session, typ byte) error {
-	v := forward
+// deliver hands an answer to the client. It flushes when no further one is there, unless answers are held back.
+func (b *backend) deliver(s *session, typ byte) (err error) {
 	switch typ {
-	case pgwire.DataRow, pgwire.CopyData, pgwire.CopyDone, pgwire.CopyOutResponse, pgwire.FunctionCallResponse:
-	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
-		v = b.describe(s, typ)
+	case pgwire.DataRow, pgwire.CopyData, pgwire.CopyDone, pgwire.FunctionCallResponse:
+		if b.own {
+			return b.ownRow(s)
+		}
+		if s.flight.hidden > 0 { // changed by the session's goroutine only while it has no backend
+			return nil
+		}
+		err = b.r.Forward(s.w)
 	case pgwire.ReadyForQuery:
 		return b.ready(s)
 	default:
 		if typ == pgwire.CommandComplete {
 			b.completed(s)
 		}
-		s.mu.Lock()
-		v = b.line.answer(typ, s.undo)
-		s.mu.Unlock()
+		err = b.settle(s, typ)
 	}
-	var err error
-	switch v {
-	case forward:
-		err = b.r.Forward(s.w)
-	case asParse:
-		err = s.w.Write(parseComplete)
-	case unexplained:
-		err = errUnexplained
-	}
-	if err == nil && !b.r.Complete() {
+	if err == nil && !b.r.Complete() && !s.holds() {
 		err = s.w.Flush()
 	}
 	return err
 }
 
-// describe takes note of a description: the client knows it from now on, or it is for the gateway.
+// settle hands on an answer that says what became of a message.
+func (b *backend) settle(s *session, typ byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := forward
+	switch typ {
+	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
+		v = b.describe(s, typ)
+	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
+		s.eager.Store(true) // The client has to send something before there is more.
+		fallthrough
+	default:
+		v = b.line.answer(typ, s.undo)
+	}
+	b.own = typ == pgwire.BindComplete && b.line.head() == 'm'
+	if s.wants {
+		s.changed.Broadcast()
+	}
+	switch {
+	case v == unexplained:
+		return errUnexplained
+	case v == swallow || s.flight.hidden > 0:
+		return nil
+	case v == asParse:
+		return s.w.Write(parseComplete)
+	}
+	// Under mu, because what is behind the last answer may be flushed by the session's goroutine (flushHeld).
+	return b.r.Forward(s.w)
+}
+
+// ownRow takes the answer to a mark.
+func (b *backend) ownRow(s *session) error {
+	body, err := b.r.Body(textMax)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.flight.xid = xidOf(body)
+	return nil
+}
+
+// describe takes note of a description: the client knows it from now on, or it is for the gateway. s.mu is held.
 func (b *backend) describe(s *session, typ byte) verdict {
 	body, err := b.r.Peek(min(b.r.Left(), pgwire.BufferSize))
 	whole := err == nil && len(body) == b.r.Left() // a longer one is not compared
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	e := b.line.next()
 	if e.st != nil && whole {
 		if e.kind == 'T' || e.kind == 'O' {
@@ -306,6 +373,7 @@ func (b *backend) completed(s *session) {
 		defer s.mu.Unlock()
 		clear(s.statements)
 		b.known = known{}
+		b.marking = marksNot // its statement has gone as well
 		// What the client has already sent behind it was prepared for the statements as they were.
 		b.retired = true
 	}
@@ -327,11 +395,16 @@ func (b *backend) ready(s *session) error {
 		return errUnexplained
 	}
 	b.status = status
-	b.answered(s, status)
 	b.atRest = status == pgwire.Idle && b.line.empty()
-	if err := s.w.Write(readyFor(status)); err != nil {
-		return err
+	if s.flight.hidden == 0 {
+		b.tally(s, status)
+		if err := s.w.Write(readyFor(status)); err != nil {
+			return err
+		}
+	} else {
+		s.flight.hidden--
 	}
+	s.answered(status)
 	// Under mu, because afterwards the session's goroutine may make another backend the one that writes to the client.
 	if b.atRest || !b.r.Complete() {
 		if err := s.w.Flush(); err != nil {

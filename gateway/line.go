@@ -11,7 +11,11 @@ import "github.com/duri-io/duri/pgwire"
 //	B bind                              BindComplete
 //	T describe statement, O portal      RowDescription or NoData
 //	D describe statement of our own     the same, which the client does not see
+//	u describe portal of a Query that   RowDescription; NoData, which the client does not see
+//	  is sent as extended messages
 //	E execute                           CommandComplete, EmptyQueryResponse or PortalSuspended
+//	b bind of our own                   BindComplete, which the client does not see
+//	m execute of our own                DataRow and CommandComplete, which the client does not see
 //	C close, c close of our own         CloseComplete, which the client does not see of our own
 //	d copy data, x end of copy data     none
 type expected struct {
@@ -20,6 +24,7 @@ type expected struct {
 	name string     // P, r, C: what the client calls it
 
 	changed bool // B: made to fail, because the statement is not what it was
+	commits bool // Q, T, O, E: it is a COMMIT
 }
 
 // verdict is what becomes of an answer.
@@ -99,7 +104,7 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 	case pgwire.ParseComplete:
 		return l.take(head == 'P' || head == 'p', head == 'p')
 	case pgwire.BindComplete:
-		return l.take(head == 'B', false)
+		return l.take(head == 'B' || head == 'b', head == 'b')
 	case pgwire.CloseComplete:
 		v := l.take(head == 'C' || head == 'c' || head == 'r', head == 'c')
 		if head == 'r' {
@@ -111,14 +116,20 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 			return swallow
 		}
 	case pgwire.RowDescription, pgwire.NoData:
-		if head == 'T' || head == 'O' || head == 'D' {
+		switch head {
+		case 'T', 'O', 'D':
 			return l.take(true, head == 'D')
+		case 'u':
+			return l.take(true, typ == pgwire.NoData)
 		}
 	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
 		l.copyIn = head == 'E'
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
-		if head == 'E' {
+		switch head {
+		case 'E':
 			l.execute()
+		case 'm':
+			return l.take(true, true)
 		}
 	case pgwire.ErrorResponse:
 		l.fail(head, undo)

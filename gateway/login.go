@@ -121,6 +121,9 @@ func (s *session) login(ctx context.Context, start *pgwire.Startup) error {
 	return s.authenticate(verifier)
 }
 
+// homeParam is the startup parameter by which a client asks for a site.
+const homeParam = "duri.home"
+
 // identify reads who the client says it is.
 func (s *session) identify(start *pgwire.Startup) error {
 	s.who.User = start.Get("user")
@@ -131,6 +134,10 @@ func (s *session) identify(start *pgwire.Startup) error {
 		s.who.Database = s.who.User
 	}
 	for _, p := range start.Params {
+		if p.Name == homeParam {
+			s.home = p.Value // for the gateway only
+			continue
+		}
 		if !strings.HasPrefix(p.Name, "_pq_.") && p.Name != "database" && p.Name != "user" {
 			s.who.Params = append(s.who.Params, p)
 		}

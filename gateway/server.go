@@ -8,7 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	rnd "math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -133,15 +136,16 @@ type Server struct {
 	nextPID  uint32
 	ending   atomic.Bool // set under mu
 
-	backends sync.WaitGroup // goroutines of pooled backends
-	lastID   atomic.Uint64  // of sessions
+	backends    sync.WaitGroup  // goroutines of pooled backends
+	lastID      atomic.Uint64   // of sessions
+	incarnation uint64          // random; part of the marks of transactions
+	resolved    [3]atomic.Int64 // commits in doubt, by Fate
 
 	limits   atomic.Pointer[Limits]
 	logins   meter
 	wrong    meter
 	floods   floods
 	refusals counter // by SQLSTATE
-	fates    counter
 	periods  periods
 	began    time.Time
 	ops
@@ -183,10 +187,8 @@ func NewServer(cfg Config) (*Server, error) {
 		ops: newOps(), clients: map[*session]struct{}{}, kept: map[tallyKey]Counts{}, tallies: map[tallyKey]*tally{},
 	}
 	g.limits.Store(limitsOf(&cfg).complete())
-	if cfg.Sites != nil {
-		g.cfg.Sites = counted{cfg.Sites, &g.fates}
-	}
 	_, _ = rand.Read(g.mock) // It does not fail (crypto/rand).
+	g.incarnation = rnd.Uint64()
 	if cfg.TLS != nil {
 		if len(cfg.TLS.Certificates) != 1 {
 			return nil, fmt.Errorf("gateway: TLS with %d certificates, where one is needed to bind channels to", len(cfg.TLS.Certificates))
@@ -310,6 +312,22 @@ func (g *Server) Shut(why string) {
 	g.shut = why
 	for c := range g.conns {
 		_ = c.Close() // the client may have closed it already
+	}
+}
+
+// Leave ends all connections to a site that were opened before an epoch, also those in use: the site is lost, even if they do
+// not show it. Sessions then go on as when their server breaks the connection.
+func (g *Server) Leave(site string, epoch uint64) {
+	g.mu.Lock()
+	sessions := slices.Collect(maps.Values(g.sessions))
+	g.mu.Unlock()
+	for _, s := range sessions {
+		s.mu.Lock()
+		if b := s.b; b != nil && b.target.Site == site && b.target.Epoch < epoch {
+			b.lastWord = "The site has been left out."
+			_ = b.conn.Close() // and its goroutine sees it
+		}
+		s.mu.Unlock()
 	}
 }
 

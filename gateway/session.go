@@ -38,12 +38,14 @@ type session struct {
 	kill    func()                 // ends it
 	killed  atomic.Bool            // by KILL
 	command atomic.Pointer[func()] // ends the command of an administrator that is under way
+	recovery
 }
 
 func newSession(g *Server, conn net.Conn) *session {
 	s := &session{g: g, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn)}
 	s.since = time.Now()
 	s.id = g.lastID.Add(1)
+	s.id, s.client = g.lastID.Add(1), s.r
 	s.changed.L = &s.mu
 	return s
 }
@@ -53,6 +55,7 @@ func (s *session) close() {
 	_ = s.w.Flush()
 	_ = s.conn.Close()
 	s.r.Drop()
+	s.client.Drop()
 	if s.keys != nil {
 		s.keys.Zero()
 	}
@@ -152,7 +155,7 @@ func (s *session) runAlone(ctx, loginCtx context.Context) {
 
 // route asks where to go now.
 func (s *session) route() (Target, error) {
-	target, err := s.g.cfg.Router.Route(&s.who, Wish{})
+	target, err := s.g.cfg.Router.Route(&s.who, Wish{Home: s.home, Last: s.last})
 	if err != nil {
 		return Target{}, fatalError(codeNoSite, err.Error(), "", hintOf(err))
 	}

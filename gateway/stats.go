@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"context"
 	"maps"
 	"slices"
 	"strings"
@@ -83,13 +82,13 @@ func (s *session) start(b *backend) {
 
 // took counts what the client has sent until now. The session's mu is held, by its own goroutine.
 func (s *session) took(b *backend) {
-	n := s.r.Received()
+	n := s.client.Received()
 	b.counts.Received += n - s.received
 	s.received = n
 }
 
-// answered counts a ReadyForQuery. The session's mu is held, by the backend's goroutine.
-func (b *backend) answered(s *session, status byte) {
+// tally counts a ReadyForQuery. The session's mu is held, by the backend's goroutine.
+func (b *backend) tally(s *session, status byte) {
 	now := time.Now()
 	b.counts.Queries++
 	b.counts.QueryS += now.Sub(s.asked).Seconds()
@@ -302,22 +301,4 @@ func (c *counter) all() map[string]uint64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return maps.Clone(c.n)
-}
-
-// counted is a Sites that counts what it says of transactions in doubt.
-type counted struct {
-	Sites
-	fates *counter
-}
-
-// fateNames are how fates are called in statistics.
-var fateNames = map[Fate]string{Unknown: "unknown", Committed: "committed", Aborted: "aborted"}
-
-func (c counted) Fate(ctx context.Context, d Doubt) (Fate, error) {
-	f, err := c.Sites.Fate(ctx, d)
-	if err != nil {
-		f = Unknown
-	}
-	c.fates.count(fateNames[f])
-	return f, err
 }

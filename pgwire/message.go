@@ -128,6 +128,11 @@ func ParseBackendKeyData(body []byte) (pid uint32, secret []byte, err error) {
 	return binary.BigEndian.Uint32(body), body[4:], nil
 }
 
+// AppendCommandComplete appends the end of a statement, with its tag.
+func AppendCommandComplete(dst []byte, tag string) []byte {
+	return AppendMessage(dst, CommandComplete, append([]byte(tag), 0))
+}
+
 // AppendReadyForQuery appends a ReadyForQuery with a transaction status.
 func AppendReadyForQuery(dst []byte, status byte) []byte {
 	return append(AppendHeader(dst, ReadyForQuery, 1), status)
