@@ -101,7 +101,7 @@ func Blocks(findings []Finding, s Session, from, to string) *Finding {
 	}
 	for i := range findings {
 		f := &findings[i]
-		if f.Database != s.Database || !(f.Sites == [2]string{from, to} || f.Sites == [2]string{to, from}) {
+		if f.Database != s.Database || f.Sites != [2]string{from, to} && f.Sites != [2]string{to, from} {
 			continue
 		}
 		switch f.Grade {

@@ -106,7 +106,7 @@ func TestEachFactIsSeen(t *testing.T) {
 		{"type's OID", "DROP TYPE pair; CREATE TYPE pair AS (a int, b int)", "SELECT", []string{"blocks_types type_oids: OIDs of types public._pair, public.pair"}},
 	} {
 		run := func(sql string) {
-			for _, s := range strings.Split(sql, "; ") { // ALTER SYSTEM stands alone
+			for s := range strings.SplitSeq(sql, "; ") { // ALTER SYSTEM stands alone
 				pgtest.Exec(t, b, "app", s)
 			}
 			pgtest.Exec(t, b, "app", "SELECT pg_reload_conf()")
@@ -197,8 +197,8 @@ func TestNothingIsOverlooked(t *testing.T) {
 		"Unread": func(f *Facts) { f.Unread = map[string]string{"verifiers": "x"} },
 	}
 	ft := reflect.TypeFor[Facts]()
-	for i := range ft.NumField() {
-		name := ft.Field(i).Name
+	for field := range ft.Fields() {
+		name := field.Name
 		if name != "Site" && name != "Database" && change[name] == nil {
 			t.Errorf("nothing tests field %s", name)
 		}
@@ -265,9 +265,14 @@ func TestBlocks(t *testing.T) {
 		from, to string
 		want     string
 	}{
-		{Session{"app", "clerk", nil}, "a", "b", "r"}, {Session{"app", "clerk", nil}, "b", "a", "r"}, {Session{"app", "till", nil}, "a", "b", ""},
-		{Session{"app", "till", nil}, "a", "c", "all"}, {Session{"app", "till", nil}, "c", "a", "all"}, {Session{"app", "till", nil}, "b", "c", ""},
-		{Session{"other", "clerk", nil}, "a", "b", ""}, {Session{"app", "clerk", nil}, "a", "a", ""},
+		{Session{"app", "clerk", nil}, "a", "b", "r"},
+		{Session{"app", "clerk", nil}, "b", "a", "r"},
+		{Session{"app", "till", nil}, "a", "b", ""},
+		{Session{"app", "till", nil}, "a", "c", "all"},
+		{Session{"app", "till", nil}, "c", "a", "all"},
+		{Session{"app", "till", nil}, "b", "c", ""},
+		{Session{"other", "clerk", nil}, "a", "b", ""},
+		{Session{"app", "clerk", nil}, "a", "a", ""},
 	} {
 		got := ""
 		if f := Blocks(found, c.s, c.from, c.to); f != nil {

@@ -42,8 +42,13 @@ func Read(ctx context.Context, c *pgconn.PgConn, spec Spec) (Facts, error) {
 		what string
 		read func(context.Context, *pgconn.PgConn, Spec, *Facts) error
 	}{
-		{"the database", readDatabase}, {"collations", readCollations}, {"extensions", readExtensions}, {"settings", readSettings}, {"roles", readRoles},
-		{"verifiers", readVerifiers}, {"types", readTypes},
+		{"the database", readDatabase},
+		{"collations", readCollations},
+		{"extensions", readExtensions},
+		{"settings", readSettings},
+		{"roles", readRoles},
+		{"verifiers", readVerifiers},
+		{"types", readTypes},
 	} {
 		if err := step.read(ctx, c, spec, &f); err != nil {
 			return f, fmt.Errorf("read %s: %w", step.what, err)
@@ -76,7 +81,7 @@ func localeColumns(major int) string {
 func readDatabase(ctx context.Context, c *pgconn.PgConn, _ Spec, f *Facts) error {
 	rows, err := pg.Rows(ctx, c, `SELECT datname, pg_catalog.pg_encoding_to_char(encoding), CASE datlocprovider WHEN 'c' THEN 'libc' WHEN 'i' THEN 'icu'
 		WHEN 'b' THEN 'builtin' ELSE datlocprovider::text END, datcollate, datctype, coalesce(`+localeColumns(f.Major)+`, ''),
-		pg_catalog.to_regprocedure('duri.mark(text)') IS NOT NULL OR pg_catalog.to_regprocedure('duri.mark(bytea)') IS NOT NULL
+		EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'duri' AND p.proname = 'mark')
 		FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()`)
 	if err != nil {
 		return err
