@@ -459,6 +459,9 @@ gateway:   # the way of clients to PostgreSQL through the agent, which keeps the
   mode: {{.Default.Gateway.Mode}}   # session: the agent authenticates clients; transaction: and pools connections
   cert: ""   # certificate that clients see, PEM; not for the mode door
   key: ""
+  routes: []   # of {database, role, application_name, site}: the home of the sessions that fit; default: this site
+  rehome_every: 0   # for tests of applications: every n-th transaction goes to the next site
+  name: ""   # in the file of a gateway that runs alone (duri gateway): that of its certificate
   # For session and transaction; SIGHUP to the agent, or RELOAD in the database duri, takes a change of these.
   admins: []   # roles that may use the gateway's own database, duri; default: the agent's role
   clients_max: {{.Default.Gateway.ClientsMax}}

@@ -127,6 +127,9 @@ func (c *Config) complete(folder string) {
 	if c.Listen == "" {
 		c.Listen = defaultListen(c.Self().Address)
 	}
+	if c.Alone() && c.Origin("gateway.mode").Kind == FromDefault {
+		c.Gateway.Mode = GatewayTransaction
+	}
 	for _, db := range c.Databases {
 		for name, t := range db.Tables {
 			t.Mode = cmp.Or(t.Mode, policy.ModeRow)

@@ -67,58 +67,6 @@ const (
 	Merge   Tail = "merge"   // they go to the other sites with their versions
 )
 
-// Gateway is the way of clients to PostgreSQL through the agent.
-type Gateway struct {
-	Listen string      `yaml:"listen" json:"listen"` // host:port; empty: clients do not come this way
-	Mode   GatewayMode `yaml:"mode" json:"mode"`
-	Cert   string      `yaml:"cert" json:"cert"` // PEM files for clients; empty: no TLS, and not with GatewayDoor
-	Key    string      `yaml:"key" json:"key"`
-
-	// These are not for GatewayDoor. They are read again by Agent.Reload.
-	Admins     []string `yaml:"admins" json:"admins"` // roles that may use the database duri; empty: the agent's
-	ClientsMax int      `yaml:"clients_max" json:"clients_max"`
-	PoolSize   int      `yaml:"pool_size" json:"pool_size"`
-	Hold       Duration `yaml:"hold" json:"hold"` // how long a client may wait for a connection, or for a site that may serve
-	Idle       Duration `yaml:"idle" json:"idle"` // how long a connection is kept that nobody uses
-	Strict     bool     `yaml:"strict" json:"strict"`
-	LoginRate  int      `yaml:"login_rate" json:"login_rate"` // per second and address
-}
-
-// GatewayMode is what the agent does with what passes.
-type GatewayMode string
-
-// The modes.
-const (
-	GatewayDoor        GatewayMode = "door"        // hands bytes on
-	GatewaySession     GatewayMode = "session"     // authenticates clients; each has a connection to the server
-	GatewayTransaction GatewayMode = "transaction" // authenticates clients; each transaction has one
-)
-
-// Authenticates reports whether the agent checks clients' passwords, for which it reads their verifiers.
-func (g Gateway) Authenticates() bool { return g.Listen != "" && g.Mode != GatewayDoor }
-
-func (d *decoder) validateGateway(g Gateway) {
-	d.choice("gateway.mode", string(g.Mode), string(GatewayDoor), string(GatewaySession), string(GatewayTransaction))
-	if g.Mode == GatewayDoor && (g.Cert != "" || g.Key != "") {
-		d.invalid("gateway.cert", "gateway.cert and gateway.key are not for the mode door", "TLS is between client and PostgreSQL there; remove them, or set gateway.mode")
-		return
-	}
-	within(d, "gateway.clients_max", g.ClientsMax, 1, 1_000_000)
-	within(d, "gateway.pool_size", g.PoolSize, 1, 10_000)
-	within(d, "gateway.hold", g.Hold, 10*Millisecond, Hour)
-	within(d, "gateway.idle", g.Idle, Second, 24*Hour)
-	within(d, "gateway.login_rate", g.LoginRate, 1, 1_000_000)
-	seen := map[string]int{}
-	for i, role := range g.Admins {
-		key := fmt.Sprintf("gateway.admins[%d]", i)
-		d.identifier(key, role)
-		unique(d, seen, role, key)
-	}
-	if (g.Cert == "") != (g.Key == "") {
-		d.invalid("gateway.cert", "gateway.cert and gateway.key go together", "give both files, or none for connections without TLS")
-	}
-}
-
 // HasRegister reports whether the cluster keeps a register.
 func (c *Config) HasRegister() bool { return len(c.Quorum.Members)+len(c.Quorum.External) > 0 }
 
@@ -145,8 +93,8 @@ func (c *Config) WitnessName() string {
 	return ""
 }
 
-// Name is that of the own site, or of the witness: the name in the certificate.
-func (c *Config) Name() string { return cmp.Or(c.Site, c.Witness) }
+// Name is that of the own site, or of the witness or gateway: the name in the certificate.
+func (c *Config) Name() string { return cmp.Or(c.Gateway.Name, c.Site, c.Witness) }
 
 // Voter is the voter that runs here, in the agent or as the witness; false when none does.
 func (c *Config) Voter() (Voter, bool) {
@@ -236,7 +184,7 @@ func (d *decoder) validateDurability(c *Config) {
 			waits = key
 		}
 	}
-	if waits != "" && u.Policy != AvailabilityFirst && !c.HasRegister() && c.Witness == "" {
+	if waits != "" && u.Policy != AvailabilityFirst && !c.HasRegister() && c.Witness == "" && !c.Alone() {
 		d.invalid(waits, waits+" is sync, but there is no quorum", "name three voters under quorum, one of which may be a witness; or choose durability.policy availability-first, which waits for nobody")
 	}
 	_, site := c.SiteByName(u.Preferred)

@@ -77,9 +77,12 @@ func (d *decoder) validate(c *Config) {
 	}
 	d.validateSites(c)
 	d.validateFiles(c)
-	if c.Witness != "" {
+	switch {
+	case c.Alone():
+		d.validateAlone(c)
+	case c.Witness != "":
 		d.validateWitness(c)
-	} else {
+	default:
 		d.validateSelf(c)
 		d.choice("bootstrap", string(c.Bootstrap), string(BootstrapSeed), string(BootstrapCopy))
 		d.missing("databases", len(c.Databases) == 0, "name at least one database to replicate")
@@ -169,10 +172,7 @@ func (d *decoder) validateSelf(c *Config) {
 	}
 	if c.Listen != "" { // else it has no default, as the own address has a problem
 		d.address("listen", c.Listen, false)
-		if c.Gateway.Listen != "" {
-			d.address("gateway.listen", c.Gateway.Listen, false)
-		}
-		d.validateGateway(c.Gateway)
+		d.validateGateway(c)
 	}
 }
 

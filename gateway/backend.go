@@ -68,7 +68,7 @@ func (g *Server) connect(ctx context.Context, t Target) (net.Conn, []byte, error
 		}
 	}
 	conn, err := dial(ctx, t)
-	if err != nil || g.cfg.ServerTLS == nil {
+	if _, secured := conn.(Secured); err != nil || secured || g.cfg.ServerTLS == nil {
 		return conn, nil, err
 	}
 	secured, err := g.secure(ctx, t, conn)

@@ -621,11 +621,15 @@ func (s *session) bind(ctx context.Context) error {
 			return err
 		}
 	}
-	name, same := noStatement, true // The server says in its own words that it does not exist.
-	if st != nil {
-		if same = s.ensure(b, st); same {
-			name = st.name
-		}
+	e := expected{kind: 'B'}
+	name := noStatement // The server says in its own words that it does not exist.
+	switch {
+	case st == nil:
+		e.missing, e.name = true, string(client)
+	case s.ensure(b, st):
+		name = st.name
+	default:
+		e.changed = true
 	}
 	s.mu.Lock()
 	if len(portal) == 0 {
@@ -636,7 +640,7 @@ func (s *session) bind(ctx context.Context) error {
 	s.scratch = pgwire.AppendHeader(s.scratch[:0], pgwire.Bind, s.r.Left()-len(client)+len(name))
 	s.scratch = append(append(s.scratch, portal...), 0)
 	s.scratch = append(append(s.scratch, name...), 0)
-	b.line.push(expected{kind: 'B', changed: !same})
+	b.line.push(e)
 	s.sending(b)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
@@ -672,12 +676,9 @@ func (s *session) target(ctx context.Context, typ byte) error {
 		e = expected{kind: 'C', st: st, name: name}
 		name = noStatement
 	case kind == 'S':
-		e = expected{kind: 'T', st: st}
-		if st != nil && s.ensure(b, st) {
-			name = st.name
-		} else {
-			e.changed = st != nil
-			name = noStatement
+		e = expected{kind: 'T', st: st, changed: st != nil, missing: st == nil, name: name}
+		if name = noStatement; st != nil && s.ensure(b, st) {
+			e.changed, name = false, st.name
 		}
 	case typ == pgwire.Describe:
 		e = expected{kind: 'O', st: s.portals[name]}
@@ -915,6 +916,12 @@ func (s *session) rest(b *backend) {
 
 // probed takes the answer to a probe.
 func (s *session) probed(b *backend, q *question) {
+	if s.heldReady {
+		s.heldReady = false
+		_ = s.w.Write(readyFor(pgwire.Idle)) // the next read tells if the client has gone
+		_ = s.w.Flush()
+		s.answered(pgwire.Idle)
+	}
 	if q.err != nil {
 		s.probe = true // after the next transaction
 		s.pinSeen = "its state could not be read: " + q.err.Message
@@ -959,8 +966,8 @@ func (s *session) lose(b *backend, cause error) {
 	_ = s.conn.Close()
 }
 
-// inMessage reports whether the client has got a part of a message.
-func inMessage(b *backend) bool { return b.r.Left() > 0 }
+// inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
+func inMessage(b *backend) bool { return b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {

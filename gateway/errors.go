@@ -24,6 +24,7 @@ const (
 	codeAuth        = "28000"
 	codeProtocol    = "08P01" // the client broke the protocol; never a failure of the gateway
 	codeUnsupported = "0A000"
+	codeMissing     = "26000" // a prepared statement does not exist
 	codeRolledBack  = "40001" // the transaction has certainly not taken effect; the session goes on
 	codeInFailed    = "25P02"
 	codeCrash       = "57P02" // a server's, that ends all its sessions

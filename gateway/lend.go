@@ -85,6 +85,12 @@ func (b *backend) answer() error {
 			return err
 		}
 		s, q := b.owner.Load(), b.asking.Load()
+		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
+			// All of it, because half a message that the client has got cannot be taken back.
+			if _, err := b.r.Peek(b.r.Left()); err != nil {
+				return err
+			}
+		}
 		switch {
 		case typ == pgwire.ParameterStatus || typ == pgwire.NoticeResponse || typ == pgwire.NotificationResponse || typ == pgwire.ErrorResponse:
 			err = b.report(s, q, typ)
@@ -169,6 +175,9 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	send = b.r.Forward
 	if b.line.next().changed {
 		send = func(w *pgwire.Writer) error { return w.Write(planChanged) }
+	}
+	if next := b.line.next(); next.missing && e.Code == codeMissing {
+		send = func(w *pgwire.Writer) error { return w.Write(missing(e, next.name)) }
 	}
 	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
 		// This statement is of no use to anybody any more: who prepares the same anew gets another.
@@ -299,7 +308,7 @@ func (b *backend) deliver(s *session, typ byte) (err error) {
 func (b *backend) settle(s *session, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := forward
+	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
 		v = b.describe(s, typ)
@@ -395,9 +404,17 @@ func (b *backend) ready(s *session) error {
 		return errUnexplained
 	}
 	b.status = status
-	b.atRest = status == pgwire.Idle && b.line.empty()
 	if s.flight.hidden == 0 {
 		b.tally(s, status)
+	}
+	b.atRest = status == pgwire.Idle && b.line.empty()
+	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {
+		// Until it is known what the session has become, it is not told: it could not go on elsewhere.
+		s.heldReady = true
+		s.rest(b)
+		return nil
+	}
+	if s.flight.hidden == 0 {
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err
 		}

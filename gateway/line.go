@@ -21,9 +21,10 @@ import "github.com/duri-io/duri/pgwire"
 type expected struct {
 	kind byte
 	st   *statement // P, p, r, C, T, O, D
-	name string     // P, r, C: what the client calls it
+	name string     // P, r, C, and B, T of one that is missing: what the client calls it
 
-	changed bool // B: made to fail, because the statement is not what it was
+	changed bool // B, T: made to fail, because the statement is not what it was
+	missing bool // B, T: fails, because the client has no such statement
 	commits bool // Q, T, O, E: it is a COMMIT
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"strings"
 
 	"github.com/duri-io/duri/pgwire"
 )
@@ -81,6 +82,16 @@ const (
 	noStatement   = "duri_none"
 	goneStatement = "duri_gone"
 )
+
+// missing is what a server says of a statement that does not exist, with the name by which the client calls it.
+func missing(e *pgwire.Error, name string) []byte {
+	own := *e
+	own.Message = strings.ReplaceAll(e.Message, noStatement, name)
+	if name == "" {
+		own.Message = "unnamed prepared statement does not exist"
+	}
+	return pgwire.AppendError(nil, &own)
+}
 
 // newStatement makes a statement of a client. context is what its text is parsed under: constants in it are converted when
 // it is parsed, so only sessions with the same settings can share it.

@@ -19,6 +19,7 @@ type loss struct {
 	cause  string
 	sent   []expected // to it, and not answered; what is the gateway's own included
 	broken bool       // the client has got a part of a message
+	ready  bool       // all was done, but what it has made of the session is not known
 }
 
 // recovery is what a session has to go on without a server. Guarded by mu, but for what the session's goroutine alone uses.
@@ -29,8 +30,10 @@ type recovery struct {
 	parked bool   // the session's goroutine waits for the client
 	poked  bool   // and was woken by a deadline
 	wants  bool   // it waits for answers
-	last   string // site of the latest transaction
-	home   string // the site that the client has asked for
+	// heldReady: the server is ready, which the client is told when the session's state is read.
+	heldReady bool
+	last      string // site of the latest transaction
+	home      string // the site that the client has asked for
 
 	eager atomic.Bool // answers are not held back: the client waits for them
 
@@ -42,7 +45,7 @@ type recovery struct {
 
 // survivable reports that the session can do without its backend b, which is lost. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && s.pinned() == "" && b.asking.Load() == nil && !s.ending.Load()
+	return s.keeps() && s.pinned() == "" && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
@@ -79,8 +82,9 @@ func (s *session) lostServer(b *backend, cause error) {
 		why = b.lastWord
 	}
 	s.loss = &loss{
-		target: b.target, pid: b.pid, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b),
+		target: b.target, pid: b.pid, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
 	}
+	s.heldReady = false
 	if s.parked && !s.poked {
 		s.poked = true
 		_ = s.conn.SetReadDeadline(time.Unix(1, 0)) // it may have ended
@@ -159,6 +163,12 @@ func (s *session) recover(ctx context.Context) error {
 	if unmarked {
 		how = unknown
 	}
+	if l.ready && how != again && how != fails {
+		if s.w.Write(readyFor(pgwire.Idle)) != nil {
+			return errGone
+		}
+		return errSettings(l)
+	}
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
@@ -212,7 +222,6 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		fate, why = Unknown, fmt.Sprintf("%s: %v", l.cause, err)
 	}
 	s.g.cfg.Log.Info("the fate of a transaction was asked for", "site", l.target.name(), "ltxid", fmt.Sprintf("%x", d.LTXID), "fate", int(fate), "error", err)
-	s.g.resolved[fate].Add(1)
 	switch fate {
 	case Committed:
 		return s.committed(l, d)
@@ -247,11 +256,16 @@ func (s *session) committed(l *loss, d Doubt) error {
 	left := slices.Clone(s.flight.unanswered())
 	s.mu.Unlock()
 	if changed {
-		return fatalError(codeShutdown, "the session cannot go on elsewhere: the transaction was committed, but what it has set is not known",
-			"The server of "+l.target.name()+" was lost.", "connect again")
+		return errSettings(l)
 	}
 	s.handleAgain(left)
 	return s.flushed()
+}
+
+// errSettings ends a session whose transaction was committed.
+func errSettings(l *loss) error {
+	return fatalError(codeShutdown, "the session cannot go on elsewhere: its transaction was committed, but what it has set is not known",
+		"The server of "+l.target.name()+" was lost. "+l.cause, "connect again")
 }
 
 func (s *session) flushed() error {

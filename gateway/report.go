@@ -47,7 +47,7 @@ func (g *Server) Report() Report {
 	l := g.lim()
 	r := Report{
 		Mode: g.poolMode(""), Shut: shut, UptimeS: time.Since(g.began).Seconds(), Clients: now, Logins: total, Sessions: g.Sessions(), Pools: g.Pools(),
-		Pins: g.Pins(), Routes: g.Routes(), Stats: g.Tallies(), InDoubt: g.inDoubt(), Refused: g.refusals.all(),
+		Pins: g.Pins(), Routes: g.Routes(), Stats: g.Tallies(), InDoubt: g.fates.all(), Refused: g.refusals.all(),
 		Limits: LimitsReport{l.ClientsMax, l.PoolMax, l.HoldMax.Seconds(), l.IdleMax.Seconds(), l.Strict, l.LoginRate},
 	}
 	g.mu.Lock()
@@ -59,15 +59,6 @@ func (g *Server) Report() Report {
 	slices.Sort(r.Paused)
 	slices.Sort(r.Disabled)
 	return r
-}
-
-// inDoubt counts commits whose answer was lost by what became of them.
-func (g *Server) inDoubt() map[string]uint64 {
-	n := map[string]uint64{}
-	for fate, name := range map[Fate]string{Unknown: "unknown", Committed: "committed", Aborted: "aborted"} {
-		n[name] = uint64(g.resolved[fate].Load())
-	}
-	return n
 }
 
 // MetricsType is the media type of WriteMetrics (Prometheus text format).

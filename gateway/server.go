@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	rnd "math/rand/v2"
 	"net"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,6 +53,9 @@ type Target struct {
 	Network, Address string // as net.Dial takes them
 	// Epoch is the site's. Connections that were opened in an older one are not used again.
 	Epoch uint64
+	// History names what the server writes, so that a transaction's number means the same as long as it is equal. The gateway
+	// only hands it on to Sites, with each Doubt.
+	History string
 }
 
 // Wish is what a session wants of its next server.
@@ -84,7 +85,7 @@ type Config struct {
 	Verifiers Verifiers
 	// Sites lets the sessions of TransactionMode go on when a server is lost; nil: they end with it.
 	Sites Sites
-	// Dial connects to a target; nil: net.Dialer does.
+	// Dial connects to a target; nil: net.Dialer does. What it gives may be Secured.
 	Dial func(ctx context.Context, t Target) (net.Conn, error)
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
 	TLS *tls.Config
@@ -136,16 +137,16 @@ type Server struct {
 	nextPID  uint32
 	ending   atomic.Bool // set under mu
 
-	backends    sync.WaitGroup  // goroutines of pooled backends
-	lastID      atomic.Uint64   // of sessions
-	incarnation uint64          // random; part of the marks of transactions
-	resolved    [3]atomic.Int64 // commits in doubt, by Fate
+	backends    sync.WaitGroup // goroutines of pooled backends
+	lastID      atomic.Uint64  // of sessions
+	incarnation uint64         // random; part of the marks of transactions
 
 	limits   atomic.Pointer[Limits]
 	logins   meter
 	wrong    meter
 	floods   floods
 	refusals counter // by SQLSTATE
+	fates    counter
 	periods  periods
 	began    time.Time
 	ops
@@ -187,6 +188,9 @@ func NewServer(cfg Config) (*Server, error) {
 		ops: newOps(), clients: map[*session]struct{}{}, kept: map[tallyKey]Counts{}, tallies: map[tallyKey]*tally{},
 	}
 	g.limits.Store(limitsOf(&cfg).complete())
+	if cfg.Sites != nil {
+		g.cfg.Sites = counted{cfg.Sites, &g.fates}
+	}
 	_, _ = rand.Read(g.mock) // It does not fail (crypto/rand).
 	g.incarnation = rnd.Uint64()
 	if cfg.TLS != nil {
@@ -312,22 +316,6 @@ func (g *Server) Shut(why string) {
 	g.shut = why
 	for c := range g.conns {
 		_ = c.Close() // the client may have closed it already
-	}
-}
-
-// Leave ends all connections to a site that were opened before an epoch, also those in use: the site is lost, even if they do
-// not show it. Sessions then go on as when their server breaks the connection.
-func (g *Server) Leave(site string, epoch uint64) {
-	g.mu.Lock()
-	sessions := slices.Collect(maps.Values(g.sessions))
-	g.mu.Unlock()
-	for _, s := range sessions {
-		s.mu.Lock()
-		if b := s.b; b != nil && b.target.Site == site && b.target.Epoch < epoch {
-			b.lastWord = "The site has been left out."
-			_ = b.conn.Close() // and its goroutine sees it
-		}
-		s.mu.Unlock()
 	}
 }
 

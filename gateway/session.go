@@ -33,18 +33,17 @@ type session struct {
 	ending atomic.Bool // what the server does now is not told to the client any more
 
 	borrowing
+	recovery
 	tallying
 
 	kill    func()                 // ends it
 	killed  atomic.Bool            // by KILL
 	command atomic.Pointer[func()] // ends the command of an administrator that is under way
-	recovery
 }
 
 func newSession(g *Server, conn net.Conn) *session {
 	s := &session{g: g, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn)}
 	s.since = time.Now()
-	s.id = g.lastID.Add(1)
 	s.id, s.client = g.lastID.Add(1), s.r
 	s.changed.L = &s.mu
 	return s

@@ -24,10 +24,10 @@ type Sites interface {
 type Doubt struct {
 	Target
 	Database string
-	PID      uint32 // of its backend
-	XID      uint64 // with epoch, as pg_current_xact_id gives it; 0: it had none, and has written nothing
-	LTXID    []byte // of its mark; none: it was never told to commit
-	At       time.Time
+	PID      uint32    // of its backend
+	XID      uint64    // with epoch, as pg_current_xact_id gives it; 0: it had none, and has written nothing
+	LTXID    []byte    // of its mark; none: it was never told to commit
+	At       time.Time // when the loss was noticed: within a few seconds, as connections to a site that is silent are cut
 }
 
 // Fate is what became of a transaction.

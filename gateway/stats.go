@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"context"
 	"maps"
 	"slices"
 	"strings"
@@ -301,4 +302,22 @@ func (c *counter) all() map[string]uint64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return maps.Clone(c.n)
+}
+
+// counted is a Sites that counts what it says of transactions in doubt.
+type counted struct {
+	Sites
+	fates *counter
+}
+
+// fateNames are how fates are called in statistics.
+var fateNames = map[Fate]string{Unknown: "unknown", Committed: "committed", Aborted: "aborted"}
+
+func (c counted) Fate(ctx context.Context, d Doubt) (Fate, error) {
+	f, err := c.Sites.Fate(ctx, d)
+	if err != nil {
+		f = Unknown
+	}
+	c.fates.count(fateNames[f])
+	return f, err
 }

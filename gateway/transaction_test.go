@@ -226,7 +226,7 @@ func TestPreparedStatementsGoAlong(t *testing.T) {
 		if err != nil || res[0].CommandTag.String() != "DEALLOCATE" {
 			t.Errorf("%s: %v, %v", end, res, err)
 		}
-		wantCode(t, "after "+end, raw.ExecPrepared(t.Context(), "p", [][]byte{[]byte("1")}, nil, nil).Read().Err, "26000", "")
+		wantCode(t, "after "+end, raw.ExecPrepared(t.Context(), "p", [][]byte{[]byte("1")}, nil, nil).Read().Err, "26000", `"p" does not exist`)
 		if err := again(); err != nil {
 			t.Fatal(err)
 		}
@@ -234,7 +234,8 @@ func TestPreparedStatementsGoAlong(t *testing.T) {
 	if err := raw.Deallocate(t.Context(), "p"); err != nil { // by Close
 		t.Fatal(err)
 	}
-	wantCode(t, "after Close", raw.ExecPrepared(t.Context(), "p", nil, nil, nil).Read().Err, "26000", "")
+	wantCode(t, "after Close", raw.ExecPrepared(t.Context(), "p", nil, nil, nil).Read().Err, "26000", `"p" does not exist`)
+	wantCode(t, "unnamed", raw.ExecPrepared(t.Context(), "", nil, nil, nil).Read().Err, "26000", "unnamed prepared statement does not exist")
 	// One that fails leaves nothing behind, with what was sent after it.
 	for range 3 {
 		_, err := raw.Prepare(t.Context(), "q", "SELECT FROM nowhere", nil)

@@ -69,6 +69,8 @@ type Client struct {
 	conn *grpc.ClientConn
 	rpc  linkpb.LinkClient
 
+	gateways linkpb.GatewaysClient
+
 	closed context.Context // ends with Close; the client is its own parent
 	close  context.CancelFunc
 
@@ -96,7 +98,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 		return nil, fmt.Errorf("make a link client for site %s: %w", c.Peer, err)
 	}
 	closed, end := context.WithCancel(context.Background())
-	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn), closed: closed, close: end}, nil
+	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn), gateways: linkpb.NewGatewaysClient(conn), closed: closed, close: end}, nil
 }
 
 // onlyPeer makes a TLS configuration accept one site.

@@ -358,12 +358,12 @@ func fakeSeoul(t *testing.T, change func(*ClientConfig), f func(*wire)) *Client 
 		t.Fatal(err)
 	}
 	var wg sync.WaitGroup
-	g := grpc.NewServer(grpc.Creds(newDivided(server, func(conn *tls.Conn) {
+	g := grpc.NewServer(grpc.Creds(newDivided(server, map[string]func(*tls.Conn){followProtocol: func(conn *tls.Conn) {
 		wg.Go(func() {
 			defer conn.Close()
 			f(newWire(conn))
 		})
-	})), grpc.WaitForHandlers(true))
+	}})), grpc.WaitForHandlers(true))
 	linkpb.RegisterLinkServer(g, faker{})
 	ended := make(chan error, 1)
 	go func() { ended <- g.Serve(l) }()

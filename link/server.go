@@ -40,6 +40,11 @@ type ServerConfig struct {
 	// Status gives the site's status document; nil: the request is refused.
 	Status func(ctx context.Context) ([]byte, error)
 
+	// Gateways answers gateways; nil: they are refused. Drain is asked by another site to take no new transactions of clients
+	// (true) or to take them again; nil likewise.
+	Gateways Gateways
+	Drain    func(drain bool) error
+
 	// Unfit says why this site cannot do its part in durability, empty when it can; nil: it always can. It must not block.
 	Unfit func() string
 
@@ -83,29 +88,34 @@ type Server struct {
 	c    ServerConfig
 	grpc *grpc.Server
 
-	stopping chan struct{}  // closed when Serve ends
-	wg       sync.WaitGroup // goroutines of streams
+	stopping chan struct{}   // closed when Serve ends
+	wg       sync.WaitGroup  // goroutines of streams
+	base     context.Context // ends with Serve; the server is its own parent
+	end      context.CancelFunc
 
 	mu        sync.Mutex // guards the rest
 	served    bool
 	followers map[followKey]*follower
 	clocks    map[string]*estimator // by site
+	tunnels   map[*tls.Conn]struct{}
 }
 
 // NewServer makes a server that does not listen yet.
 func NewServer(c ServerConfig) *Server {
 	s := &Server{
 		c: c.withDefaults(), stopping: make(chan struct{}),
-		followers: map[followKey]*follower{}, clocks: map[string]*estimator{},
+		followers: map[followKey]*follower{}, clocks: map[string]*estimator{}, tunnels: map[*tls.Conn]struct{}{},
 	}
+	s.base, s.end = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
-		grpc.Creds(newDivided(s.c.TLS, s.follow)),
+		grpc.Creds(newDivided(s.c.TLS, map[string]func(*tls.Conn){followProtocol: s.follow, sqlProtocol: s.tunnel})),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime, PermitWithoutStream: true}),
 		grpc.ConnectionTimeout(handshakeMax), grpc.WaitForHandlers(true),
 		grpc.MaxRecvMsgSize(messageBytes), grpc.MaxSendMsgSize(messageBytes),
 	)
 	linkpb.RegisterLinkServer(s.grpc, s)
+	linkpb.RegisterGatewaysServer(s.grpc, gatewayServer{s: s})
 	return s
 }
 
@@ -124,10 +134,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	var err error
 	select {
 	case err = <-ended: // the listener failed
-		close(s.stopping)
+		s.stop()
 		s.grpc.Stop()
 	case <-ctx.Done():
-		close(s.stopping)
+		s.stop()
 		s.stopGracefully()
 		err = <-ended
 	}
@@ -209,6 +219,18 @@ func (s *Server) admit(site string, err error, h *linkpb.Hello) (string, uint32,
 
 // judge decides on a caller whose name is proven.
 func (s *Server) judge(site string, h *linkpb.Hello) (version uint32, err error) {
+	if version, err = s.speak(h); err != nil {
+		return 0, err
+	}
+	if site == s.c.Site {
+		return 0, refuse(ErrSite, "see that each site has its own certificate, and that the address in the configuration is the peer's",
+			"the caller has the certificate of site %s, which is this site", site)
+	}
+	return version, nil
+}
+
+// speak decides on a caller's cluster and version.
+func (s *Server) speak(h *linkpb.Hello) (version uint32, err error) {
 	if id := h.GetClusterId(); id != s.c.ClusterID {
 		return 0, refuse(ErrCluster, "see that the agent at this address belongs to the cluster, and that both sites have the same cluster id",
 			"site %s belongs to cluster %s, the caller asks for cluster %q", s.c.Site, s.c.ClusterID, id)
@@ -218,10 +240,6 @@ func (s *Server) judge(site string, h *linkpb.Hello) (version uint32, err error)
 	if !ok {
 		return 0, refuse(ErrVersion, "bring duri at both sites to releases that are at most one apart",
 			"site %s speaks link protocol %d to %d, the caller %d to %d", s.c.Site, s.c.Versions.Min, s.c.Versions.Max, theirs.Min, theirs.Max)
-	}
-	if site == s.c.Site {
-		return 0, refuse(ErrSite, "see that each site has its own certificate, and that the address in the configuration is the peer's",
-			"the caller has the certificate of site %s, which is this site", site)
 	}
 	return version, nil
 }

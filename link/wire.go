@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -150,17 +151,17 @@ func (c *Client) broken(ctx context.Context, err error) error {
 	return &Error{Kind: ErrBroken, Peer: c.c.Peer, Sentence: "link broke: " + err.Error()}
 }
 
-// divided is a server's TLS that keeps the connections of Follow out of gRPC's hands.
+// divided is a server's TLS that keeps the connections of some protocols out of gRPC's hands.
 type divided struct {
 	credentials.TransportCredentials // for all but the handshake
 	config                           *tls.Config
-	follow                           func(conn *tls.Conn)
+	own                              map[string]func(conn *tls.Conn) // by protocol, who takes them; they return at once
 }
 
-func newDivided(config *tls.Config, follow func(conn *tls.Conn)) divided {
+func newDivided(config *tls.Config, own map[string]func(conn *tls.Conn)) divided {
 	config = config.Clone()
-	config.NextProtos = []string{followProtocol, "h2"}
-	return divided{credentials.NewTLS(config), config, follow}
+	config.NextProtos = append(slices.Sorted(maps.Keys(own)), "h2")
+	return divided{credentials.NewTLS(config), config, own}
 }
 
 // ServerHandshake is that of TransportCredentials.
@@ -171,11 +172,11 @@ func (d divided) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, 
 		return nil, nil, err
 	}
 	state := conn.ConnectionState()
-	switch state.NegotiatedProtocol {
-	case followProtocol:
-		d.follow(conn)
+	if take := d.own[state.NegotiatedProtocol]; take != nil {
+		take(conn)
 		return nil, nil, credentials.ErrConnDispatched
-	case "":
+	}
+	if state.NegotiatedProtocol == "" {
 		_ = conn.Close()
 		return nil, nil, errors.New("the caller names no protocol")
 	}
@@ -184,5 +185,5 @@ func (d divided) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, 
 
 // Clone is that of TransportCredentials.
 func (d divided) Clone() credentials.TransportCredentials {
-	return divided{d.TransportCredentials.Clone(), d.config, d.follow}
+	return divided{d.TransportCredentials.Clone(), d.config, d.own}
 }

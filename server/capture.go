@@ -51,6 +51,7 @@ func newCapture(n *node, j *journal.Journal, mesh *apply.Mesh) *capture {
 		seen: st.Seen, maxTime: st.MaxVersionTime, flush: make(chan struct{}, 1), dirty: make(chan struct{}, 1),
 	}
 	c.durable.Store(uint64(j.Durable()))
+	n.marks.note("", time.Now())
 	return c
 }
 
@@ -80,6 +81,7 @@ func (c *capture) Commit(m *decode.Commit) error {
 	if err := c.mesh.Parking.Purge(t, c.n.sql.do); err != nil {
 		return err
 	}
+	c.n.marks.note(t.Mark.LTXID, time.Now()) // before the index, by which it is waited for
 	// The index first: should the journal fail, the transaction is delivered again and the index drops it.
 	if err := c.local.Add(t); err != nil {
 		return fmt.Errorf("index transaction %s: %w", t.CommitLSN, err)

@@ -241,6 +241,12 @@ func (c *Control) Fence(ctx context.Context, req FenceRequest) (DurabilityStatus
 	return out, c.post(ctx, "/v1/fence", req, &out)
 }
 
+// Drain lets gateways begin no new transactions at a site, or lets them again.
+func (c *Control) Drain(ctx context.Context, req DrainRequest) error {
+	var out struct{}
+	return c.post(ctx, "/v1/drain", req, &out)
+}
+
 func (c *Control) post(ctx context.Context, path string, body, v any) error {
 	res, err := c.do(ctx, http.MethodPost, path, nil, body)
 	if err != nil {

@@ -65,6 +65,7 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("POST /v1/fence", a.postFence)
 	mux.HandleFunc("GET /v1/gateway", a.getGateway)
 	mux.HandleFunc("GET /metrics", a.getMetrics)
+	mux.HandleFunc("POST /v1/drain", a.postDrain)
 	srv := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx },

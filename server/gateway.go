@@ -19,16 +19,20 @@ type administered interface {
 	SetLimits(l gateway.Limits)
 }
 
-// administer sets what administrators may change, and what they see. role is the agent's at its server.
-func (a *Agent) administer(g *gateway.Config, role string) {
-	l := limits(a.cfg.Gateway, role)
+// setLimits takes the limits of a configuration, and what administrators see. role is the agent's at its server; empty: there is
+// none.
+func setLimits(g *gateway.Config, cfg *config.Config, role string) {
+	l := limits(cfg.Gateway, role)
 	g.ClientsMax, g.PoolMax, g.HoldMax, g.IdleMax = l.ClientsMax, l.PoolMax, l.HoldMax, l.IdleMax
 	g.Strict, g.LoginRate, g.Admins = l.Strict, l.LoginRate, l.Admins
-	g.Version = a.version
-	for _, d := range a.cfg.Databases {
+	for _, d := range cfg.Databases {
 		g.Databases = append(g.Databases, d.Name)
 	}
-	a.role, g.Reload = role, a.Reload
+}
+
+// administer lets the agent's configuration be read again.
+func (a *Agent) administer(g *gateway.Config) {
+	g.Version, g.Reload = a.version, a.Reload
 }
 
 // limits are those of a configuration.

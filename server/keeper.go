@@ -31,6 +31,7 @@ type keeper struct {
 
 	mu       sync.Mutex // guards the rest; never held while a report is computed or waited for
 	reg      quorum.Register
+	memberAt uint64    // epoch since which the register counts this site in without a break, as far as is known
 	doubt    bool      // a swap was sent and its answer is not known, or was sent in a former life of the agent
 	leaving  bool      // this site has proposed to leave, or is about to
 	began    time.Time // when the register was first read without doubt; zero: nothing may be acknowledged yet
@@ -187,6 +188,9 @@ func (k *keeper) take(r quorum.Register) (news bool) {
 	}
 	was := k.reg
 	k.doubt = k.doubt && was.Epoch == 0 // of a former life: what is read first proves nothing
+	if !was.Has(k.a.self.Name) || r.Epoch != was.Epoch+1 {
+		k.memberAt = r.Epoch // it may have been left out in between
+	}
 	k.reg, k.leaving = r, false
 	for _, s := range k.a.cfg.Peers() { // in the new epoch, receipts of the old one count nowhere; and all hear of it
 		k.thaw(s.Name)

@@ -76,6 +76,7 @@ type node struct {
 	counted  atomic.Bool               // PostgreSQL lets commits wait for this agent
 	mute     atomic.Pointer[time.Time] // when the stream of decoding ended; nil: it runs, or has not begun yet
 	outcomes *apply.Outcomes           // of the other sites' marked transactions
+	marks    marks                     // of this site's own
 	recover  atomic.Uint64             // what the server had flushed when the stream was last opened
 	ages     []age                     // used by the maintenance loop alone
 	told     map[string]bool           // findings that are in the log; used by open alone

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"sync"
 	"time"
@@ -14,32 +15,43 @@ import (
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pg"
-	"github.com/duri-io/duri/pgwire/scram"
 )
 
-// door is the way of clients: a gateway.Door or gateway.Server.
+// door is the way of clients to this site's PostgreSQL: the keeper shuts it when they must stay out.
 type door interface {
 	Open()
 	Shut(why string)
 	Status() (shut string, now int, total int64)
+}
+
+// servedDoor is one with a listener.
+type servedDoor interface {
+	door
 	Serve(ctx context.Context, l net.Listener) error
 }
 
-// openDoor listens for clients, if the agent is their way to PostgreSQL. Without a register the door is open from the
-// beginning.
+// openDoor listens for clients, if the agent is their way to PostgreSQL, and lets gateways in, if they may come. Without a
+// register the door is open from the beginning.
 func (a *Agent) openDoor() (net.Listener, error) {
-	if a.cfg.Gateway.Listen == "" {
-		return nil, nil
-	}
-	d, err := a.newDoor()
-	if err != nil {
+	if err := a.newDoor(); err != nil {
 		return nil, err
 	}
-	ln, err := net.Listen("tcp", a.cfg.Gateway.Listen)
-	if err != nil {
-		return nil, &hinted{fmt.Sprintf("listen for clients: %v", err), "another process uses this port; change gateway.listen in duri.yaml, or end it"}
+	var ln net.Listener
+	if a.cfg.Gateway.Listen != "" {
+		var err error
+		if ln, err = listenForClients(a.cfg.Gateway.Listen); err != nil {
+			return nil, err
+		}
 	}
-	a.door = d
+	var d door
+	switch {
+	case ln != nil:
+		d = a.door
+	case a.host != nil:
+		d = a.host.entry
+	default:
+		return nil, nil
+	}
 	if a.keeper == nil {
 		d.Open()
 	} else {
@@ -48,59 +60,102 @@ func (a *Agent) openDoor() (net.Listener, error) {
 	return ln, nil
 }
 
-// newDoor makes the way of clients to the site's own server, as gateway.mode says.
-func (a *Agent) newDoor() (door, error) {
-	c, err := pg.Config(a.cfg.Postgres.DSN, a.nodes[0].database.Name, nil)
+func listenForClients(address string) (net.Listener, error) {
+	ln, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, err
+		return nil, &hinted{fmt.Sprintf("listen for clients: %v", err), "another process uses this port; change gateway.listen in duri.yaml, or end it"}
 	}
-	network, address := pgconn.NetworkAddress(c.Host, c.Port)
+	return ln, nil
+}
+
+// newDoor makes the way of clients, as gateway.mode says.
+func (a *Agent) newDoor() (err error) {
 	if a.cfg.Gateway.Mode == config.GatewayDoor {
-		return gateway.NewDoor(func(ctx context.Context) (net.Conn, error) {
+		c, err := pg.Config(a.cfg.Postgres.DSN, a.nodes[0].database.Name, nil)
+		if err != nil {
+			return err
+		}
+		network, address := pgconn.NetworkAddress(c.Host, c.Port)
+		a.door = gateway.NewDoor(func(ctx context.Context) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, address)
-		}, a.log), nil
+		}, a.log)
+		return nil
 	}
-	g := gateway.Config{
-		Router: here{gateway.Target{Site: a.self.Name, Network: network, Address: address}},
-		Log:    a.log,
+	if a.host, err = newHost(a); err != nil || a.cfg.Gateway.Listen == "" {
+		return err
 	}
-	if a.cfg.Gateway.Mode == config.GatewayTransaction {
+	s := newSites(a.cfg, a.self.Name, a.host, a.clients, a.log)
+	g, err := newGateway(a.cfg, s, a.log, a.administer)
+	if err != nil {
+		return err
+	}
+	a.door, a.role = &served{g, s, a.host}, a.host.verifiers.config.User
+	return nil
+}
+
+// newGateway makes the server for clients.
+func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
+	c := cfg.Gateway
+	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Dial: s.dial, Log: log}
+	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
 	}
-	if c.TLSConfig != nil && len(c.Fallbacks) == 0 { // sslmode demands it; "prefer" has a fallback without
-		g.ServerTLS = c.TLSConfig
+	if s.own != nil {
+		g.ServerTLS = s.own.entry.tls
 	}
-	if a.cfg.Gateway.Cert != "" {
-		cert, err := tls.LoadX509KeyPair(a.cfg.Gateway.Cert, a.cfg.Gateway.Key)
+	if c.Cert != "" {
+		cert, err := tls.LoadX509KeyPair(c.Cert, c.Key)
 		if err != nil {
 			return nil, &hinted{fmt.Sprintf("certificate for clients: %v", err), "check gateway.cert and gateway.key in duri.yaml"}
 		}
 		g.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
 	}
-	v := &verifiers{config: c}
-	g.Verifiers = v
-	a.administer(&g, c.User)
-	s, err := gateway.NewServer(g)
-	if err != nil {
-		return nil, err
+	role := ""
+	if s.own != nil {
+		role = s.own.verifiers.config.User
 	}
-	return &served{s, v}, nil
+	setLimits(&g, cfg, role)
+	if more != nil {
+		more(&g)
+	}
+	server, err := gateway.NewServer(g)
+	if err == nil {
+		s.retire = server.Retire
+	}
+	return server, err
 }
 
-// here routes everybody to the site's own server.
-type here struct{ target gateway.Target }
-
-func (h here) Route(*gateway.Login, gateway.Wish) (gateway.Target, error) { return h.target, nil }
-
-// served is a gateway.Server with what it needs.
+// served is the agent's own gateway. It takes clients as long as some site serves them; what is opened and shut is the way to this
+// site's server.
 type served struct {
 	*gateway.Server
-	verifiers *verifiers
+	sites *sites
+	host  *host
+}
+
+func (s *served) Open()           { s.host.entry.Open() }
+func (s *served) Shut(why string) { s.host.entry.Shut(why) }
+
+// Status tells of this site's server whether it is open, and of the gateway how many clients there are.
+func (s *served) Status() (shut string, now int, total int64) {
+	_, now, total = s.Server.Status()
+	return s.host.entry.reason(), now, total
 }
 
 func (s *served) Serve(ctx context.Context, l net.Listener) error {
-	defer s.verifiers.close()
-	return s.Server.Serve(ctx, l)
+	return serveGateway(ctx, s.Server, s.sites, l)
+}
+
+// serveGateway takes clients until ctx ends.
+func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listener) error {
+	watching, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { s.run(watching) })
+	defer wg.Wait()
+	defer stop()
+	s.awaitFirst(ctx)
+	g.Open()
+	return g.Serve(ctx, l)
 }
 
 // verifiers asks the function that duri grants makes. It keeps one connection, as a login asks for one row.
@@ -111,12 +166,16 @@ type verifiers struct {
 	conn *pgconn.PgConn
 }
 
+// nameMax is PostgreSQL's, in bytes.
+const nameMax = 63
+
 // verifierTimeoutMax bounds one question.
 const verifierTimeoutMax = 5 * time.Second
 
-func (v *verifiers) Verifier(ctx context.Context, user string) (*scram.Verifier, error) {
-	if len(user) > 63 {
-		return nil, nil // PostgreSQL would cut it, and find somebody else.
+// read gives the text of a role's verifier; empty: there is none.
+func (v *verifiers) read(ctx context.Context, user string) (string, error) {
+	if len(user) > nameMax {
+		return "", nil // PostgreSQL would cut it, and find somebody else.
 	}
 	ctx, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
 	defer cancel()
@@ -124,15 +183,15 @@ func (v *verifiers) Verifier(ctx context.Context, user string) (*scram.Verifier,
 	defer v.mu.Unlock()
 	rows, err := v.ask(ctx, user)
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok && (pgErr.Code == "42883" || pgErr.Code == "42501") {
-		return nil, &hinted{"read SCRAM verifiers: " + pgErr.Message, "run `duri grants --gateway` and its SQL as superuser once more"}
+		return "", &hinted{"read SCRAM verifiers: " + pgErr.Message, "run `duri grants --gateway` and its SQL as superuser once more"}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read SCRAM verifiers: %w", err)
+		return "", fmt.Errorf("read SCRAM verifiers: %w", err)
 	}
-	if len(rows) == 0 || len(rows[0]) == 0 || rows[0][0] == "" {
-		return nil, nil
+	if len(rows) == 0 || len(rows[0]) == 0 {
+		return "", nil
 	}
-	return scram.ParseVerifier(rows[0][0])
+	return rows[0][0], nil
 }
 
 // ask tries once more when the connection had broken since the last question.

@@ -78,9 +78,19 @@ func TestGatewayModes(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error, 1)
 			go func() { done <- a.door.Serve(ctx, l) }()
+			watched := make(chan error, 1)
+			go func() {
+				if a.host != nil {
+					watched <- a.host.run(ctx)
+				}
+				close(watched)
+			}()
 			defer func() {
 				cancel()
 				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				if err := <-watched; err != nil && !errors.Is(err, context.Canceled) {
 					t.Error(err)
 				}
 			}()

@@ -37,9 +37,10 @@ type Agent struct {
 	started time.Time
 	version string
 	hooks   Hooks
-	keeper  *keeper // nil without a register
-	door    door    // nil: clients do not come through the agent
-	role    string  // the agent's, at its server
+	keeper  *keeper    // nil without a register
+	door    servedDoor // nil: clients do not come through the agent
+	host    *host      // nil: gateways elsewhere do not come through it
+	role    string     // the agent's, at its server
 
 	reloading sync.Mutex     // guards inForce
 	inForce   *config.Config // cfg with what was reloaded; nil: nothing was
@@ -125,13 +126,18 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	a.log.Info("agent starts", "site", a.self.Name, "listen", ln.Addr().String(), "version", a.version)
 	g, ctx := errgroup.WithContext(ctx)
-	srv := link.NewServer(link.ServerConfig{
+	offered := link.ServerConfig{
 		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
 		Status: a.statusJSON, Unfit: a.keeper.unfitness, Now: now, Logger: a.log,
-	})
+	}
+	if a.host != nil {
+		offered.Gateways, offered.Drain = a.host, a.host.drain
+		g.Go(func() error { return a.host.run(ctx) })
+	}
+	srv := link.NewServer(offered)
 	g.Go(func() error { return srv.Serve(ctx, ln) })
 	g.Go(func() error { return a.serveControl(ctx, control) })
-	if a.door != nil {
+	if doorListener != nil {
 		g.Go(func() error { return a.door.Serve(ctx, doorListener) })
 	}
 	if a.keeper != nil {

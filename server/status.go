@@ -33,6 +33,8 @@ type SiteStatus struct {
 	Databases []DatabaseStatus `json:"databases"`
 	// Durability is about commits that wait for other sites; nil without a register.
 	Durability *DurabilityStatus `json:"durability,omitempty"`
+	// Gateway is about gateways' connections to PostgreSQL; nil where gateway.mode lets none in.
+	Gateway *GatewayStatus `json:"gateway,omitempty"`
 }
 
 // DatabaseStatus is one database at a site.
@@ -104,7 +106,7 @@ func (a *Agent) Status() SiteStatus {
 		d.Verify = a.watchStatus(n)
 		s.Databases = append(s.Databases, d)
 	}
-	s.Durability = a.keeper.status()
+	s.Durability, s.Gateway = a.keeper.status(), a.host.status()
 	return s
 }
 

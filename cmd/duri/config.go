@@ -80,6 +80,9 @@ func configCheck(ctx context.Context, a *app) error {
 	if c.Witness != "" {
 		who = "witness " + c.Witness
 	}
+	if c.Alone() {
+		who = "gateway " + c.Gateway.Name
+	}
 	_, err = fmt.Fprintf(a.stdout, "%s is valid: %s of cluster %s (%d sites, %d databases)\n",
 		path, who, c.Cluster.Name, len(c.Sites), len(c.Databases))
 	for _, n := range notes {
@@ -152,7 +155,11 @@ func checkFiles(c *config.Config) []*config.Problem {
 		}
 		found = append(found, p)
 	}
-	if _, _, err := pki.TLS(pki.Files(c.TLS), c.Cluster.ID, c.Name()); err != nil {
+	_, _, err := pki.TLS(pki.Files(c.TLS), c.Cluster.ID, c.Name())
+	if c.Alone() {
+		_, err = pki.GatewayTLS(pki.Files(c.TLS), c.Cluster.ID, c.Name())
+	}
+	if err != nil {
 		add("tls", err)
 	} else if end, err := pki.NotAfter(c.TLS.Cert); err == nil && time.Until(end) < expirySoon {
 		add("tls", fmt.Errorf("the certificate ends on %s", end.UTC().Format(time.DateOnly)))

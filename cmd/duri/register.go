@@ -226,8 +226,10 @@ func printLoss(w io.Writer, r server.LossReport) error {
 func newSiteCmd(a *app) *cobra.Command {
 	cmd := noun(&cobra.Command{
 		Use:   "site",
-		Short: "Keep clients out of this site, or let them in again",
-		Example: `  duri site fence --reason "maintenance of the storage"
+		Short: "Move clients away from a site, keep them out of this one, or let them in again",
+		Example: `  duri site drain busan
+  duri site undrain busan
+  duri site fence --reason "maintenance of the storage"
   duri site unfence`,
 	})
 	var reason string
@@ -250,8 +252,46 @@ func newSiteCmd(a *app) *cobra.Command {
 		Args:    noArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.fence(cmd, server.FenceRequest{}) },
 	}
-	cmd.AddCommand(fence, unfence)
+	drain := &cobra.Command{
+		Use:   "drain SITE",
+		Short: "Let clients' next transactions go to other sites",
+		Long: `A planned switch: gateways (gateway.mode session or transaction) begin no new transactions at the site as long as another site
+takes them, and move sessions between two transactions, without an error. Sessions that keep a connection, and those of the mode
+session, stay until they end. "duri status" tells how many connections there are. It holds until "duri site undrain", also when
+the agent restarts.`,
+		Example: "  duri site drain busan\n  duri site drain busan -o json",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.drain(cmd, server.DrainRequest{Site: args[0], Drain: true})
+		},
+	}
+	undrain := &cobra.Command{
+		Use:     "undrain SITE",
+		Short:   "Let clients' transactions come to a site again",
+		Example: "  duri site undrain busan\n  duri site undrain busan -o json",
+		Args:    cobra.ExactArgs(1),
+		RunE:    func(cmd *cobra.Command, args []string) error { return a.drain(cmd, server.DrainRequest{Site: args[0]}) },
+	}
+	cmd.AddCommand(drain, undrain, fence, unfence)
 	return cmd
+}
+
+func (a *app) drain(cmd *cobra.Command, req server.DrainRequest) error {
+	cfg, err := a.config()
+	if err != nil {
+		return err
+	}
+	if err := server.NewControl(cfg.DataDir).Drain(cmd.Context(), req); err != nil {
+		return err
+	}
+	return a.print(req, func(w io.Writer) error {
+		text := "site %s takes new transactions of clients again\n"
+		if req.Drain {
+			text = "site %s takes no new transactions of clients, as long as another site does\n"
+		}
+		_, err := fmt.Fprintf(w, text, req.Site)
+		return err
+	})
 }
 
 func (a *app) fence(cmd *cobra.Command, req server.FenceRequest) error {

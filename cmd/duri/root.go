@@ -21,6 +21,7 @@ var commands = []entry{
 	{"everyday", newDemoCmd},
 	{"everyday", newAgentCmd},
 	{"everyday", newWitnessCmd},
+	{"everyday", newGatewayCmd},
 	{"everyday", newStatusCmd},
 	{"everyday", newVerifyCmd},
 	{"everyday", newRepairCmd},
@@ -74,10 +75,13 @@ func (a *app) config() (*config.Config, error) {
 	if err == nil && c.Witness != "" {
 		return nil, term.Usage(c.Path()+" is the configuration of a witness, not of a site", "run it with: duri witness")
 	}
+	if err == nil && c.Alone() {
+		return nil, term.Usage(c.Path()+" is the configuration of a gateway, not of a site", "run it with: duri gateway")
+	}
 	return c, err
 }
 
-// anyConfig finds and loads the configuration of a site or a witness.
+// anyConfig finds and loads the configuration of a site, a witness or a gateway.
 func (a *app) anyConfig() (*config.Config, error) {
 	path, err := config.Find(a.configFile)
 	if err != nil {

@@ -144,6 +144,11 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 				return err
 			}
 		}
+		if g := site.Gateway; g != nil && g.Draining {
+			if _, err := fmt.Fprintf(w, "%s: drained: no new transactions of clients, as long as another site takes them; %d connections left\n", site.Site, g.Connections); err != nil {
+				return err
+			}
+		}
 	}
 	t := term.NewTable("DATABASE", "FROM", "TO", "STATE", "LAG", "BEHIND", "APPLIED", "CONFLICTS", "JOURNAL").Right(4, 5, 6, 7, 8)
 	var problems []string

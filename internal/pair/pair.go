@@ -37,6 +37,9 @@ type Options struct {
 	// NoWitness makes voters of the first three sites in place of a witness.
 	NoWitness bool
 	Rearm     time.Duration
+	// Gateway lets the agents be gateways (gateway.mode transaction), and makes the files of one that runs alone: see
+	// Pair.Gateway and AddClient.
+	Gateway bool
 	// More are further databases; nothing of them is seeded.
 	More     []string
 	Names    []string // of the sites, two or more; default a, b
@@ -59,6 +62,7 @@ type Options struct {
 // Pair is the sites.
 type Pair struct {
 	Witness  *Witness // with Options.Sync, unless there is to be none
+	Gateway  *Gateway // with Options.Gateway; not started
 	Sites    []*Site  // in the order of Options.Names; the first is the seed
 	Database string
 	dir      string
@@ -76,7 +80,7 @@ type Site struct {
 	Disk       *Disk  // it lies on, with Options.DiskBytes
 	Control    *server.Control
 	Relay      Relays // what the other sites connect through; nil without Options.Relays
-	// Door is the address at which clients come in through the agent, with Options.Sync.
+	// Door is the address at which clients come in through the agent, with Options.Sync or Options.Gateway.
 	Door   string
 	binary string
 	agent  process
@@ -147,7 +151,7 @@ func (p *Pair) grant(ctx context.Context) error {
 			continue
 		}
 		for _, db := range p.databases() {
-			if err := s.Cluster.Exec(ctx, db, grants.SQL(grants.Spec{})); err != nil {
+			if err := s.Cluster.Exec(ctx, db, grants.SQL(grants.Spec{Gateway: p.opts.Gateway})); err != nil {
 				return fmt.Errorf("grants at %s: %w", s.Name, err)
 			}
 		}
@@ -228,6 +232,9 @@ func (p *Pair) configure() (err error) {
 	if err := p.addRegister(&spec); err != nil {
 		return err
 	}
+	if err := p.addDoors(&spec); err != nil {
+		return err
+	}
 	if err := config.InitCluster(spec); err != nil {
 		return err
 	}
@@ -250,7 +257,7 @@ func (p *Pair) configure() (err error) {
 			return err
 		}
 	}
-	return nil
+	return p.addGateway(spec)
 }
 
 // relays starts the relays in front of a site's agent.
@@ -280,7 +287,7 @@ func (p *Pair) siteConfig(i int, sites []config.InitSite, text string) string {
 			text = strings.ReplaceAll(text, strconv.Quote(sites[j].Address), strconv.Quote(r.Addr()))
 		}
 	}
-	text = p.withRearm(text)
+	text = p.withGateway(p.withRearm(text))
 	if p.opts.Config != nil {
 		text = p.opts.Config(name, text)
 	}
@@ -391,6 +398,9 @@ func (p *Pair) logs() string {
 			fmt.Fprintf(&b, "\nagent %s: %s", s.Name, s.Log())
 		}
 	}
+	if p.Gateway != nil {
+		fmt.Fprintf(&b, "\ngateway: %s", p.Gateway.Log())
+	}
 	return b.String()
 }
 
@@ -474,6 +484,7 @@ func (p *Pair) Close() error {
 	if p.Witness != nil {
 		errs = append(errs, p.Witness.Signal(syscall.SIGKILL))
 	}
+	errs = append(errs, p.Gateway.close())
 	for _, s := range p.Sites {
 		if s.Disk != nil {
 			_ = s.Disk.Thaw() // it fails when nothing hangs; a process that hangs would not end

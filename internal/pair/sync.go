@@ -54,13 +54,6 @@ func (p *Pair) addRegister(spec *config.InitSpec) error {
 		}
 		spec.Voters = append(spec.Voters, v)
 	}
-	for i, s := range p.Sites {
-		var err error
-		if s.Door, err = p.freeAddress(); err != nil {
-			return err
-		}
-		spec.Sites[i].Clients = s.Door
-	}
 	if p.opts.NoWitness {
 		return nil
 	}
@@ -115,6 +108,7 @@ func (p *Pair) Leave() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
+	errs = append(errs, p.Gateway.close())
 	for _, s := range p.Sites {
 		if s.Disk != nil {
 			_ = s.Disk.Thaw() // see Close

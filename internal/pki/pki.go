@@ -1,7 +1,7 @@
 // Package pki is the cluster's own certificate authority and the mutual authentication between agents.
 //
-// An agent's identity is the URI duri://<cluster id>/site/<site> in its certificate; host names are in it for other
-// tools only. TLS gives configurations that accept exactly the certificates that this cluster's authority signed,
+// An agent's identity is the URI duri://<cluster id>/site/<site> in its certificate, that of a gateway which runs alone
+// duri://<cluster id>/gateway/<name>; host names are in it for other tools only. TLS gives configurations that accept exactly the certificates that this cluster's authority signed,
 // and whose errors tell apart: another cluster, another authority, expired, not yet valid. The package does not
 // distribute certificates and has no revocation: replace the authority to shut a lost key out.
 //
@@ -137,18 +137,26 @@ func ClusterName(clusterID string) string { return clusterID + "." + scheme }
 // Issue makes a site's key and certificate, valid as server and client, until the authority itself ends. The hosts of
 // addresses (host:port or host), localhost and ClusterName are in it as names.
 func (ca *CA) Issue(site string, addresses ...string) (Pair, error) {
-	if site == "" || strings.ContainsAny(site, "/?#% ") {
-		return Pair{}, fmt.Errorf("issue a certificate: %q is not a site's name", site)
+	names, ips := hosts(addresses)
+	return ca.issue(ID{Site, site}, append(names, ClusterName(ca.clusterID)), ips)
+}
+
+// IssueGateway makes the key and certificate of a gateway that runs alone. Without ClusterName, the voters of the register do not
+// take it.
+func (ca *CA) IssueGateway(name string) (Pair, error) { return ca.issue(ID{Gateway, name}, nil, nil) }
+
+func (ca *CA) issue(who ID, names []string, ips []net.IP) (Pair, error) {
+	if who.Name == "" || strings.ContainsAny(who.Name, "/?#% ") {
+		return Pair{}, fmt.Errorf("issue a certificate: %q is not the name of a %s", who.Name, who.Kind)
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return Pair{}, fmt.Errorf("make the key of site %s: %w", site, err)
+		return Pair{}, fmt.Errorf("make the key of %s: %w", who, err)
 	}
-	names, ips := hosts(addresses)
 	template := &x509.Certificate{
-		Subject:               pkix.Name{CommonName: site, Organization: []string{ca.clusterID}},
-		URIs:                  []*url.URL{{Scheme: scheme, Host: ca.clusterID, Path: "/site/" + site}},
-		DNSNames:              append(names, ClusterName(ca.clusterID)),
+		Subject:               pkix.Name{CommonName: who.Name, Organization: []string{ca.clusterID}},
+		URIs:                  []*url.URL{{Scheme: scheme, Host: ca.clusterID, Path: "/" + string(who.Kind) + "/" + who.Name}},
+		DNSNames:              names,
 		IPAddresses:           ips,
 		NotBefore:             time.Now().Add(-backdate),
 		NotAfter:              ca.cert.NotAfter,
@@ -158,7 +166,7 @@ func (ca *CA) Issue(site string, addresses ...string) (Pair, error) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, key.Public(), ca.key)
 	if err != nil {
-		return Pair{}, fmt.Errorf("make the certificate of site %s: %w", site, err)
+		return Pair{}, fmt.Errorf("make the certificate of %s: %w", who, err)
 	}
 	return pair(der, key)
 }

@@ -15,9 +15,20 @@ type Files struct{ CA, Cert, Key string }
 // TLS gives the configurations with which a site's agent serves and dials the other agents: TLS 1.3, both sides
 // authenticated. It finds files that do not belong together, or not to this cluster and site, at once.
 //
-// Which site a peer is, is not checked here: who dials busan compares PeerSite with "busan". Host names play no part.
+// Which site a peer is, is not checked here: who dials busan compares PeerSite with "busan". Host names play no part. Who is
+// dialled is a site; who dials may be a gateway as well, which PeerSite refuses and Peer does not.
 func TLS(files Files, clusterID, site string) (server, client *tls.Config, err error) {
-	v, cert, err := load(files, clusterID, site)
+	return configs(files, clusterID, ID{Site, site})
+}
+
+// GatewayTLS is the configuration with which a gateway that runs alone dials agents.
+func GatewayTLS(files Files, clusterID, name string) (client *tls.Config, err error) {
+	_, client, err = configs(files, clusterID, ID{Gateway, name})
+	return client, err
+}
+
+func configs(files Files, clusterID string, self ID) (server, client *tls.Config, err error) {
+	v, cert, err := load(files, clusterID, self)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -45,7 +56,7 @@ func NotAfter(certFile string) (time.Time, error) {
 	return cert.NotAfter, nil
 }
 
-func load(files Files, clusterID, site string) (*verifier, tls.Certificate, error) {
+func load(files Files, clusterID string, self ID) (*verifier, tls.Certificate, error) {
 	var none tls.Certificate
 	ca, err := readCert(files.CA)
 	if err != nil {
@@ -66,7 +77,7 @@ func load(files Files, clusterID, site string) (*verifier, tls.Certificate, erro
 		return nil, none, &Error{Msg: fmt.Sprintf("%s is not the authority of cluster %s", files.CA, clusterID), Err: err, Hint: "all sites use the ca.crt of the same duri init"}
 	}
 	v := newVerifier(ca, clusterID)
-	if err := v.own(cert, site); err != nil {
+	if err := v.own(cert, self); err != nil {
 		return nil, none, &Error{Msg: "certificate " + files.Cert, Err: err, Hint: "copy the site's folder that duri init made as a whole, and see that the clock is right"}
 	}
 	return v, tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}, nil
@@ -84,15 +95,15 @@ func newVerifier(ca *x509.Certificate, clusterID string) *verifier {
 	return v
 }
 
-// own checks the site's own certificate.
-func (v *verifier) own(cert *x509.Certificate, site string) error {
+// own checks the own certificate.
+func (v *verifier) own(cert *x509.Certificate, self ID) error {
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
 		if err := v.certificate(cert, usage, time.Now()); err != nil {
 			return err
 		}
 	}
-	if _, s, _ := identity(cert); s != site {
-		return fmt.Errorf("is that of site %s, this is site %s", s, site)
+	if _, got, _ := identity(cert); got != self {
+		return fmt.Errorf("is that of %s, this is %s", got, self)
 	}
 	return nil
 }
@@ -107,6 +118,9 @@ func (v *verifier) connection(usage x509.ExtKeyUsage) func(tls.ConnectionState) 
 		if err := v.certificate(cert, usage, time.Now()); err != nil {
 			return fmt.Errorf("certificate of peer %s %w", describe(cert), err)
 		}
+		if _, who, _ := identity(cert); who.Kind != Site && usage == x509.ExtKeyUsageServerAuth {
+			return fmt.Errorf("certificate of peer is that of %s, not of a site", who)
+		}
 		return nil
 	}
 }
@@ -114,14 +128,14 @@ func (v *verifier) connection(usage x509.ExtKeyUsage) func(tls.ConnectionState) 
 // certificate decides. The cluster is compared first: "another cluster" explains more than "another authority". The
 // name in a certificate that this authority did not sign is only a claim, good for nothing but the error's text.
 func (v *verifier) certificate(cert *x509.Certificate, usage x509.ExtKeyUsage, now time.Time) error {
-	id, site, err := identity(cert)
+	id, who, err := identity(cert)
 	if err != nil {
 		return err
 	}
 	if id != v.clusterID {
 		return fmt.Errorf("belongs to cluster %s, this is cluster %s", id, v.clusterID)
 	}
-	if site == "" {
+	if who.Kind != Site && who.Kind != Gateway {
 		return errors.New("is not that of a site")
 	}
 	if now.Before(cert.NotBefore) {
@@ -149,39 +163,72 @@ func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // describe names a peer by what its certificate claims.
 func describe(cert *x509.Certificate) string {
-	if _, site, err := identity(cert); err == nil && site != "" {
-		return site
+	if _, who, err := identity(cert); err == nil && who.Name != "" {
+		return who.Name
 	}
 	return fmt.Sprintf("%q", cert.Subject.CommonName)
 }
 
-// identity reads cluster and site from a certificate; site is empty for an authority.
-func identity(cert *x509.Certificate) (clusterID, site string, err error) {
+// Kind is what a certificate is for.
+type Kind string
+
+// The kinds, as certificates spell them.
+const (
+	Site    Kind = "site"
+	Gateway Kind = "gateway" // one that runs alone: it may use sites, and is none
+
+	authority Kind = "ca"
+)
+
+// ID is who holds a certificate.
+type ID struct {
+	Kind Kind
+	Name string
+}
+
+// String prints "site seoul".
+func (id ID) String() string { return string(id.Kind) + " " + id.Name }
+
+// identity reads cluster and holder from a certificate; an authority has no name.
+func identity(cert *x509.Certificate) (clusterID string, who ID, err error) {
 	for _, u := range cert.URIs {
 		if u.Scheme != scheme {
 			continue
 		}
 		if u.Path == "/ca" {
-			return u.Host, "", nil
+			return u.Host, ID{Kind: authority}, nil
 		}
-		if s, ok := strings.CutPrefix(u.Path, "/site/"); ok && s != "" && !strings.Contains(s, "/") {
-			return u.Host, s, nil
+		for _, kind := range []Kind{Site, Gateway} {
+			if s, ok := strings.CutPrefix(u.Path, "/"+string(kind)+"/"); ok && s != "" && !strings.Contains(s, "/") {
+				return u.Host, ID{kind, s}, nil
+			}
 		}
 	}
-	return "", "", errors.New("does not name a duri cluster: it was not made by duri init")
+	return "", ID{}, errors.New("does not name a duri cluster: it was not made by duri init")
 }
 
-// PeerSite is the site at the other end of a connection that a configuration from TLS has accepted.
-func PeerSite(s tls.ConnectionState) (string, error) {
+// Peer is who is at the other end of a connection that a configuration of this package has accepted.
+func Peer(s tls.ConnectionState) (ID, error) {
 	if len(s.PeerCertificates) == 0 {
-		return "", errors.New("peer shows no certificate")
+		return ID{}, errors.New("peer shows no certificate")
 	}
-	_, site, err := identity(s.PeerCertificates[0])
+	_, who, err := identity(s.PeerCertificates[0])
+	if err != nil {
+		return ID{}, fmt.Errorf("certificate of peer %w", err)
+	}
+	return who, nil
+}
+
+// PeerSite is the site at the other end of such a connection.
+func PeerSite(s tls.ConnectionState) (string, error) {
+	who, err := Peer(s)
 	switch {
 	case err != nil:
-		return "", fmt.Errorf("certificate of peer %w", err)
-	case site == "":
+		return "", err
+	case who.Kind == Gateway:
+		return "", fmt.Errorf("certificate of peer is that of %s, not of a site", who)
+	case who.Kind != Site:
 		return "", errors.New("certificate of peer is not that of a site")
 	}
-	return site, nil
+	return who.Name, nil
 }

@@ -112,6 +112,55 @@ func (Code) EnumDescriptor() ([]byte, []int) {
 	return file_link_proto_rawDescGZIP(), []int{0}
 }
 
+type Outcome int32
+
+const (
+	Outcome_OUTCOME_UNKNOWN   Outcome = 0
+	Outcome_OUTCOME_COMMITTED Outcome = 1
+	Outcome_OUTCOME_ABORTED   Outcome = 2
+)
+
+// Enum value maps for Outcome.
+var (
+	Outcome_name = map[int32]string{
+		0: "OUTCOME_UNKNOWN",
+		1: "OUTCOME_COMMITTED",
+		2: "OUTCOME_ABORTED",
+	}
+	Outcome_value = map[string]int32{
+		"OUTCOME_UNKNOWN":   0,
+		"OUTCOME_COMMITTED": 1,
+		"OUTCOME_ABORTED":   2,
+	}
+)
+
+func (x Outcome) Enum() *Outcome {
+	p := new(Outcome)
+	*p = x
+	return p
+}
+
+func (x Outcome) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Outcome) Descriptor() protoreflect.EnumDescriptor {
+	return file_link_proto_enumTypes[1].Descriptor()
+}
+
+func (Outcome) Type() protoreflect.EnumType {
+	return &file_link_proto_enumTypes[1]
+}
+
+func (x Outcome) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Outcome.Descriptor instead.
+func (Outcome) EnumDescriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{1}
+}
+
 // Hello opens every request: the caller's cluster and the protocol versions it speaks. The highest common one is used.
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1595,6 +1644,858 @@ func (x *StatusReply) GetStatus() []byte {
 	return nil
 }
 
+type DrainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Drain         bool                   `protobuf:"varint,2,opt,name=drain,proto3" json:"drain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_link_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *DrainRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *DrainRequest) GetDrain() bool {
+	if x != nil {
+		return x.Drain
+	}
+	return false
+}
+
+type DrainReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainReply) Reset() {
+	*x = DrainReply{}
+	mi := &file_link_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainReply) ProtoMessage() {}
+
+func (x *DrainReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainReply.ProtoReflect.Descriptor instead.
+func (*DrainReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{23}
+}
+
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_link_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *WatchRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+// SiteState is what a gateway must know of a site.
+type SiteState struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the cluster's register as the site knows it; 0 and none without a register.
+	Epoch   uint64   `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Members []string `protobuf:"bytes,2,rep,name=members,proto3" json:"members,omitempty"`
+	// Why it takes no clients; empty: it does.
+	Refuses string `protobuf:"bytes,3,opt,name=refuses,proto3" json:"refuses,omitempty"`
+	// It takes no new transactions, if another site does.
+	Draining bool `protobuf:"varint,4,opt,name=draining,proto3" json:"draining,omitempty"`
+	// PostgreSQL answers there.
+	Postgres bool `protobuf:"varint,5,opt,name=postgres,proto3" json:"postgres,omitempty"`
+	// What the other sites have committed is visible there, all but a little.
+	CaughtUp bool `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
+	// Which history its server writes: system identifier and timeline; empty: it is not known.
+	Server        string `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SiteState) Reset() {
+	*x = SiteState{}
+	mi := &file_link_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SiteState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SiteState) ProtoMessage() {}
+
+func (x *SiteState) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SiteState.ProtoReflect.Descriptor instead.
+func (*SiteState) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *SiteState) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *SiteState) GetMembers() []string {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *SiteState) GetRefuses() string {
+	if x != nil {
+		return x.Refuses
+	}
+	return ""
+}
+
+func (x *SiteState) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+func (x *SiteState) GetPostgres() bool {
+	if x != nil {
+		return x.Postgres
+	}
+	return false
+}
+
+func (x *SiteState) GetCaughtUp() bool {
+	if x != nil {
+		return x.CaughtUp
+	}
+	return false
+}
+
+func (x *SiteState) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+type VerifierRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Role          string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifierRequest) Reset() {
+	*x = VerifierRequest{}
+	mi := &file_link_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifierRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifierRequest) ProtoMessage() {}
+
+func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifierRequest.ProtoReflect.Descriptor instead.
+func (*VerifierRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *VerifierRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *VerifierRequest) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+type VerifierReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Verifier      string                 `protobuf:"bytes,1,opt,name=verifier,proto3" json:"verifier,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifierReply) Reset() {
+	*x = VerifierReply{}
+	mi := &file_link_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifierReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifierReply) ProtoMessage() {}
+
+func (x *VerifierReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifierReply.ProtoReflect.Descriptor instead.
+func (*VerifierReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *VerifierReply) GetVerifier() string {
+	if x != nil {
+		return x.Verifier
+	}
+	return ""
+}
+
+type FateRequest struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Hello    *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Database string                 `protobuf:"bytes,2,opt,name=database,proto3" json:"database,omitempty"`
+	// The site that it ran at, and which history its server wrote then.
+	Site   string `protobuf:"bytes,3,opt,name=site,proto3" json:"site,omitempty"`
+	Server string `protobuf:"bytes,4,opt,name=server,proto3" json:"server,omitempty"`
+	// Of the register when its connection was opened.
+	Epoch uint64 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Pid   uint32 `protobuf:"varint,6,opt,name=pid,proto3" json:"pid,omitempty"`
+	Xid   uint64 `protobuf:"varint,7,opt,name=xid,proto3" json:"xid,omitempty"`
+	Ltxid []byte `protobuf:"bytes,8,opt,name=ltxid,proto3" json:"ltxid,omitempty"`
+	// How long ago it was told to commit, at least.
+	AgeMicros uint64 `protobuf:"varint,9,opt,name=age_micros,json=ageMicros,proto3" json:"age_micros,omitempty"`
+	// The caller is itself asked, and the question is not handed on any further.
+	Forwarded     bool `protobuf:"varint,10,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FateRequest) Reset() {
+	*x = FateRequest{}
+	mi := &file_link_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FateRequest) ProtoMessage() {}
+
+func (x *FateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FateRequest.ProtoReflect.Descriptor instead.
+func (*FateRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *FateRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *FateRequest) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *FateRequest) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *FateRequest) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *FateRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *FateRequest) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *FateRequest) GetXid() uint64 {
+	if x != nil {
+		return x.Xid
+	}
+	return 0
+}
+
+func (x *FateRequest) GetLtxid() []byte {
+	if x != nil {
+		return x.Ltxid
+	}
+	return nil
+}
+
+func (x *FateRequest) GetAgeMicros() uint64 {
+	if x != nil {
+		return x.AgeMicros
+	}
+	return 0
+}
+
+func (x *FateRequest) GetForwarded() bool {
+	if x != nil {
+		return x.Forwarded
+	}
+	return false
+}
+
+// FateReply is what a site knows; what follows from it the caller decides.
+type FateReply struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whose knowledge it is, when the question was handed on.
+	Site string `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	// As its own server says it (site is that of the request), or as it is on record at another site, once and for all.
+	Outcome Outcome `protobuf:"varint,2,opt,name=outcome,proto3,enum=duri.link.Outcome" json:"outcome,omitempty"`
+	Why     string  `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	// The rest is of the transaction's own site: which history its server writes,
+	Server string `protobuf:"bytes,4,opt,name=server,proto3" json:"server,omitempty"`
+	// whether the register counts it in, and since which epoch it does without a break, as far as it knows; without a register it
+	// is no member,
+	HasRegister bool   `protobuf:"varint,5,opt,name=has_register,json=hasRegister,proto3" json:"has_register,omitempty"`
+	Member      bool   `protobuf:"varint,6,opt,name=member,proto3" json:"member,omitempty"`
+	MemberSince uint64 `protobuf:"varint,7,opt,name=member_since,json=memberSince,proto3" json:"member_since,omitempty"`
+	// and whether commits wait for other sites, and all that was committed when it was asked has what they wait for.
+	Waits         bool `protobuf:"varint,8,opt,name=waits,proto3" json:"waits,omitempty"`
+	Proven        bool `protobuf:"varint,9,opt,name=proven,proto3" json:"proven,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FateReply) Reset() {
+	*x = FateReply{}
+	mi := &file_link_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FateReply) ProtoMessage() {}
+
+func (x *FateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FateReply.ProtoReflect.Descriptor instead.
+func (*FateReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *FateReply) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *FateReply) GetOutcome() Outcome {
+	if x != nil {
+		return x.Outcome
+	}
+	return Outcome_OUTCOME_UNKNOWN
+}
+
+func (x *FateReply) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *FateReply) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *FateReply) GetHasRegister() bool {
+	if x != nil {
+		return x.HasRegister
+	}
+	return false
+}
+
+func (x *FateReply) GetMember() bool {
+	if x != nil {
+		return x.Member
+	}
+	return false
+}
+
+func (x *FateReply) GetMemberSince() uint64 {
+	if x != nil {
+		return x.MemberSince
+	}
+	return 0
+}
+
+func (x *FateReply) GetWaits() bool {
+	if x != nil {
+		return x.Waits
+	}
+	return false
+}
+
+func (x *FateReply) GetProven() bool {
+	if x != nil {
+		return x.Proven
+	}
+	return false
+}
+
+type EndReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndReply) Reset() {
+	*x = EndReply{}
+	mi := &file_link_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndReply) ProtoMessage() {}
+
+func (x *EndReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
+func (*EndReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{30}
+}
+
+type PositionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Database      string                 `protobuf:"bytes,2,opt,name=database,proto3" json:"database,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PositionRequest) Reset() {
+	*x = PositionRequest{}
+	mi := &file_link_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PositionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PositionRequest) ProtoMessage() {}
+
+func (x *PositionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PositionRequest.ProtoReflect.Descriptor instead.
+func (*PositionRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *PositionRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *PositionRequest) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+type PositionReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Positions     []*SitePosition        `protobuf:"bytes,1,rep,name=positions,proto3" json:"positions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PositionReply) Reset() {
+	*x = PositionReply{}
+	mi := &file_link_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PositionReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PositionReply) ProtoMessage() {}
+
+func (x *PositionReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PositionReply.ProtoReflect.Descriptor instead.
+func (*PositionReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *PositionReply) GetPositions() []*SitePosition {
+	if x != nil {
+		return x.Positions
+	}
+	return nil
+}
+
+// SitePosition is a position of a site's WAL.
+type SitePosition struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Site          string                 `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	Lsn           uint64                 `protobuf:"varint,2,opt,name=lsn,proto3" json:"lsn,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SitePosition) Reset() {
+	*x = SitePosition{}
+	mi := &file_link_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SitePosition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SitePosition) ProtoMessage() {}
+
+func (x *SitePosition) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SitePosition.ProtoReflect.Descriptor instead.
+func (*SitePosition) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *SitePosition) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *SitePosition) GetLsn() uint64 {
+	if x != nil {
+		return x.Lsn
+	}
+	return 0
+}
+
+// ReachRequest asks for positions, or, without any, for what the answering site has received from a site that is gone.
+type ReachRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Database      string                 `protobuf:"bytes,2,opt,name=database,proto3" json:"database,omitempty"`
+	Positions     []*SitePosition        `protobuf:"bytes,3,rep,name=positions,proto3" json:"positions,omitempty"`
+	Gone          string                 `protobuf:"bytes,4,opt,name=gone,proto3" json:"gone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReachRequest) Reset() {
+	*x = ReachRequest{}
+	mi := &file_link_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReachRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReachRequest) ProtoMessage() {}
+
+func (x *ReachRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReachRequest.ProtoReflect.Descriptor instead.
+func (*ReachRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ReachRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *ReachRequest) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *ReachRequest) GetPositions() []*SitePosition {
+	if x != nil {
+		return x.Positions
+	}
+	return nil
+}
+
+func (x *ReachRequest) GetGone() string {
+	if x != nil {
+		return x.Gone
+	}
+	return ""
+}
+
+type ReachReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReachReply) Reset() {
+	*x = ReachReply{}
+	mi := &file_link_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReachReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReachReply) ProtoMessage() {}
+
+func (x *ReachReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReachReply.ProtoReflect.Descriptor instead.
+func (*ReachReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{35}
+}
+
 var File_link_proto protoreflect.FileDescriptor
 
 const file_link_proto_rawDesc = "" +
@@ -1702,7 +2603,67 @@ const file_link_proto_rawDesc = "" +
 	"\rStatusRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"%\n" +
 	"\vStatusReply\x12\x16\n" +
-	"\x06status\x18\x01 \x01(\fR\x06status*\xb6\x02\n" +
+	"\x06status\x18\x01 \x01(\fR\x06status\"L\n" +
+	"\fDrainRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x14\n" +
+	"\x05drain\x18\x02 \x01(\bR\x05drain\"\f\n" +
+	"\n" +
+	"DrainReply\"6\n" +
+	"\fWatchRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\xc2\x01\n" +
+	"\tSiteState\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
+	"\amembers\x18\x02 \x03(\tR\amembers\x12\x18\n" +
+	"\arefuses\x18\x03 \x01(\tR\arefuses\x12\x1a\n" +
+	"\bdraining\x18\x04 \x01(\bR\bdraining\x12\x1a\n" +
+	"\bpostgres\x18\x05 \x01(\bR\bpostgres\x12\x1b\n" +
+	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x16\n" +
+	"\x06server\x18\a \x01(\tR\x06server\"M\n" +
+	"\x0fVerifierRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\"+\n" +
+	"\rVerifierReply\x12\x1a\n" +
+	"\bverifier\x18\x01 \x01(\tR\bverifier\"\x8a\x02\n" +
+	"\vFateRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x1a\n" +
+	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x12\n" +
+	"\x04site\x18\x03 \x01(\tR\x04site\x12\x16\n" +
+	"\x06server\x18\x04 \x01(\tR\x06server\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\x04R\x05epoch\x12\x10\n" +
+	"\x03pid\x18\x06 \x01(\rR\x03pid\x12\x10\n" +
+	"\x03xid\x18\a \x01(\x04R\x03xid\x12\x14\n" +
+	"\x05ltxid\x18\b \x01(\fR\x05ltxid\x12\x1d\n" +
+	"\n" +
+	"age_micros\x18\t \x01(\x04R\tageMicros\x12\x1c\n" +
+	"\tforwarded\x18\n" +
+	" \x01(\bR\tforwarded\"\x83\x02\n" +
+	"\tFateReply\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12,\n" +
+	"\aoutcome\x18\x02 \x01(\x0e2\x12.duri.link.OutcomeR\aoutcome\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\x12\x16\n" +
+	"\x06server\x18\x04 \x01(\tR\x06server\x12!\n" +
+	"\fhas_register\x18\x05 \x01(\bR\vhasRegister\x12\x16\n" +
+	"\x06member\x18\x06 \x01(\bR\x06member\x12!\n" +
+	"\fmember_since\x18\a \x01(\x04R\vmemberSince\x12\x14\n" +
+	"\x05waits\x18\b \x01(\bR\x05waits\x12\x16\n" +
+	"\x06proven\x18\t \x01(\bR\x06proven\"\n" +
+	"\n" +
+	"\bEndReply\"U\n" +
+	"\x0fPositionRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x1a\n" +
+	"\bdatabase\x18\x02 \x01(\tR\bdatabase\"F\n" +
+	"\rPositionReply\x125\n" +
+	"\tpositions\x18\x01 \x03(\v2\x17.duri.link.SitePositionR\tpositions\"4\n" +
+	"\fSitePosition\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12\x10\n" +
+	"\x03lsn\x18\x02 \x01(\x04R\x03lsn\"\x9d\x01\n" +
+	"\fReachRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x1a\n" +
+	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x125\n" +
+	"\tpositions\x18\x03 \x03(\v2\x17.duri.link.SitePositionR\tpositions\x12\x12\n" +
+	"\x04gone\x18\x04 \x01(\tR\x04gone\"\f\n" +
+	"\n" +
+	"ReachReply*\xb6\x02\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCODE_NOT_READY\x10\x01\x12\x19\n" +
@@ -1720,12 +2681,24 @@ const file_link_proto_rawDesc = "" +
 	"\rCODE_PROTOCOL\x10\v\x12\x10\n" +
 	"\fCODE_JOURNAL\x10\f\x12\x0f\n" +
 	"\vCODE_FAILED\x10\r\x12\x0f\n" +
-	"\vCODE_SILENT\x10\x0e2\xfb\x01\n" +
+	"\vCODE_SILENT\x10\x0e*J\n" +
+	"\aOutcome\x12\x13\n" +
+	"\x0fOUTCOME_UNKNOWN\x10\x00\x12\x15\n" +
+	"\x11OUTCOME_COMMITTED\x10\x01\x12\x13\n" +
+	"\x0fOUTCOME_ABORTED\x10\x022\xb4\x02\n" +
 	"\x04Link\x126\n" +
 	"\x04Copy\x12\x16.duri.link.CopyRequest\x1a\x14.duri.link.CopyReply0\x01\x12@\n" +
 	"\bFetchRow\x12\x1a.duri.link.FetchRowRequest\x1a\x18.duri.link.FetchRowReply\x12=\n" +
 	"\aCompare\x12\x19.duri.link.CompareRequest\x1a\x17.duri.link.CompareReply\x12:\n" +
-	"\x06Status\x12\x18.duri.link.StatusRequest\x1a\x16.duri.link.StatusReplyB%Z#github.com/duri-io/duri/link/linkpbb\x06proto3"
+	"\x06Status\x12\x18.duri.link.StatusRequest\x1a\x16.duri.link.StatusReply\x127\n" +
+	"\x05Drain\x12\x17.duri.link.DrainRequest\x1a\x15.duri.link.DrainReply2\xeb\x02\n" +
+	"\bGateways\x128\n" +
+	"\x05Watch\x12\x17.duri.link.WatchRequest\x1a\x14.duri.link.SiteState0\x01\x12@\n" +
+	"\bVerifier\x12\x1a.duri.link.VerifierRequest\x1a\x18.duri.link.VerifierReply\x124\n" +
+	"\x04Fate\x12\x16.duri.link.FateRequest\x1a\x14.duri.link.FateReply\x122\n" +
+	"\x03End\x12\x16.duri.link.FateRequest\x1a\x13.duri.link.EndReply\x12@\n" +
+	"\bPosition\x12\x1a.duri.link.PositionRequest\x1a\x18.duri.link.PositionReply\x127\n" +
+	"\x05Reach\x12\x17.duri.link.ReachRequest\x1a\x15.duri.link.ReachReplyB%Z#github.com/duri-io/duri/link/linkpbb\x06proto3"
 
 var (
 	file_link_proto_rawDescOnce sync.Once
@@ -1739,66 +2712,104 @@ func file_link_proto_rawDescGZIP() []byte {
 	return file_link_proto_rawDescData
 }
 
-var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_link_proto_goTypes = []any{
 	(Code)(0),               // 0: duri.link.Code
-	(*Hello)(nil),           // 1: duri.link.Hello
-	(*Refusal)(nil),         // 2: duri.link.Refusal
-	(*FollowRequest)(nil),   // 3: duri.link.FollowRequest
-	(*Start)(nil),           // 4: duri.link.Start
-	(*Incarnation)(nil),     // 5: duri.link.Incarnation
-	(*Ack)(nil),             // 6: duri.link.Ack
-	(*Statement)(nil),       // 7: duri.link.Statement
-	(*CopyPosition)(nil),    // 8: duri.link.CopyPosition
-	(*FollowReply)(nil),     // 9: duri.link.FollowReply
-	(*Welcome)(nil),         // 10: duri.link.Welcome
-	(*Frames)(nil),          // 11: duri.link.Frames
-	(*Heartbeat)(nil),       // 12: duri.link.Heartbeat
-	(*Clock)(nil),           // 13: duri.link.Clock
-	(*CopyRequest)(nil),     // 14: duri.link.CopyRequest
-	(*CopyReply)(nil),       // 15: duri.link.CopyReply
-	(*Value)(nil),           // 16: duri.link.Value
-	(*FetchRowRequest)(nil), // 17: duri.link.FetchRowRequest
-	(*FetchRowReply)(nil),   // 18: duri.link.FetchRowReply
-	(*CompareRequest)(nil),  // 19: duri.link.CompareRequest
-	(*CompareReply)(nil),    // 20: duri.link.CompareReply
-	(*StatusRequest)(nil),   // 21: duri.link.StatusRequest
-	(*StatusReply)(nil),     // 22: duri.link.StatusReply
+	(Outcome)(0),            // 1: duri.link.Outcome
+	(*Hello)(nil),           // 2: duri.link.Hello
+	(*Refusal)(nil),         // 3: duri.link.Refusal
+	(*FollowRequest)(nil),   // 4: duri.link.FollowRequest
+	(*Start)(nil),           // 5: duri.link.Start
+	(*Incarnation)(nil),     // 6: duri.link.Incarnation
+	(*Ack)(nil),             // 7: duri.link.Ack
+	(*Statement)(nil),       // 8: duri.link.Statement
+	(*CopyPosition)(nil),    // 9: duri.link.CopyPosition
+	(*FollowReply)(nil),     // 10: duri.link.FollowReply
+	(*Welcome)(nil),         // 11: duri.link.Welcome
+	(*Frames)(nil),          // 12: duri.link.Frames
+	(*Heartbeat)(nil),       // 13: duri.link.Heartbeat
+	(*Clock)(nil),           // 14: duri.link.Clock
+	(*CopyRequest)(nil),     // 15: duri.link.CopyRequest
+	(*CopyReply)(nil),       // 16: duri.link.CopyReply
+	(*Value)(nil),           // 17: duri.link.Value
+	(*FetchRowRequest)(nil), // 18: duri.link.FetchRowRequest
+	(*FetchRowReply)(nil),   // 19: duri.link.FetchRowReply
+	(*CompareRequest)(nil),  // 20: duri.link.CompareRequest
+	(*CompareReply)(nil),    // 21: duri.link.CompareReply
+	(*StatusRequest)(nil),   // 22: duri.link.StatusRequest
+	(*StatusReply)(nil),     // 23: duri.link.StatusReply
+	(*DrainRequest)(nil),    // 24: duri.link.DrainRequest
+	(*DrainReply)(nil),      // 25: duri.link.DrainReply
+	(*WatchRequest)(nil),    // 26: duri.link.WatchRequest
+	(*SiteState)(nil),       // 27: duri.link.SiteState
+	(*VerifierRequest)(nil), // 28: duri.link.VerifierRequest
+	(*VerifierReply)(nil),   // 29: duri.link.VerifierReply
+	(*FateRequest)(nil),     // 30: duri.link.FateRequest
+	(*FateReply)(nil),       // 31: duri.link.FateReply
+	(*EndReply)(nil),        // 32: duri.link.EndReply
+	(*PositionRequest)(nil), // 33: duri.link.PositionRequest
+	(*PositionReply)(nil),   // 34: duri.link.PositionReply
+	(*SitePosition)(nil),    // 35: duri.link.SitePosition
+	(*ReachRequest)(nil),    // 36: duri.link.ReachRequest
+	(*ReachReply)(nil),      // 37: duri.link.ReachReply
 }
 var file_link_proto_depIdxs = []int32{
 	0,  // 0: duri.link.Refusal.code:type_name -> duri.link.Code
-	4,  // 1: duri.link.FollowRequest.start:type_name -> duri.link.Start
-	6,  // 2: duri.link.FollowRequest.ack:type_name -> duri.link.Ack
-	1,  // 3: duri.link.Start.hello:type_name -> duri.link.Hello
-	5,  // 4: duri.link.Start.incarnation:type_name -> duri.link.Incarnation
-	13, // 5: duri.link.Ack.clock:type_name -> duri.link.Clock
-	7,  // 6: duri.link.Ack.statement:type_name -> duri.link.Statement
-	8,  // 7: duri.link.Statement.copies:type_name -> duri.link.CopyPosition
-	10, // 8: duri.link.FollowReply.welcome:type_name -> duri.link.Welcome
-	11, // 9: duri.link.FollowReply.frames:type_name -> duri.link.Frames
-	12, // 10: duri.link.FollowReply.heartbeat:type_name -> duri.link.Heartbeat
-	2,  // 11: duri.link.FollowReply.refusal:type_name -> duri.link.Refusal
-	13, // 12: duri.link.Heartbeat.clock:type_name -> duri.link.Clock
-	1,  // 13: duri.link.CopyRequest.hello:type_name -> duri.link.Hello
-	1,  // 14: duri.link.FetchRowRequest.hello:type_name -> duri.link.Hello
-	16, // 15: duri.link.FetchRowRequest.row:type_name -> duri.link.Value
-	16, // 16: duri.link.FetchRowReply.row:type_name -> duri.link.Value
-	1,  // 17: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
-	1,  // 18: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
-	14, // 19: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
-	17, // 20: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
-	19, // 21: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
-	21, // 22: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	15, // 23: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	18, // 24: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	20, // 25: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	22, // 26: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	23, // [23:27] is the sub-list for method output_type
-	19, // [19:23] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	5,  // 1: duri.link.FollowRequest.start:type_name -> duri.link.Start
+	7,  // 2: duri.link.FollowRequest.ack:type_name -> duri.link.Ack
+	2,  // 3: duri.link.Start.hello:type_name -> duri.link.Hello
+	6,  // 4: duri.link.Start.incarnation:type_name -> duri.link.Incarnation
+	14, // 5: duri.link.Ack.clock:type_name -> duri.link.Clock
+	8,  // 6: duri.link.Ack.statement:type_name -> duri.link.Statement
+	9,  // 7: duri.link.Statement.copies:type_name -> duri.link.CopyPosition
+	11, // 8: duri.link.FollowReply.welcome:type_name -> duri.link.Welcome
+	12, // 9: duri.link.FollowReply.frames:type_name -> duri.link.Frames
+	13, // 10: duri.link.FollowReply.heartbeat:type_name -> duri.link.Heartbeat
+	3,  // 11: duri.link.FollowReply.refusal:type_name -> duri.link.Refusal
+	14, // 12: duri.link.Heartbeat.clock:type_name -> duri.link.Clock
+	2,  // 13: duri.link.CopyRequest.hello:type_name -> duri.link.Hello
+	2,  // 14: duri.link.FetchRowRequest.hello:type_name -> duri.link.Hello
+	17, // 15: duri.link.FetchRowRequest.row:type_name -> duri.link.Value
+	17, // 16: duri.link.FetchRowReply.row:type_name -> duri.link.Value
+	2,  // 17: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
+	2,  // 18: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
+	2,  // 19: duri.link.DrainRequest.hello:type_name -> duri.link.Hello
+	2,  // 20: duri.link.WatchRequest.hello:type_name -> duri.link.Hello
+	2,  // 21: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
+	2,  // 22: duri.link.FateRequest.hello:type_name -> duri.link.Hello
+	1,  // 23: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
+	2,  // 24: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
+	35, // 25: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
+	2,  // 26: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
+	35, // 27: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
+	15, // 28: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
+	18, // 29: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
+	20, // 30: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
+	22, // 31: duri.link.Link.Status:input_type -> duri.link.StatusRequest
+	24, // 32: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
+	26, // 33: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
+	28, // 34: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
+	30, // 35: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
+	30, // 36: duri.link.Gateways.End:input_type -> duri.link.FateRequest
+	33, // 37: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
+	36, // 38: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
+	16, // 39: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	19, // 40: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	21, // 41: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	23, // 42: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	25, // 43: duri.link.Link.Drain:output_type -> duri.link.DrainReply
+	27, // 44: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
+	29, // 45: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
+	31, // 46: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
+	32, // 47: duri.link.Gateways.End:output_type -> duri.link.EndReply
+	34, // 48: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
+	37, // 49: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
+	39, // [39:50] is the sub-list for method output_type
+	28, // [28:39] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -1821,10 +2832,10 @@ func file_link_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_link_proto_rawDesc), len(file_link_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   22,
+			NumEnums:      2,
+			NumMessages:   36,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_link_proto_goTypes,
 		DependencyIndexes: file_link_proto_depIdxs,

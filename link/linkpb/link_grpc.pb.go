@@ -29,6 +29,7 @@ const (
 	Link_FetchRow_FullMethodName = "/duri.link.Link/FetchRow"
 	Link_Compare_FullMethodName  = "/duri.link.Link/Compare"
 	Link_Status_FullMethodName   = "/duri.link.Link/Status"
+	Link_Drain_FullMethodName    = "/duri.link.Link/Drain"
 )
 
 // LinkClient is the client API for Link service.
@@ -48,6 +49,8 @@ type LinkClient interface {
 	Compare(ctx context.Context, in *CompareRequest, opts ...grpc.CallOption) (*CompareReply, error)
 	// Status is the answering site's status document, opaque here.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusReply, error)
+	// Drain asks the answering site to take no new transactions of clients, or to take them again.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainReply, error)
 }
 
 type linkClient struct {
@@ -107,6 +110,16 @@ func (c *linkClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *linkClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainReply)
+	err := c.cc.Invoke(ctx, Link_Drain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // LinkServer is the server API for Link service.
 // All implementations must embed UnimplementedLinkServer
 // for forward compatibility.
@@ -124,6 +137,8 @@ type LinkServer interface {
 	Compare(context.Context, *CompareRequest) (*CompareReply, error)
 	// Status is the answering site's status document, opaque here.
 	Status(context.Context, *StatusRequest) (*StatusReply, error)
+	// Drain asks the answering site to take no new transactions of clients, or to take them again.
+	Drain(context.Context, *DrainRequest) (*DrainReply, error)
 	mustEmbedUnimplementedLinkServer()
 }
 
@@ -145,6 +160,9 @@ func (UnimplementedLinkServer) Compare(context.Context, *CompareRequest) (*Compa
 }
 func (UnimplementedLinkServer) Status(context.Context, *StatusRequest) (*StatusReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedLinkServer) Drain(context.Context, *DrainRequest) (*DrainReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
 }
 func (UnimplementedLinkServer) mustEmbedUnimplementedLinkServer() {}
 func (UnimplementedLinkServer) testEmbeddedByValue()              {}
@@ -232,6 +250,24 @@ func _Link_Status_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Link_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(LinkServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Link_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(LinkServer).Drain(ctx, req.(*DrainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Link_ServiceDesc is the grpc.ServiceDesc for Link service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -251,11 +287,337 @@ var Link_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Status",
 			Handler:    _Link_Status_Handler,
 		},
+		{
+			MethodName: "Drain",
+			Handler:    _Link_Drain_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Copy",
 			Handler:       _Link_Copy_Handler,
+			ServerStreams: true,
+		},
+	},
+	Metadata: "link.proto",
+}
+
+const (
+	Gateways_Watch_FullMethodName    = "/duri.link.Gateways/Watch"
+	Gateways_Verifier_FullMethodName = "/duri.link.Gateways/Verifier"
+	Gateways_Fate_FullMethodName     = "/duri.link.Gateways/Fate"
+	Gateways_End_FullMethodName      = "/duri.link.Gateways/End"
+	Gateways_Position_FullMethodName = "/duri.link.Gateways/Position"
+	Gateways_Reach_FullMethodName    = "/duri.link.Gateways/Reach"
+)
+
+// GatewaysClient is the client API for Gateways service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Gateways is what a gateway asks the agents. The caller is a site, which may be the answering one, or a gateway that runs alone
+// (URI duri://<cluster id>/gateway/<name>), which may call nothing else.
+//
+// A connection of a client to the answering site's PostgreSQL is no method of the service: it has a connection of its own (ALPN
+// duri-sql/1), on which the answering agent says first whether it has connected: a length of 0, four bytes, after which the bytes
+// of both ends follow; or a Refusal after its length, which is all.
+type GatewaysClient interface {
+	// Watch tells the answering site's state: at once, whenever it has changed, and every 500 ms as a sign of life.
+	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SiteState], error)
+	// Verifier is the SCRAM verifier of a role that may log in; empty when there is none.
+	Verifier(ctx context.Context, in *VerifierRequest, opts ...grpc.CallOption) (*VerifierReply, error)
+	// Fate tells what the answering site knows of a transaction whose answer was lost, and ends its backend if it runs.
+	Fate(ctx context.Context, in *FateRequest, opts ...grpc.CallOption) (*FateReply, error)
+	// End ends the backend that has a transaction which nobody will commit.
+	End(ctx context.Context, in *FateRequest, opts ...grpc.CallOption) (*EndReply, error)
+	// Position is up to where all lies that can have been seen at the answering site until it was asked.
+	Position(ctx context.Context, in *PositionRequest, opts ...grpc.CallOption) (*PositionReply, error)
+	// Reach waits until that is visible at the answering site.
+	Reach(ctx context.Context, in *ReachRequest, opts ...grpc.CallOption) (*ReachReply, error)
+}
+
+type gatewaysClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewGatewaysClient(cc grpc.ClientConnInterface) GatewaysClient {
+	return &gatewaysClient{cc}
+}
+
+func (c *gatewaysClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SiteState], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Gateways_ServiceDesc.Streams[0], Gateways_Watch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchRequest, SiteState]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Gateways_WatchClient = grpc.ServerStreamingClient[SiteState]
+
+func (c *gatewaysClient) Verifier(ctx context.Context, in *VerifierRequest, opts ...grpc.CallOption) (*VerifierReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VerifierReply)
+	err := c.cc.Invoke(ctx, Gateways_Verifier_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *gatewaysClient) Fate(ctx context.Context, in *FateRequest, opts ...grpc.CallOption) (*FateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FateReply)
+	err := c.cc.Invoke(ctx, Gateways_Fate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *gatewaysClient) End(ctx context.Context, in *FateRequest, opts ...grpc.CallOption) (*EndReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EndReply)
+	err := c.cc.Invoke(ctx, Gateways_End_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *gatewaysClient) Position(ctx context.Context, in *PositionRequest, opts ...grpc.CallOption) (*PositionReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PositionReply)
+	err := c.cc.Invoke(ctx, Gateways_Position_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *gatewaysClient) Reach(ctx context.Context, in *ReachRequest, opts ...grpc.CallOption) (*ReachReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReachReply)
+	err := c.cc.Invoke(ctx, Gateways_Reach_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// GatewaysServer is the server API for Gateways service.
+// All implementations must embed UnimplementedGatewaysServer
+// for forward compatibility.
+//
+// Gateways is what a gateway asks the agents. The caller is a site, which may be the answering one, or a gateway that runs alone
+// (URI duri://<cluster id>/gateway/<name>), which may call nothing else.
+//
+// A connection of a client to the answering site's PostgreSQL is no method of the service: it has a connection of its own (ALPN
+// duri-sql/1), on which the answering agent says first whether it has connected: a length of 0, four bytes, after which the bytes
+// of both ends follow; or a Refusal after its length, which is all.
+type GatewaysServer interface {
+	// Watch tells the answering site's state: at once, whenever it has changed, and every 500 ms as a sign of life.
+	Watch(*WatchRequest, grpc.ServerStreamingServer[SiteState]) error
+	// Verifier is the SCRAM verifier of a role that may log in; empty when there is none.
+	Verifier(context.Context, *VerifierRequest) (*VerifierReply, error)
+	// Fate tells what the answering site knows of a transaction whose answer was lost, and ends its backend if it runs.
+	Fate(context.Context, *FateRequest) (*FateReply, error)
+	// End ends the backend that has a transaction which nobody will commit.
+	End(context.Context, *FateRequest) (*EndReply, error)
+	// Position is up to where all lies that can have been seen at the answering site until it was asked.
+	Position(context.Context, *PositionRequest) (*PositionReply, error)
+	// Reach waits until that is visible at the answering site.
+	Reach(context.Context, *ReachRequest) (*ReachReply, error)
+	mustEmbedUnimplementedGatewaysServer()
+}
+
+// UnimplementedGatewaysServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedGatewaysServer struct{}
+
+func (UnimplementedGatewaysServer) Watch(*WatchRequest, grpc.ServerStreamingServer[SiteState]) error {
+	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedGatewaysServer) Verifier(context.Context, *VerifierRequest) (*VerifierReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Verifier not implemented")
+}
+func (UnimplementedGatewaysServer) Fate(context.Context, *FateRequest) (*FateReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Fate not implemented")
+}
+func (UnimplementedGatewaysServer) End(context.Context, *FateRequest) (*EndReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method End not implemented")
+}
+func (UnimplementedGatewaysServer) Position(context.Context, *PositionRequest) (*PositionReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Position not implemented")
+}
+func (UnimplementedGatewaysServer) Reach(context.Context, *ReachRequest) (*ReachReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reach not implemented")
+}
+func (UnimplementedGatewaysServer) mustEmbedUnimplementedGatewaysServer() {}
+func (UnimplementedGatewaysServer) testEmbeddedByValue()                  {}
+
+// UnsafeGatewaysServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to GatewaysServer will
+// result in compilation errors.
+type UnsafeGatewaysServer interface {
+	mustEmbedUnimplementedGatewaysServer()
+}
+
+func RegisterGatewaysServer(s grpc.ServiceRegistrar, srv GatewaysServer) {
+	// If the following call panics, it indicates UnimplementedGatewaysServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Gateways_ServiceDesc, srv)
+}
+
+func _Gateways_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(GatewaysServer).Watch(m, &grpc.GenericServerStream[WatchRequest, SiteState]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Gateways_WatchServer = grpc.ServerStreamingServer[SiteState]
+
+func _Gateways_Verifier_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VerifierRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Verifier(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Verifier_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Verifier(ctx, req.(*VerifierRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Gateways_Fate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Fate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Fate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Fate(ctx, req.(*FateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Gateways_End_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).End(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_End_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).End(ctx, req.(*FateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Gateways_Position_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PositionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Position(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Position_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Position(ctx, req.(*PositionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Gateways_Reach_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReachRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Reach(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Reach_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Reach(ctx, req.(*ReachRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Gateways_ServiceDesc is the grpc.ServiceDesc for Gateways service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Gateways_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "duri.link.Gateways",
+	HandlerType: (*GatewaysServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Verifier",
+			Handler:    _Gateways_Verifier_Handler,
+		},
+		{
+			MethodName: "Fate",
+			Handler:    _Gateways_Fate_Handler,
+		},
+		{
+			MethodName: "End",
+			Handler:    _Gateways_End_Handler,
+		},
+		{
+			MethodName: "Position",
+			Handler:    _Gateways_Position_Handler,
+		},
+		{
+			MethodName: "Reach",
+			Handler:    _Gateways_Reach_Handler,
+		},
+	},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Watch",
+			Handler:       _Gateways_Watch_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -1,0 +1,307 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/internal/pgtest"
+)
+
+// knowing answers as the agent of a site does whose server lives.
+type knowing struct {
+	c *pgcluster.Cluster
+
+	mu    sync.Mutex
+	asked []Doubt
+	say   *Fate // in the place of the truth
+}
+
+func (k *knowing) Fate(ctx context.Context, d Doubt) (Fate, error) {
+	k.mu.Lock()
+	k.asked = append(k.asked, d)
+	say := k.say
+	k.mu.Unlock()
+	if say != nil {
+		return *say, nil
+	}
+	k.End(ctx, d)
+	for {
+		rows, err := k.c.QueryText(ctx, "shop", fmt.Sprintf("SELECT pg_xact_status('%d')", d.XID))
+		if err != nil {
+			return Unknown, err
+		}
+		switch rows[0][0] {
+		case "committed":
+			return Committed, nil
+		case "aborted":
+			return Aborted, nil
+		}
+	}
+}
+
+func (k *knowing) End(ctx context.Context, d Doubt) {
+	_ = k.c.Exec(ctx, "shop", fmt.Sprintf("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %d AND backend_xid IS NOT NULL", d.PID)) // it may have ended
+}
+
+func (k *knowing) CatchUp(context.Context, string, string, string) error { return nil }
+
+func (k *knowing) doubts() []Doubt {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return append([]Doubt{}, k.asked...)
+}
+
+// markable gives a cluster duri.mark, and a table.
+func markable(t testing.TB) *pgcluster.Cluster {
+	t.Helper()
+	c := site(t, "", pgtest.WithSetting("wal_level", "logical"))
+	sql, err := os.ReadFile("../catalog/migrations/0009_outcome.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, c, "shop", "CREATE SCHEMA duri")
+	pgtest.Exec(t, c, "shop", string(sql))
+	pgtest.Exec(t, c, "shop", "CREATE TABLE ledger (client int, seq int, PRIMARY KEY (client, seq)); GRANT ALL ON ledger TO "+appUser)
+	return c
+}
+
+// cuttable is a gateway before a server, with a relay in between.
+func cuttable(t testing.TB) (k *knowing, relay *cutter, addr string) {
+	t.Helper()
+	c := markable(t)
+	relay = newCutter(t, fmt.Sprintf("127.0.0.1:%d", c.Port()))
+	k = &knowing{c: c}
+	r := &routes{targets: []Target{{Site: "a", Network: "tcp", Address: relay.l.Addr().String()}}}
+	_, addr = serve(t, Config{Mode: TransactionMode, Router: r, Sites: k}, c)
+	return k, relay, addr
+}
+
+func count(t testing.TB, c *pgcluster.Cluster, where string) string {
+	t.Helper()
+	rows, err := c.QueryText(t.Context(), "shop", "SELECT count(*) FROM ledger WHERE "+where)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rows[0][0]
+}
+
+func TestServerIsLostBetweenStatements(t *testing.T) {
+	k, relay, addr := cuttable(t)
+	for _, mode := range []string{"", "default_query_exec_mode=simple_protocol"} {
+		c := open1(t, dsn(addr, mode))
+		cut := relay.cut
+		exec1(t, c, "SET application_name = 'kept'")
+		cut()
+		if got := value[string](t, c, "SELECT current_setting('application_name')"); got != "kept" {
+			t.Errorf("%s: after a cut between transactions: %q", mode, got)
+		}
+
+		tx, err := c.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		cut()
+		if _, err := tx.Exec(t.Context(), "INSERT INTO ledger VALUES (1, 1)"); err != nil {
+			t.Errorf("%s: the first statement after BEGIN: %v", mode, err)
+		}
+		if err := tx.Commit(t.Context()); err != nil {
+			t.Errorf("%s: %v", mode, err)
+		}
+
+		tx, err = c.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(t.Context(), "INSERT INTO ledger VALUES (1, 2)"); err != nil {
+			t.Fatal(err)
+		}
+		cut()
+		_, err = tx.Exec(t.Context(), "INSERT INTO ledger VALUES (1, 3)")
+		wantCode(t, mode+": in a transaction", err, "40001", "site a")
+		_, err = tx.Exec(t.Context(), "INSERT INTO ledger VALUES (1, 4)")
+		wantCode(t, mode+": in the failed transaction", err, "25P02", "aborted")
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Errorf("%s: ROLLBACK: %v", mode, err)
+		}
+
+		tx, err = c.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tx.Exec(t.Context(), "INSERT INTO ledger VALUES (1, 5)"); err != nil {
+			t.Fatal(err)
+		}
+		cut()
+		wantCode(t, mode+": COMMIT", tx.Commit(t.Context()), "40001", "site a")
+		exec1(t, c, "DELETE FROM ledger WHERE client = 1 AND seq = 1")
+		if n := count(t, k.c, "true"); n != "0" {
+			t.Errorf("%s: %s rows are left", mode, n)
+		}
+		if d := k.doubts(); len(d) != 0 {
+			t.Errorf("%s: asked for %+v", mode, d)
+		}
+	}
+}
+
+// TestServerIsLostAtEachByte: whatever the server has sent when it is lost, each write that was reported took effect once, and no
+// other did.
+func TestServerIsLostAtEachByte(t *testing.T) {
+	k, relay, addr := cuttable(t)
+	for _, mode := range []string{"", "default_query_exec_mode=simple_protocol", "default_query_exec_mode=exec"} {
+		c := open1(t, dsn(addr, mode))
+		exec1(t, c, "TRUNCATE ledger")
+		reported, failed := 0, 0
+		for seq := range 150 {
+			relay.after(int64(seq%75) * 4)
+			var back int
+			sql, args := "INSERT INTO ledger VALUES (2, $1) RETURNING seq", []any{seq}
+			var err error
+			if seq%3 == 0 {
+				err = pgx.BeginFunc(t.Context(), c, func(tx pgx.Tx) error { return tx.QueryRow(t.Context(), sql, args...).Scan(&back) })
+			} else {
+				err = c.QueryRow(t.Context(), sql, args...).Scan(&back)
+			}
+			relay.after(-1)
+			n := count(t, k.c, fmt.Sprintf("seq = %d", seq))
+			switch e, _ := errors.AsType[*pgconn.PgError](err); {
+			case err == nil && back == seq && n == "1":
+				reported++
+			case e != nil && e.Code == "40001" && n == "0":
+				failed++
+			default:
+				t.Fatalf("%s: write %d: %v, and %s rows", mode, seq, err, n)
+			}
+		}
+		if reported < 100 {
+			t.Errorf("%s: %d writes reported", mode, reported)
+		}
+		t.Logf("%s: %d reported, %d failed, %d doubts", mode, reported, failed, len(k.doubts()))
+	}
+}
+
+func TestFateThatNobodyKnows(t *testing.T) {
+	k, relay, addr := cuttable(t)
+	say := Unknown
+	k.say = &say
+	lost := 0
+	for seq := range 40 {
+		c := open1(t, dsn(addr, "default_query_exec_mode=simple_protocol"))
+		exec1(t, c, "SELECT 1")
+		relay.after(int64(seq) * 4)
+		_, err := c.Exec(t.Context(), fmt.Sprintf("INSERT INTO ledger VALUES (3, %d)", seq))
+		relay.after(-1)
+		if err != nil {
+			lost++
+			e := wantCode(t, "a commit in doubt", err, "08007", "nobody can say")
+			if !strings.Contains(e.Detail, "LTXID") || e.Severity != "FATAL" {
+				t.Errorf("%+v", e)
+			}
+		}
+	}
+	if lost == 0 || lost != len(k.doubts()) {
+		t.Errorf("%d lost, asked for %d", lost, len(k.doubts()))
+	}
+}
+
+// cutter is a relay that resets its connections when so many bytes have passed to the client.
+type cutter struct {
+	target string
+	l      net.Listener
+
+	mu    sync.Mutex
+	left  int64 // negative: no limit
+	conns map[net.Conn]net.Conn
+}
+
+func newCutter(t testing.TB, target string) *cutter {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &cutter{target: target, l: l, left: -1, conns: map[net.Conn]net.Conn{}}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			s, err := net.Dial("tcp", target)
+			if err != nil {
+				_ = c.Close()
+				continue
+			}
+			r.mu.Lock()
+			r.conns[c] = s
+			r.mu.Unlock()
+			wg.Go(func() { _, _ = io.Copy(s, c); r.reset(c) })
+			wg.Go(func() { r.toClient(c, s) })
+		}
+	})
+	t.Cleanup(func() { _ = l.Close(); r.cut(); wg.Wait() })
+	return r
+}
+
+func (r *cutter) toClient(c, s net.Conn) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := s.Read(buf)
+		r.mu.Lock()
+		over := r.left >= 0 && int64(n) > r.left
+		switch {
+		case over:
+			n, r.left = int(r.left), -1
+		case r.left >= 0:
+			r.left -= int64(n)
+		}
+		r.mu.Unlock()
+		_, _ = c.Write(buf[:n])
+		if over {
+			r.cut()
+		}
+		if over || err != nil {
+			r.reset(c)
+			return
+		}
+	}
+}
+
+func (r *cutter) reset(c net.Conn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.conns[c]; s != nil {
+		_ = c.Close()
+		_ = s.Close()
+		delete(r.conns, c)
+	}
+}
+
+// cut ends all connections.
+func (r *cutter) cut() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for c, s := range r.conns {
+		_ = c.Close()
+		_ = s.Close()
+	}
+	clear(r.conns)
+}
+
+// after cuts when so many more bytes have passed; negative: never.
+func (r *cutter) after(bytes int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.left = bytes
+}

@@ -1,0 +1,128 @@
+package pair
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/internal/faultnet"
+	"github.com/duri-io/duri/internal/pg"
+)
+
+// Gateway is one that runs alone, a process of its own. Its home is the first site.
+type Gateway struct {
+	Address    string // at which clients connect
+	ConfigFile string
+	Relay      Relays // through which it connects to the sites' agents, with Options.Relays
+	binary     string
+	process    process
+}
+
+// Start starts it; it dies with this process.
+func (g *Gateway) Start() error {
+	if err := g.process.start(g.binary, "gateway", "-c", g.ConfigFile); err != nil {
+		return fmt.Errorf("start the gateway: %w", err)
+	}
+	return nil
+}
+
+// Signal sends it a signal; with SIGKILL or SIGTERM it waits until the process is gone.
+func (g *Gateway) Signal(sig syscall.Signal) error { return g.process.signal(sig) }
+
+// close ends it.
+func (g *Gateway) close() error {
+	if g == nil {
+		return nil
+	}
+	return errors.Join(g.Signal(syscall.SIGKILL), g.Relay.close())
+}
+
+// Log returns the end of its log.
+func (g *Gateway) Log() string { return g.process.log() }
+
+// DSN is how a role of AddClient connects through it.
+func (g *Gateway) DSN(database, role, password string) string {
+	return fmt.Sprintf("postgres://%s:%s@%s/%s?sslmode=disable", role, password, g.Address, database)
+}
+
+// addDoors asks for doors at the sites.
+func (p *Pair) addDoors(spec *config.InitSpec) error {
+	if !p.opts.Sync && !p.opts.Gateway {
+		return nil
+	}
+	for i, s := range p.Sites {
+		var err error
+		if s.Door, err = p.freeAddress(); err != nil {
+			return err
+		}
+		spec.Sites[i].Clients = s.Door
+	}
+	if !p.opts.Gateway {
+		return nil
+	}
+	address, err := p.freeAddress()
+	p.Gateway = &Gateway{Address: address, Relay: Relays{}, binary: p.opts.Binary}
+	return err
+}
+
+// withGateway sets gateway.mode.
+func (p *Pair) withGateway(text string) string {
+	if !p.opts.Gateway {
+		return text
+	}
+	return strings.Replace(text, "\ngateway:\n", "\ngateway:\n  mode: transaction\n", 1)
+}
+
+// addGateway makes the files of the gateway that runs alone.
+func (p *Pair) addGateway(spec config.InitSpec) error {
+	if p.Gateway == nil {
+		return nil
+	}
+	c, err := config.Load(p.Sites[0].ConfigFile)
+	if err != nil {
+		return err
+	}
+	c.Sites = slices.Clone(c.Sites)
+	for i := range c.Sites {
+		c.Sites[i].Address = spec.Sites[i].Address
+		if !p.opts.Relays {
+			continue
+		}
+		r, err := faultnet.New(spec.Sites[i].Address)
+		if err != nil {
+			return err
+		}
+		p.Gateway.Relay[c.Sites[i].Name] = r
+		c.Sites[i].Address = r.Addr()
+	}
+	dir := filepath.Join(spec.Out, "gw")
+	p.Gateway.ConfigFile, p.Gateway.process.logFile = filepath.Join(dir, config.FileName), filepath.Join(dir, "gateway.log")
+	return config.AddGateway(c, config.GatewaySpec{
+		Name: "gw", Home: p.Sites[0].Name, Listen: p.Gateway.Address, CA: filepath.Join(spec.Out, "ca"), Out: dir,
+	})
+}
+
+// AddClient makes a role at all sites that logs in with a password and may do everything in the databases. Its verifier is the same
+// everywhere, as gateways need it.
+func (p *Pair) AddClient(ctx context.Context, role, password string) error {
+	create := "CREATE ROLE " + pg.QuoteIdent(role) + " LOGIN PASSWORD "
+	verifier := password
+	for _, s := range p.Sites {
+		for _, sql := range []string{create + pg.QuoteLiteral(verifier), "GRANT pg_read_all_data, pg_write_all_data TO " + pg.QuoteIdent(role)} {
+			if err := s.Cluster.Exec(ctx, p.Database, sql); err != nil {
+				return fmt.Errorf("make role %s at %s: %w", role, s.Name, err)
+			}
+		}
+		rows, err := s.Cluster.QueryText(ctx, p.Database, "SELECT rolpassword FROM pg_authid WHERE rolname = "+pg.QuoteLiteral(role))
+		if err != nil {
+			return err
+		}
+		verifier = rows[0][0]
+	}
+	return nil
+}

@@ -1,0 +1,424 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/gateway"
+	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/pgwire/scram"
+)
+
+// sites is what a gateway knows of all sites, and asks them. It implements gateway.Router, gateway.Verifiers and gateway.Sites.
+type sites struct {
+	cfg    config.Gateway
+	home   string // of sessions that no route fits; empty: none
+	own    *host  // whose server is reached without a tunnel; nil: the gateway runs alone
+	log    *slog.Logger
+	links  []*siteLink // in the order of the configuration
+	retire func(site string)
+
+	turns atomic.Uint64 // transactions, for gateway.rehome_every
+
+	mu   sync.Mutex // held while the picture is changed
+	seen atomic.Pointer[picture]
+	news broadcast
+}
+
+// siteLink is the gateway's way to one site.
+type siteLink struct {
+	asked  link.Asked
+	dial   func(ctx context.Context) (net.Conn, error)
+	target gateway.Target
+
+	mu    sync.Mutex             // guards the rest
+	conns map[*tunneled]struct{} // to be cut when the site is lost
+}
+
+// newSites makes it; home may be empty, own nil.
+func newSites(cfg *config.Config, home string, own *host, clients map[string]*link.Client, log *slog.Logger) *sites {
+	s := &sites{cfg: cfg.Gateway, home: home, own: own, log: log, retire: func(string) {}}
+	p := &picture{}
+	for _, site := range cfg.Sites {
+		l := &siteLink{conns: map[*tunneled]struct{}{}}
+		if own != nil && site.Name == own.a.self.Name {
+			l.asked, l.dial = own, own.entry.dialOwn
+			l.target = gateway.Target{Site: site.Name, Network: own.entry.network, Address: own.entry.address}
+		} else {
+			c := clients[site.Name]
+			if c == nil {
+				continue // tests have some
+			}
+			l.asked, l.dial = c, c.Dial
+			l.target = gateway.Target{Site: site.Name, Network: "duri", Address: site.Address}
+		}
+		s.links = append(s.links, l)
+		p.sites = append(p.sites, siteView{name: site.Name, fresh: true, born: time.Now()})
+	}
+	s.seen.Store(p)
+	return s
+}
+
+// run follows all sites until ctx ends.
+func (s *sites) run(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, l := range s.links {
+		wg.Go(func() { s.follow(ctx, l) })
+	}
+}
+
+// firstMax is how long a gateway waits for a site before it takes clients all the same, who are then told that there is none.
+const firstMax = 2 * time.Second
+
+// awaitFirst waits until some site serves.
+func (s *sites) awaitFirst(ctx context.Context) {
+	deadline := time.NewTimer(firstMax)
+	defer deadline.Stop()
+	for {
+		news := s.news.wait()
+		if s.seen.Load().choose(asked{home: s.home, shut: s.shutHere}) != nil {
+			return
+		}
+		select {
+		case <-news:
+		case <-deadline.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// followAgain is the pause before a site that was lost is asked again.
+const followAgain = 100 * time.Millisecond
+
+// follow keeps the picture of one site.
+func (s *sites) follow(ctx context.Context, l *siteLink) {
+	var heard time.Time
+	for {
+		err := l.asked.Watch(ctx, func(st link.SiteState) error {
+			heard = time.Now()
+			s.learn(l, true, st, nil)
+			return nil
+		})
+		if ctx.Err() != nil {
+			l.cut()
+			return
+		}
+		s.learn(l, false, link.SiteState{}, err)
+		if time.Since(heard) >= link.StateSilence { // else it may be that only the stream has broken
+			l.cut()
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(followAgain):
+		}
+	}
+}
+
+// learn takes what a site has told, or that it does not tell anything any more.
+func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
+	now := time.Now()
+	s.mu.Lock()
+	old := s.seen.Load()
+	p := &picture{sites: slices.Clone(old.sites), members: old.members, epoch: old.epoch}
+	if st.Epoch > p.epoch {
+		p.epoch, p.members = st.Epoch, st.Members
+	}
+	changed := p.epoch != old.epoch
+	for i := range p.sites {
+		v := &p.sites[i]
+		was := old.sites[i].good(old.members)
+		if v.name == l.target.Site {
+			changed = changed || v.heard != heard || v.state.Refuses != st.Refuses || v.state.Draining != st.Draining
+			if v.heard = heard; heard {
+				v.state = st
+			}
+		}
+		v.losses = slices.Clone(v.losses)
+		v.look(was, p.members, now)
+	}
+	s.seen.Store(p)
+	s.mu.Unlock()
+	if changed {
+		s.log.Info("a site's state", "site", l.target.Site, "heard", heard, "epoch", st.Epoch, "refuses", st.Refuses, "draining", st.Draining, "error", fmt.Sprint(lost))
+		s.news.tell()
+	}
+	for i := range p.sites {
+		v, l := &p.sites[i], s.links[i]
+		if p.members != nil && !slices.Contains(p.members, v.name) {
+			l.cut() // nothing that begins there ends well
+		}
+		if v.heard && v.state.Draining {
+			s.retire(v.name)
+		}
+	}
+}
+
+// tunneled is a connection to a site's server that is cut when the site is lost.
+type tunneled struct {
+	net.Conn
+	l *siteLink
+}
+
+// Secured marks it as gateway.Secured.
+func (*tunneled) Secured() {}
+
+func (t *tunneled) Close() error {
+	t.l.mu.Lock()
+	delete(t.l.conns, t)
+	t.l.mu.Unlock()
+	return t.hangUp()
+}
+
+// hangUp closes without TLS's last word, which might have to wait.
+func (t *tunneled) hangUp() error {
+	if c, ok := t.Conn.(interface{ NetConn() net.Conn }); ok {
+		return c.NetConn().Close()
+	}
+	return t.Conn.Close()
+}
+
+// cut ends all connections through the site's agent.
+func (l *siteLink) cut() {
+	l.mu.Lock()
+	conns := l.conns
+	l.conns = map[*tunneled]struct{}{}
+	l.mu.Unlock()
+	for t := range conns {
+		_ = t.hangUp() // it may have ended by itself
+	}
+}
+
+// dial is gateway.Config.Dial.
+func (s *sites) dial(ctx context.Context, t gateway.Target) (net.Conn, error) {
+	l := s.link(t.Site)
+	if l == nil {
+		return nil, fmt.Errorf("there is no site %q", t.Site)
+	}
+	conn, err := l.dial(ctx)
+	if err != nil || s.isOwn(l) {
+		return conn, err
+	}
+	c := &tunneled{conn, l}
+	l.mu.Lock()
+	l.conns[c] = struct{}{}
+	l.mu.Unlock()
+	return c, nil
+}
+
+func (s *sites) link(site string) *siteLink {
+	for _, l := range s.links {
+		if l.target.Site == site {
+			return l
+		}
+	}
+	return nil
+}
+
+func (s *sites) isOwn(l *siteLink) bool { return s.own != nil && l.target.Site == s.own.a.self.Name }
+
+// shutHere reports whether the own site has been shut, which the picture learns a moment later.
+func (s *sites) shutHere(site string) bool { return s.whyShut(site) != "" }
+
+func (s *sites) whyShut(site string) string {
+	if s.own == nil || site != s.own.a.self.Name {
+		return ""
+	}
+	return s.own.entry.reason()
+}
+
+// Route is that of gateway.Router.
+func (s *sites) Route(l *gateway.Login, w gateway.Wish) (gateway.Target, error) {
+	a := asked{home: w.Home, last: w.Last, shut: s.shutHere}
+	if a.home == "" {
+		a.home = s.homeOf(l)
+	}
+	if n := s.cfg.RehomeEvery; n > 0 {
+		a.next = s.turns.Add(1)%uint64(n) == 0
+		if w.Last != "" {
+			a.home = w.Last
+		}
+	}
+	p := s.seen.Load()
+	v := p.choose(a)
+	if v == nil {
+		return gateway.Target{}, p.none(s.whyShut)
+	}
+	t := s.link(v.name).target
+	t.Epoch, t.History = p.epochOf(v), v.state.Server
+	return t, nil
+}
+
+// homeOf is a session's home as configured.
+func (s *sites) homeOf(l *gateway.Login) string {
+	if len(s.cfg.Routes) == 0 {
+		return s.home
+	}
+	application := ""
+	for _, p := range l.Params {
+		if p.Name == "application_name" {
+			application = p.Value
+		}
+	}
+	if home := s.cfg.Home(l.Database, l.User, application); home != "" {
+		return home
+	}
+	return s.home
+}
+
+// Verifier is that of gateway.Verifiers: any site may tell.
+func (s *sites) Verifier(ctx context.Context, user string) (*scram.Verifier, error) {
+	if len(user) > nameMax {
+		return nil, nil // PostgreSQL would cut it, and find somebody else.
+	}
+	var errs []error
+	for _, l := range s.byNearness() {
+		one, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
+		text, err := l.asked.Verifier(one, user)
+		cancel()
+		switch {
+		case err != nil:
+			errs = append(errs, err)
+			continue
+		case text == "":
+			return nil, nil
+		}
+		return scram.ParseVerifier(text)
+	}
+	if len(errs) == 1 {
+		return nil, errs[0]
+	}
+	return nil, errors.Join(errs...)
+}
+
+// byNearness are the sites that are worth asking, the own one first; all, if none is.
+func (s *sites) byNearness() []*siteLink {
+	var near, up, all []*siteLink
+	for i, v := range s.seen.Load().sites {
+		l := s.links[i]
+		switch {
+		case v.name == s.home && (v.heard && v.state.Postgres || s.isOwn(l)):
+			near = append(near, l)
+		case v.heard && v.state.Postgres:
+			up = append(up, l)
+		}
+		all = append(all, l)
+	}
+	if len(near)+len(up) == 0 {
+		return all
+	}
+	return append(near, up...)
+}
+
+const (
+	// fateAskMax bounds one question for a fate; see fateMax.
+	fateAskMax = 3 * time.Second
+	// fateAskPause is the pause before it is asked again.
+	fateAskPause = 20 * time.Millisecond
+)
+
+// Fate is that of gateway.Sites.
+func (s *sites) Fate(ctx context.Context, d gateway.Doubt) (gateway.Fate, error) {
+	if d.XID == 0 {
+		return gateway.Aborted, nil // it has written nothing
+	}
+	for {
+		fate, err := s.fateOnce(ctx, d)
+		if fate != gateway.Unknown {
+			return fate, nil
+		}
+		select {
+		case <-ctx.Done():
+			return gateway.Unknown, errors.Join(ctx.Err(), err)
+		case <-time.After(fateAskPause):
+		}
+	}
+}
+
+// fateOnce asks the transaction's own site, if it is there, and the others if it cannot tell.
+func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, error) {
+	q := link.FateQuestion{Database: d.Database, Site: d.Site, Server: d.History, Epoch: d.Epoch, PID: d.PID, XID: d.XID, LTXID: d.LTXID}
+	var errs []error
+	for _, l := range s.whoKnows(d.Site) {
+		one, cancel := context.WithTimeout(ctx, fateAskMax)
+		q.Age = time.Since(d.At)
+		a, err := l.asked.Fate(one, q)
+		cancel()
+		if err == nil {
+			if fate := verdict(d, a); fate != gateway.Unknown {
+				return fate, nil
+			}
+			err = fmt.Errorf("site %s: %s", a.Site, a.Why)
+		}
+		errs = append(errs, err)
+	}
+	return gateway.Unknown, errors.Join(errs...)
+}
+
+// whoKnows are the sites to ask for a transaction of one: that one first, if it can be heard.
+func (s *sites) whoKnows(site string) []*siteLink {
+	var own, others []*siteLink
+	for i, v := range s.seen.Load().sites {
+		switch l := s.links[i]; {
+		case v.name == site && (v.heard || s.isOwn(l)):
+			own = append(own, l)
+		case v.name != site && (v.heard || s.isOwn(l)):
+			others = append(others, l)
+		}
+	}
+	return append(own, others...)
+}
+
+// End is that of gateway.Sites.
+func (s *sites) End(ctx context.Context, d gateway.Doubt) {
+	l := s.link(d.Site)
+	if l == nil {
+		return
+	}
+	err := l.asked.End(ctx, link.FateQuestion{Database: d.Database, Site: d.Site, PID: d.PID, XID: d.XID})
+	if err != nil {
+		s.log.Debug("end a backend", "site", d.Site, "pid", d.PID, "error", err)
+	}
+}
+
+// CatchUp is that of gateway.Sites.
+func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
+	if from == to {
+		return nil
+	}
+	there, here := s.link(from), s.link(to)
+	if there == nil || here == nil {
+		return fmt.Errorf("there is no site %q or %q", from, to)
+	}
+	if s.reachable(from) {
+		positions, err := there.asked.Position(ctx, database)
+		if err == nil {
+			return here.asked.Reach(ctx, database, positions, "")
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+	}
+	return here.asked.Reach(ctx, database, nil, from)
+}
+
+// reachable reports whether a site can be asked what it has.
+func (s *sites) reachable(site string) bool {
+	p := s.seen.Load()
+	for i, v := range p.sites {
+		if v.name == site {
+			return (v.heard || s.isOwn(s.links[i])) && (p.members == nil || slices.Contains(p.members, site))
+		}
+	}
+	return false
+}

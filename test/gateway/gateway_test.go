@@ -1,0 +1,441 @@
+// Package gateway proves that clients keep their connections through a gateway while sites come and go: whole programs, real
+// servers.
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"go.uber.org/goleak"
+
+	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/server"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const schema = `CREATE TABLE t (client int, seq int, site text, PRIMARY KEY (client, seq))`
+
+// trial is two sites whose commits wait for each other, with a witness, and a gateway beside them whose home is the first one.
+type trial struct {
+	*testing.T
+	p    *pair.Pair
+	a, b *pair.Site
+}
+
+func start(t *testing.T) *trial {
+	t.Helper()
+	p := pair.ForTest(t, pair.Options{
+		Sync: true, Gateway: true, Rearm: 500 * time.Millisecond,
+		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
+	})
+	tr := &trial{t, p, p.Sites[0], p.Sites[1]}
+	tr.within(time.Minute, func(ctx context.Context) error {
+		for _, s := range p.Sites {
+			if err := s.Cluster.Exec(ctx, s.Database, "ALTER DATABASE app SET app.site = "+"'"+s.Name+"'"); err != nil {
+				return err
+			}
+		}
+		return p.AddClient(ctx, "client", "secret")
+	})
+	tr.within(time.Minute, p.HoldCommits)
+	tr.waitMembers()
+	if err := p.Gateway.Start(); err != nil {
+		t.Fatal(err)
+	}
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
+			c, err := tr.connect(ctx)
+			if err != nil {
+				return false, err
+			}
+			return true, c.Close(ctx)
+		})
+	})
+	return tr
+}
+
+// within bounds a step.
+func (t *trial) within(d time.Duration, f func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	defer cancel()
+	if err := f(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// connect connects through the gateway.
+func (t *trial) connect(ctx context.Context) (*pgx.Conn, error) {
+	return pgx.Connect(ctx, t.p.Gateway.DSN("app", "client", "secret"))
+}
+
+// waitMembers waits until both sites acknowledge and serve.
+func (t *trial) waitMembers() {
+	t.Helper()
+	t.within(2*time.Minute, func(ctx context.Context) error {
+		return t.p.Wait(ctx, "both sites are members and serve", func(ctx context.Context) (bool, error) {
+			for _, s := range t.p.Sites {
+				d, err := s.Control.Register(ctx)
+				if err != nil {
+					return false, err
+				}
+				if len(d.Register.Members) != 2 || !d.Member || !d.Door.Open || len(d.Unheeded) > 0 {
+					return false, fmt.Errorf("site %s: %s (%s)", s.Name, d.Guarantee, d.Door.Shut)
+				}
+			}
+			return true, nil
+		})
+	})
+}
+
+// client writes one row a transaction over one connection, which it never opens again.
+type client struct {
+	t    *trial
+	n    int
+	conn *pgx.Conn
+	seq  int
+	at   atomic.Pointer[string] // site of the last transaction
+}
+
+func (t *trial) clients(n int) []*client {
+	t.Helper()
+	var all []*client
+	t.within(time.Minute, func(ctx context.Context) error {
+		for i := range n {
+			conn, err := t.connect(ctx)
+			if err != nil {
+				return err
+			}
+			if _, err := conn.Exec(ctx, fmt.Sprintf("SET app.client = '%d'", i)); err != nil {
+				return err
+			}
+			all = append(all, &client{t: t, n: i, conn: conn})
+		}
+		return nil
+	})
+	t.Cleanup(func() {
+		for _, c := range all {
+			_ = c.conn.Close(context.Background()) // it may have ended
+		}
+	})
+	return all
+}
+
+// write makes one transaction.
+func (c *client) write(ctx context.Context) error {
+	var site, own string
+	err := c.conn.QueryRow(ctx, "INSERT INTO t (client, seq, site) VALUES ($1, $2, current_setting('app.site')) RETURNING site, current_setting('app.client')", c.n, c.seq+1).Scan(&site, &own)
+	if err != nil {
+		return fmt.Errorf("client %d, transaction %d: %w", c.n, c.seq+1, err)
+	}
+	if own != fmt.Sprint(c.n) {
+		return fmt.Errorf("client %d has the settings of %s", c.n, own)
+	}
+	c.seq++
+	c.at.Store(&site)
+	return nil
+}
+
+// writeBlock makes a transaction of several statements, unless there was an error before.
+func (c *client) writeBlock(ctx context.Context, before error) error {
+	if before != nil {
+		return before
+	}
+	tx, err := c.conn.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	for _, sql := range []string{
+		fmt.Sprintf("INSERT INTO t VALUES (%d, %d, current_setting('app.site'))", c.n, c.seq+1),
+		fmt.Sprintf("INSERT INTO t VALUES (%d, %d, current_setting('app.site'))", c.n, c.seq+2),
+	} {
+		if _, err := tx.Exec(ctx, sql); err != nil {
+			return errors.Join(err, tx.Rollback(ctx))
+		}
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return err
+	}
+	c.seq += 2
+	return nil
+}
+
+// writeAt makes a transaction with each client, and says whether all were at a site.
+func writeAt(ctx context.Context, site string, all []*client) (bool, error) {
+	there := true
+	for _, c := range all {
+		if err := c.write(ctx); err != nil {
+			return false, err
+		}
+		there = there && *c.at.Load() == site
+	}
+	if !there {
+		return false, fmt.Errorf("not all are at %s", site)
+	}
+	return true, nil
+}
+
+// waitAt writes until all clients are at a site. An error of a transaction ends the test.
+func (t *trial) waitAt(site string, all []*client) {
+	t.Helper()
+	t.within(time.Minute, func(ctx context.Context) error {
+		var failed error
+		err := t.p.Wait(ctx, "all clients are at "+site, func(ctx context.Context) (bool, error) {
+			ok, err := writeAt(ctx, site, all)
+			if err != nil && !strings.HasPrefix(err.Error(), "not all") {
+				failed = err
+				return true, nil
+			}
+			return ok, err
+		})
+		return errors.Join(failed, err)
+	})
+}
+
+// audit compares what clients were told with what the sites hold.
+func (t *trial) audit(all []*client) {
+	t.Helper()
+	t.within(time.Minute, t.p.WaitApplied)
+	for _, s := range t.p.Sites {
+		for _, c := range all {
+			rows, err := s.Cluster.QueryText(t.Context(), s.Database, fmt.Sprintf("SELECT count(*), coalesce(max(seq), 0) FROM t WHERE client = %d", c.n))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := fmt.Sprint(c.seq); rows[0][0] != want || rows[0][1] != want {
+				t.Errorf("site %s has %v of client %d, who was told of %s", s.Name, rows[0], c.n, want)
+			}
+		}
+	}
+}
+
+// TestDrainMovesSessionsWithoutErrors: while clients write without a pause, a site is drained and comes back, again and again.
+func TestDrainMovesSessionsWithoutErrors(t *testing.T) {
+	tr := start(t)
+	all := tr.clients(8)
+	tr.waitAt("a", all)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	var stop atomic.Bool
+	for _, c := range all {
+		wg.Go(func() {
+			for !stop.Load() {
+				if err := c.write(ctx); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	everybodyAt := func(site string) {
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "all clients are at "+site, func(context.Context) (bool, error) {
+				for _, c := range all {
+					if at := *c.at.Load(); at != site {
+						return t.Failed(), fmt.Errorf("client %d is at %s", c.n, at)
+					}
+				}
+				return true, nil
+			})
+		})
+	}
+	for range 2 {
+		// Through the other site's agent, as an operator may.
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true})
+		})
+		everybodyAt("b")
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "nothing is left of the gateways at a", func(ctx context.Context) (bool, error) {
+				st, err := tr.a.Control.Status(ctx)
+				if err != nil {
+					return false, err
+				}
+				g := st.Sites[0].Gateway
+				return g.Draining && g.Connections == 0, fmt.Errorf("%+v", *g)
+			})
+		})
+		tr.within(time.Minute, func(ctx context.Context) error { return tr.a.Control.Drain(ctx, server.DrainRequest{Site: "a"}) })
+		everybodyAt("a")
+	}
+	stop.Store(true)
+	wg.Wait()
+	tr.audit(all)
+}
+
+// TestSessionsSurviveTheEndOfTheirServer: between two transactions, clients do not notice that PostgreSQL at their site, or the
+// whole site, is gone, and go back home when it is back.
+func TestSessionsSurviveTheEndOfTheirServer(t *testing.T) {
+	tr := start(t)
+	all := tr.clients(4)
+	tr.waitAt("a", all)
+	restart := func() {
+		tr.within(time.Minute, tr.a.Cluster.Start)
+	}
+	for _, c := range []struct {
+		name       string
+		kill, back func()
+	}{
+		{"PostgreSQL", func() {
+			if err := tr.a.Cluster.Kill(); err != nil {
+				t.Fatal(err)
+			}
+		}, restart},
+		{"the site", func() {
+			if err := errors.Join(tr.a.SignalAgent(syscall.SIGKILL), tr.a.Cluster.Kill()); err != nil {
+				t.Fatal(err)
+			}
+		}, func() {
+			restart()
+			if err := tr.a.StartAgent(); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	} {
+		c.kill()
+		begun := time.Now()
+		tr.within(time.Minute, func(ctx context.Context) error {
+			_, err := writeAt(ctx, "b", all)
+			return err
+		})
+		t.Logf("%s at a was killed: all clients wrote at b after %v", c.name, time.Since(begun).Round(time.Millisecond))
+		// A login works while the gateway's home site is down.
+		tr.within(time.Minute, func(ctx context.Context) error {
+			conn, err := tr.connect(ctx)
+			if err != nil {
+				return err
+			}
+			return conn.Close(ctx)
+		})
+		c.back()
+		tr.waitMembers()
+		tr.waitAt("a", all)
+	}
+	tr.audit(all)
+}
+
+// TestNothingIsLostOrDoubledWhenAServerEnds: clients write without a pause while PostgreSQL at their site, or the whole site, is
+// killed. All keep their connection, and what each was told is what both sites hold in the end.
+func TestNothingIsLostOrDoubledWhenAServerEnds(t *testing.T) {
+	tr := start(t)
+	all := tr.clients(8)
+	tr.waitAt("a", all)
+	for round, whole := range []bool{false, true} {
+		var wg sync.WaitGroup
+		var stop atomic.Bool
+		var again, longest atomic.Int64
+		for i, c := range all {
+			wg.Go(func() {
+				for !stop.Load() {
+					begun := time.Now()
+					err := c.write(t.Context())
+					if i%2 == 1 { // a transaction of several statements
+						err = c.writeBlock(t.Context(), err)
+					}
+					longest.Store(max(longest.Load(), int64(time.Since(begun))))
+					var pgErr *pgconn.PgError
+					if errors.As(err, &pgErr) && pgErr.Code == "40001" {
+						again.Add(1)
+						continue
+					}
+					if err != nil {
+						t.Errorf("round %d: %v", round, err)
+						return
+					}
+				}
+			})
+		}
+		before := all[0].at.Load()
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "clients write", func(context.Context) (bool, error) { return all[0].at.Load() != before, nil })
+		})
+		if whole {
+			if err := tr.a.SignalAgent(syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := tr.a.Cluster.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "all clients are at b", func(context.Context) (bool, error) {
+				for _, c := range all {
+					if at := *c.at.Load(); at != "b" {
+						return t.Failed(), fmt.Errorf("client %d is at %s", c.n, at)
+					}
+				}
+				return true, nil
+			})
+		})
+		tr.within(time.Minute, tr.a.Cluster.Start)
+		if whole {
+			if err := tr.a.StartAgent(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		tr.waitMembers()
+		stop.Store(true)
+		wg.Wait()
+		t.Logf("round %d: %d transactions were rolled back with 40001, the longest took %v", round, again.Load(), time.Duration(longest.Load()).Round(time.Millisecond))
+		if t.Failed() {
+			return
+		}
+		tr.waitAt("a", all)
+		tr.audit(all)
+	}
+}
+
+// TestFenceHoldsForTunnels: a site that is fenced serves nobody who comes through a gateway elsewhere, and what is under way there
+// is cut.
+func TestFenceHoldsForTunnels(t *testing.T) {
+	tr := start(t)
+	all := tr.clients(2)
+	tr.waitAt("a", all)
+	held := all[0].conn
+	if _, err := held.Exec(t.Context(), "BEGIN; INSERT INTO t VALUES (99, 1)"); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range tr.p.Sites {
+		if _, err := s.Control.Fence(t.Context(), server.FenceRequest{Fence: true, Reason: "a test"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := held.Exec(t.Context(), "COMMIT"); err == nil {
+		t.Error("a transaction was committed at a site that is fenced")
+	}
+	_, err := tr.connect(t.Context())
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) || pgErr.Code != "57P03" || !strings.Contains(pgErr.Message, "fenced: a test") {
+		t.Errorf("a client comes in while all sites are fenced: %v", err)
+	}
+	for _, s := range tr.p.Sites {
+		rows, err := s.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FROM pg_stat_activity WHERE usename = 'client'")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rows[0][0] != "0" {
+			t.Errorf("site %s is fenced and has %s sessions of clients", s.Name, rows[0][0])
+		}
+		if _, err := s.Control.Fence(t.Context(), server.FenceRequest{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tr.waitMembers()
+	tr.waitAt("a", all[1:])
+	rows, err := tr.a.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FROM t WHERE client = 99")
+	if err != nil || rows[0][0] != "0" {
+		t.Errorf("%v rows of a transaction that was cut, %v", rows, err)
+	}
+	tr.audit(all[1:])
+}
