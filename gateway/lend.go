@@ -311,6 +311,7 @@ func (b *backend) settle(s *session, typ byte) error {
 	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
+		s.seeTypes(b, typ)
 		v = b.describe(s, typ)
 	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
 		s.eager.Store(true) // The client has to send something before there is more.

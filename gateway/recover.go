@@ -32,8 +32,9 @@ type recovery struct {
 	wants  bool   // it waits for answers
 	// heldReady: the server is ready, which the client is told when the session's state is read.
 	heldReady bool
-	last      string // site of the latest transaction
-	home      string // the site that the client has asked for
+	last      string   // site of the latest transaction
+	home      string   // the site that the client has asked for
+	types     []uint32 // user types that it has seen or named
 
 	eager atomic.Bool // answers are not held back: the client waits for them
 

@@ -128,7 +128,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	offered := link.ServerConfig{
 		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
-		Status: a.statusJSON, Unfit: a.keeper.unfitness, Now: now, Logger: a.log,
+		Status: a.statusJSON, Facts: a.factsJSON, Unfit: a.keeper.unfitness, Now: now, Logger: a.log,
 	}
 	if a.host != nil {
 		offered.Gateways, offered.Drain = a.host, a.host.drain
