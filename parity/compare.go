@@ -105,8 +105,12 @@ var bounds = strings.Fields("statement_timeout lock_timeout idle_in_transaction_
 
 // changesResults reports whether a setting may change what statements give, or may do.
 func changesResults(name string) bool {
-	return strings.Contains(name, ".") || slices.Contains(results, name)
+	return slices.ContainsFunc(results, func(r string) bool { return strings.EqualFold(r, name) })
 }
+
+// custom reports whether a setting is an application's own. One that a role has decides what the role may see, by row security; one
+// that the whole database has is how people name a site.
+func custom(name string) bool { return strings.Contains(name, ".") }
 
 func (c *comparison) settings() {
 	for _, name := range union(c.a.Settings, c.b.Settings) {
@@ -167,7 +171,7 @@ func (c *comparison) roles() {
 			hint := fmt.Sprintf("ALTER ROLE %s SET %s = ..., at one of them", name, key)
 			switch {
 			case va == vb:
-			case changesResults(key):
+			case changesResults(key), custom(key):
 				role("role_setting", "setting "+key+" of role "+name, va, vb, hint)
 			default:
 				c.add(Warning, "role_setting", name, "setting "+key+" of role "+name, va, vb, hint)

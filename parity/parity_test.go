@@ -94,6 +94,8 @@ func TestEachFactIsSeen(t *testing.T) {
 		{"timeout", "ALTER SYSTEM SET lock_timeout = '7s'", "ALTER SYSTEM RESET lock_timeout", []string{"warning setting: setting lock_timeout"}},
 		{"database's setting", "ALTER DATABASE app SET search_path = x", "ALTER DATABASE app RESET search_path", []string{"blocks_all database_setting: setting search_path of the database"}},
 		{"database's timeout", "ALTER DATABASE app SET statement_timeout = '2min'", "ALTER DATABASE app SET statement_timeout = '1min'", []string{"warning database_setting: setting statement_timeout of the database"}},
+		{"site's name", "ALTER DATABASE app SET app.site = 'b'", "ALTER DATABASE app RESET app.site", []string{"warning database_setting: setting app.site of the database"}},
+		{"database's zone", "ALTER DATABASE app SET timezone = 'Asia/Seoul'", "ALTER DATABASE app RESET timezone", []string{"blocks_all database_setting: setting TimeZone of the database"}},
 		{"role's setting", "ALTER ROLE clerk SET app.tenant = 'b'", "ALTER ROLE clerk SET app.tenant = 'a'", []string{"blocks_role role_setting: setting app.tenant of role clerk"}},
 		{"role's setting here", "ALTER ROLE clerk IN DATABASE app SET app.tenant = 'b'", "ALTER ROLE clerk IN DATABASE app RESET app.tenant", []string{"blocks_role role_setting: setting app.tenant of role clerk"}},
 		{"role's setting elsewhere", "ALTER ROLE clerk IN DATABASE postgres SET app.tenant = 'b'", "ALTER ROLE clerk IN DATABASE postgres RESET app.tenant", []string{}},

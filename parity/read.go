@@ -15,8 +15,7 @@ import (
 	"github.com/duri-io/duri/internal/pg"
 )
 
-// results are the settings of a server that change what statements give or may do. A setting with a dot is one of these wherever it
-// is set.
+// results are the settings of a server that change what statements give or may do.
 var results = strings.Fields(`default_transaction_isolation default_transaction_read_only default_transaction_deferrable DateStyle IntervalStyle TimeZone
 	timezone_abbreviations search_path lc_monetary lc_numeric lc_time bytea_output extra_float_digits xmlbinary xmloption standard_conforming_strings
 	default_text_search_config backslash_quote array_nulls quote_all_identifiers transform_null_equals row_security

@@ -61,6 +61,8 @@ func (h *host) Facts(ctx context.Context) ([]byte, error) { return h.a.factsJSON
 const (
 	// compareEvery is how often sites are compared: roles and settings change without a trace in the WAL.
 	compareEvery = time.Minute
+	// compareSoon is how often while something keeps sessions from going on elsewhere: somebody may be about to change that.
+	compareSoon = 5 * time.Second
 	// compareAgain is the pause after a site could not be asked.
 	compareAgain = time.Second
 )
@@ -71,6 +73,12 @@ type likeness struct {
 	facts    map[string]siteFacts
 	found    atomic.Pointer[[]parity.Finding]
 	compared atomic.Pointer[map[string]bool] // sites that were asked, whether or not they have answered
+}
+
+// blocks reports whether anything was found that keeps sessions from going on elsewhere.
+func (k *likeness) blocks() bool {
+	found := k.found.Load()
+	return found != nil && slices.ContainsFunc(*found, func(f parity.Finding) bool { return f.Grade != parity.Warning })
 }
 
 // siteFacts are a site's as it last told.
@@ -90,6 +98,8 @@ func (s *sites) compareAll(ctx context.Context, l *siteLink) {
 		} else if err := s.compareSite(ctx, l); err != nil {
 			pause = compareAgain
 			news = nil
+		} else if s.like.blocks() {
+			pause = compareSoon
 		}
 		t := time.NewTimer(pause)
 		select {
