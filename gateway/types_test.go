@@ -58,12 +58,17 @@ func TestTypesAreMet(t *testing.T) {
 		do   func(c *pgx.Conn) error
 		want []uint32
 	}{
-		{"none", func(c *pgx.Conn) error { return c.QueryRow(t.Context(), "SELECT 1, 'x'::text").Scan(new(int), new(string)) }, nil},
+		{"none", func(c *pgx.Conn) error {
+			return c.QueryRow(t.Context(), "SELECT 1, 'x'::text").Scan(new(int), new(string))
+		}, nil},
 		{"simple", func(c *pgx.Conn) error {
 			_, err := c.Exec(t.Context(), "SELECT 1, 'glad'::mood, 'glad'::mood", pgx.QueryExecModeSimpleProtocol)
 			return err
 		}, []uint32{mood}},
-		{"described", func(c *pgx.Conn) error { _, err := c.Prepare(t.Context(), "s", "SELECT ARRAY['glad'::mood]"); return err }, []uint32{moods}},
+		{"described", func(c *pgx.Conn) error {
+			_, err := c.Prepare(t.Context(), "s", "SELECT ARRAY['glad'::mood]")
+			return err
+		}, []uint32{moods}},
 		{"parameter", func(c *pgx.Conn) error {
 			_, err := c.Prepare(t.Context(), "s", "INSERT INTO t VALUES ($1)")
 			return err

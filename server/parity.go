@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"slices"
@@ -79,6 +80,27 @@ type likeness struct {
 func (k *likeness) blocks() bool {
 	found := k.found.Load()
 	return found != nil && slices.ContainsFunc(*found, func(f parity.Finding) bool { return f.Grade != parity.Warning })
+}
+
+// writeMetrics writes how many differences there are between sites.
+func (k *likeness) writeMetrics(w io.Writer) {
+	found := k.found.Load()
+	if found == nil {
+		return
+	}
+	type key struct {
+		grade        parity.Grade
+		database     string
+		first, other string
+	}
+	n := map[key]int{}
+	for _, f := range *found {
+		n[key{f.Grade, f.Database, f.Sites[0], f.Sites[1]}]++
+	}
+	_, _ = io.WriteString(w, "# HELP duri_gateway_site_differences Lines that differ between two sites, by what follows for open sessions.\n# TYPE duri_gateway_site_differences gauge\n")
+	for k, v := range n {
+		_, _ = fmt.Fprintf(w, "duri_gateway_site_differences{database=%q,grade=%q,site=%q,other=%q} %d\n", k.database, k.grade, k.first, k.other, v) // the client is gone, then
+	}
 }
 
 // siteFacts are a site's as it last told.

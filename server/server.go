@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -42,8 +41,7 @@ type Agent struct {
 	host    *host      // nil: gateways elsewhere do not come through it
 	role    string     // the agent's, at its server
 
-	reloading sync.Mutex     // guards inForce
-	inForce   *config.Config // cfg with what was reloaded; nil: nothing was
+	reloading reloading
 }
 
 // Hooks let tests reach in. The zero value changes nothing.
