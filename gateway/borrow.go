@@ -308,7 +308,7 @@ func (s *session) push(b *backend, e ...expected) {
 		b.line.push(e)
 	}
 	s.sending(b)
-	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S') {
+	if k := e[len(e)-1].kind; s.keeps() && (k == 'Q' || k == 'F' || k == 'S' || k == 'z') {
 		s.flight.open().closed = true
 	}
 }
@@ -347,8 +347,10 @@ func (s *session) query(ctx context.Context) error {
 	switch split, err := s.splits(b); {
 	case err != nil:
 		return err
-	case split:
+	case split && t.does == writes:
 		return s.commitQuery(b, sql)
+	case split:
+		return s.commitWrapped(b, body)
 	}
 	if t.does == commits {
 		if err := s.beforeCommit(b); err != nil {
@@ -367,8 +369,7 @@ func (s *session) query(ctx context.Context) error {
 		b.line.push(expected{kind: 'p'})
 		s.scratch = first
 	}
-	delete(s.statements, "") // A Query takes the unnamed statement away.
-	b.known.unnamed = preparation{}
+	s.forgetUnnamed(b)
 	s.mu.Unlock()
 	s.push(b, expected{kind: 'Q', commits: t.does == commits})
 	if first != nil {
@@ -945,6 +946,9 @@ func (s *session) lose(b *backend, cause error) {
 	s.b = nil
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
+		if s.keeps() && q != nil && q.setup && !b.dropped {
+			s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
+		}
 		return
 	}
 	if s.survivable(b) {
@@ -961,14 +965,21 @@ func (s *session) lose(b *backend, cause error) {
 		default:
 			why = "a transaction is open"
 		}
-		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
+		told := lost(b.target, why, cause.Error())
+		if s.keeps() && s.flight.doubtful() {
+			told.Code, told.Message = codeUnknown, told.Message+", and nobody can say now whether what it was doing was committed"
+		}
+		_ = s.w.Write(report(told))
+	}
+	if s.keeps() {
+		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
 	}
 	_ = s.w.Flush()
 	_ = s.conn.Close()
 }
 
 // inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
-func inMessage(b *backend) bool { return b.r.Left() > 0 && b.asking.Load() == nil }
+func inMessage(b *backend) bool { return b.part && b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {

@@ -20,6 +20,8 @@ type flight struct {
 	names []naming
 
 	status byte   // of the transaction before the first unanswered segment
+	simple bool   // what is about to commit came as a Query
+	tag    int64  // s.w's total before the latest CommandComplete
 	xid    uint64 // of the transaction that is about to commit; 0: none
 	failed bool   // there was an error since it was last set to false
 }
@@ -41,7 +43,9 @@ type segment struct {
 	closed bool // and it was sent on
 	fed    bool // all data of a COPY are sent
 	ltxid  []byte
+	began  bool // one of its statements is BEGIN
 	wrote  bool // one of its statements may have written
+	split  bool // nothing of it takes effect before committing is set
 	// committing: its transaction was told to commit, and may have done so. unmarked: nobody can be asked whether it has.
 	committing, unmarked bool
 }
@@ -76,7 +80,7 @@ func (f *flight) record(typ byte, body []byte, long bool) {
 // note adds what a statement does to the segment that is being sent.
 func (f *flight) note(does deed) {
 	s := f.open()
-	s.wrote = s.wrote || does >= writes
+	s.wrote, s.began = s.wrote || does >= writes, s.began || does == begins
 	if !s.some {
 		s.does, s.some = does, true
 		return
@@ -97,7 +101,9 @@ func joined(a, b deed) deed {
 	case a == writes && b == commits:
 		return commits
 	case inner && isInner(a):
-		return opaque
+		return max(a, b, batch)
+	case a == begins && b == commits:
+		return commits
 	}
 	return tangled
 }
@@ -149,7 +155,7 @@ func (f *flight) ready(status byte, total int64) {
 	if status != pgwire.Idle {
 		return
 	}
-	f.xid = 0
+	f.xid, f.simple = 0, false
 	if f.answered >= len(f.segments) {
 		f.forget()
 		return
@@ -191,6 +197,16 @@ func (f *flight) unanswered() []byte {
 	return f.log[f.segments[f.answered].start:]
 }
 
+// doubtful reports that something of what is under way may have been committed.
+func (f *flight) doubtful() bool {
+	for _, s := range f.outstanding() {
+		if s.committing || s.sent && (s.does == tangled || s.does == commits || f.status == pgwire.Idle && (s.does == opaque || s.does == copies)) {
+			return true
+		}
+	}
+	return false
+}
+
 // course is how a session goes on when its server is lost.
 type course byte
 
@@ -217,28 +233,38 @@ func (f *flight) decide(delivered, replay bool) course {
 		}
 		return runAgain
 	}
-	for _, s := range under[1:] {
-		// What was sent behind may have been carried out, and not all of that can be done twice.
-		if s.sent && (s.does == opaque || s.does == tangled || s.does == copies) {
+	status := f.status
+	for i, s := range under {
+		// What was sent may have been carried out, and not all of that can be done twice.
+		if s.does == tangled && s.sent || status == pgwire.Idle && s.uncertain() && (i > 0 || !s.committing) {
 			return unknown
 		}
+		switch s.does {
+		case begins:
+			status = pgwire.InBlock
+		case commits, rollsBack:
+			status = pgwire.Idle
+		}
 	}
-	first := under[0]
-	switch {
+	switch first := under[0]; {
 	case first.committing:
 		return asks
-	case first.does == tangled && first.sent:
-		return unknown
 	case f.status == pgwire.InFailed, f.status == pgwire.InBlock && first.does == rollsBack:
 		return stays
-	case f.status == pgwire.InBlock:
-		return runAgain
-	case !first.sent:
-		return runAgain
-	case first.does == copies && !first.fed:
-		return fails
-	case first.does == opaque, first.does == copies:
-		return unknown
 	}
 	return runAgain
+}
+
+// uncertain reports that a segment outside a transaction may have committed without anybody to ask.
+func (s *segment) uncertain() bool {
+	switch s.does {
+	case commits, rollsBack: // of an implicit transaction
+		return s.wrote && !s.began && s.sent && !s.split
+	case opaque: // it may commit on its own
+		return s.sent
+	case copies:
+		return s.closed && s.fed && !s.split
+	default:
+		return s.does >= writes && s.closed && !s.split
+	}
 }

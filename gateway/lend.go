@@ -45,16 +45,20 @@ type lending struct {
 	counts     Counts         // that its pool does not know yet
 	received   uint64         // that was counted, of what its reader has received
 	marking    marking
+	started    string // backend_start of the server's process, as far as it was asked
 
-	own bool // rows that come now are for the gateway; of the backend's goroutine
+	// Of the backend's goroutine.
+	part bool // what is left of the message at hand follows what the client has got of it
+	own  bool // rows that come now are for the gateway
 }
 
 // question is a query of the gateway's own.
 type question struct {
 	setup bool // else a probe
+	more  int  // ReadyForQuery that come before the last
 	rows  [][]string
-	err   *pgwire.Error
-	done  bool // guarded by the owner's mu
+	err   *pgwire.Error // the latest
+	done  bool          // guarded by the owner's mu
 }
 
 // ask makes what the server sends now the answer to a query of the gateway's own, which the caller sends. As a Query it
@@ -85,8 +89,10 @@ func (b *backend) answer() error {
 			return err
 		}
 		s, q := b.owner.Load(), b.asking.Load()
+		b.part = true
 		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
 			// All of it, because half a message that the client has got cannot be taken back.
+			b.part = false
 			if _, err := b.r.Peek(b.r.Left()); err != nil {
 				return err
 			}
@@ -168,9 +174,17 @@ func (s *session) holds() bool { return s.keeps() && !s.eager.Load() }
 func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	e := errorOf(b.r)
 	b.fatal = e.Severity == "FATAL" || e.Severity == "PANIC"
-	if b.fatal && isLeaving(e.Code) && s.survivable(b) {
-		b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
-		return nil // It is about to go.
+	if b.fatal && isLeaving(e.Code) && s.pinned() == "" {
+		b.fatal = false
+		if s.survivable(b) {
+			b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
+			return nil // It is about to go.
+		}
+		b.fatal = true
+	}
+	if s.flight.simple && s.flight.isCommitting() {
+		// A server tells a Query's result only when it has committed.
+		s.w.CutBack(s.flight.tag)
 	}
 	send = b.r.Forward
 	if b.line.next().changed {
@@ -256,6 +270,10 @@ func (b *backend) hear(s *session, q *question, typ byte) error {
 		}
 		q.rows = append(q.rows, row)
 	case pgwire.ReadyForQuery:
+		if q.more > 0 {
+			q.more--
+			return nil
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		b.asking.Store(nil)
@@ -331,6 +349,10 @@ func (b *backend) settle(s *session, typ byte) error {
 	case v == asParse:
 		return s.w.Write(parseComplete)
 	}
+	if typ == pgwire.CommandComplete {
+		s.flight.tag = s.w.Total()
+		b.line.complete()
+	}
 	// Under mu, because what is behind the last answer may be flushed by the session's goroutine (flushHeld).
 	return b.r.Forward(s.w)
 }
@@ -401,10 +423,17 @@ func (b *backend) ready(s *session) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b.line.answer(pgwire.ReadyForQuery, nil) != forward {
+	v := b.line.answer(pgwire.ReadyForQuery, nil)
+	if v == unexplained {
 		return errUnexplained
 	}
 	b.status = status
+	if v == swallow {
+		if s.wants {
+			s.changed.Broadcast()
+		}
+		return nil
+	}
 	if s.flight.hidden == 0 {
 		b.tally(s, status)
 	}

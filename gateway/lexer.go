@@ -30,7 +30,8 @@ const (
 	commits               // one COMMIT
 	rollsBack             // one ROLLBACK of the whole transaction
 	writes                // one statement that can be made to commit apart from its result
-	copies                // one COPY FROM, which commits when the client has sent all
+	batch                 // one or more that can be made to commit apart from their results, in a transaction block
+	copies                // one COPY FROM, which can as well
 	opaque                // commits with its result when no transaction is open
 	tangled               // may end a transaction among others
 )
@@ -308,15 +309,19 @@ func together(a, b deed) deed {
 	switch {
 	case a == reads && b == reads:
 		return reads
+	case a <= batch && b <= batch && isInner(a) && isInner(b):
+		return batch
 	case isInner(a) && isInner(b):
 		return opaque
+	case a == begins && isInner(b), isInner(a) && b == begins:
+		return begins // which leaves it open
 	default:
 		return tangled
 	}
 }
 
 // isInner reports that a statement neither begins nor ends a transaction.
-func isInner(d deed) bool { return d == reads || d == writes || d == copies || d == opaque }
+func isInner(d deed) bool { return d == reads || d >= writes && d <= opaque }
 
 // deedOf judges a statement by its first word; what lies inside it may make a writing one of it.
 func deedOf(l *lexer, first []byte) deed {
@@ -328,6 +333,8 @@ func deedOf(l *lexer, first []byte) deed {
 		return writes
 	case "copy":
 		return copyOf(l)
+	case "create", "alter", "drop", "comment", "grant", "revoke":
+		return definitionOf(l, string(first))
 	case "prepare":
 		if string(l.word(l.next())) == "transaction" {
 			return tangled
@@ -339,6 +346,26 @@ func deedOf(l *lexer, first []byte) deed {
 		return endOf(l, string(first) == "rollback" || string(first) == "abort")
 	}
 	return opaque
+}
+
+// inBlock are the words after CREATE, ALTER or DROP of what may be done in a transaction block.
+var inBlock = words("table view materialized schema sequence function procedure trigger type domain policy rule aggregate index unique or extension")
+
+// definitionOf judges a statement that changes definitions.
+func definitionOf(l *lexer, first string) deed {
+	switch first {
+	case "comment", "grant", "revoke":
+		return batch
+	}
+	if !inBlock[string(l.word(l.next()))] {
+		return opaque
+	}
+	for tok := l.next(); tok.kind != tokEnd && tok.kind != ';'; tok = l.next() {
+		if tok.kind == tokWord && string(l.word(tok)) == "concurrently" {
+			return opaque
+		}
+	}
+	return batch
 }
 
 // copyOf judges what follows COPY.
@@ -492,11 +519,12 @@ func (t *text) call(l *lexer, last [4]token) {
 	if qualified {
 		before = last[3]
 	}
-	if before.kind == tokWord && string(l.word(before)) == "into" {
-		return // INSERT INTO table (columns)
+	if w := string(l.word(before)); before.kind == tokWord && (w == "into" || w == "copy" || w == "table" || w == "exists" || w == "references") {
+		return // INSERT INTO table (columns), COPY table (columns), CREATE TABLE IF NOT EXISTS table (...)
 	}
 	name := l.word(last[0])
 	switch {
+	case before == token{} && !qualified: // EXPLAIN (ANALYZE), COPY (SELECT ...): no statement begins with a call
 	case !builtin:
 		t.unknownCall()
 	case !qualified && isClause(name, before, *l):
@@ -534,8 +562,6 @@ func isClause(name []byte, before token, l lexer) bool {
 	switch string(name) {
 	case "over", "filter":
 		return before.kind == ')'
-	case "copy":
-		return before == token{}
 	case "conflict":
 		return before.kind == tokWord && string(l.word(before)) == "on"
 	case "join":

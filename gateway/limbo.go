@@ -149,13 +149,15 @@ func settle(sent []expected) (out []byte, ok bool) {
 				out = pgwire.AppendMessage(out, pgwire.ParameterDescription, []byte{0, 0})
 			}
 			out = pgwire.AppendMessage(out, pgwire.NoData, nil)
-		case 'E', 'Q', 'F':
+		case 'E', 'Q', 'F', 'q', 'w':
 			if !e.commits {
 				return nil, false
 			}
-			out = pgwire.AppendCommandComplete(out, "COMMIT")
+			if !e.done {
+				out = pgwire.AppendCommandComplete(out, "COMMIT")
+			}
 		}
-		if e.kind == 'Q' || e.kind == 'S' {
+		if e.kind == 'Q' || e.kind == 'S' || e.kind == 'z' {
 			return pgwire.AppendReadyForQuery(out, pgwire.Idle), true
 		}
 	}

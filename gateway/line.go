@@ -16,6 +16,10 @@ import "github.com/duri-io/duri/pgwire"
 //	E execute                           CommandComplete, EmptyQueryResponse or PortalSuspended
 //	b bind of our own                   BindComplete, which the client does not see
 //	m execute of our own                DataRow and CommandComplete, which the client does not see
+//	q query of our own, before w        until ReadyForQuery, which the client does not see
+//	w query of the client in a block    until ReadyForQuery, which alone the client does not see
+//	  of our own
+//	z query of our own, after w         CommandComplete, which the client does not see, and ReadyForQuery
 //	C close, c close of our own         CloseComplete, which the client does not see of our own
 //	d copy data, x end of copy data     none
 type expected struct {
@@ -26,6 +30,7 @@ type expected struct {
 	changed bool // B, T: made to fail, because the statement is not what it was
 	missing bool // B, T: fails, because the client has no such statement
 	commits bool // Q, T, O, E: it is a COMMIT
+	done    bool // Q: its CommandComplete has come
 }
 
 // verdict is what becomes of an answer.
@@ -78,6 +83,13 @@ func (l *line) next() expected {
 	return l.sent[l.first]
 }
 
+// complete notes the CommandComplete of a Query.
+func (l *line) complete() {
+	if l.head() == 'Q' {
+		l.sent[l.first].done = true
+	}
+}
+
 func (l *line) pop() expected {
 	e := l.sent[l.first]
 	l.sent[l.first] = expected{}
@@ -127,15 +139,20 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 		l.copyIn = head == 'E'
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
 		switch head {
+		case 'Q':
+			l.sent[l.first].done = true
 		case 'E':
 			l.execute()
 		case 'm':
 			return l.take(true, true)
+		case 'q', 'z':
+			return swallow
 		}
 	case pgwire.ErrorResponse:
 		l.fail(head, undo)
 	case pgwire.ReadyForQuery:
-		return l.take(head == 'Q' || head == 'F' || head == 'S', false)
+		own := head == 'q' || head == 'w'
+		return l.take(own || head == 'Q' || head == 'F' || head == 'S' || head == 'z', own)
 	}
 	return forward
 }
@@ -167,7 +184,8 @@ func (l *line) execute() {
 
 // fail pops what an error takes with it: in the extended protocol all up to the next Sync.
 func (l *line) fail(head byte, undo func(expected)) {
-	if head == 0 || head == 'Q' || head == 'F' || head == 'S' {
+	switch head {
+	case 0, 'Q', 'F', 'S', 'q', 'w', 'z':
 		return
 	}
 	if l.copyIn && l.marked() {

@@ -16,9 +16,12 @@ import (
 type loss struct {
 	target Target
 	pid    uint32
+	since  string // the start of its backend
 	cause  string
 	sent   []expected // to it, and not answered; what is the gateway's own included
 	broken bool       // the client has got a part of a message
+	under  bool       // something was sent to it, and not answered
+	pinned string     // why the session cannot go on without it
 	ready  bool       // all was done, but what it has made of the session is not known
 }
 
@@ -44,9 +47,9 @@ type recovery struct {
 	rerun        *bytes.Reader  // what is handled again, behind r
 }
 
-// survivable reports that the session can do without its backend b, which is lost. mu is held.
+// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && s.pinned() == "" && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
+	return s.keeps() && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
@@ -83,7 +86,7 @@ func (s *session) lostServer(b *backend, cause error) {
 		why = b.lastWord
 	}
 	s.loss = &loss{
-		target: b.target, pid: b.pid, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
+		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady, pinned: s.pinned(),
 	}
 	s.heldReady = false
 	if s.parked && !s.poked {
@@ -153,6 +156,7 @@ func (s *session) recover(ctx context.Context) error {
 	how := f.decide(delivered, false)
 	f.strange = false
 	d := s.doubt(l)
+	l.under = len(f.outstanding()) > 0
 	unmarked := how == asks && f.outstanding()[0].unmarked
 	block := f.status != pgwire.Idle || f.hidden > 0
 	s.mu.Unlock()
@@ -173,8 +177,11 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if d.XID != 0 && how != unknown {
-		s.g.endOrphan(ctx, d)
+	if how != unknown && (block || l.under || l.pinned != "") {
+		s.g.endOrphan(d)
+	}
+	if l.pinned != "" && how != unknown {
+		return lost(l.target, l.pinned, l.cause)
 	}
 	switch how {
 	case again:
@@ -194,7 +201,7 @@ func (c course) String() string {
 
 // doubt is the transaction under way, for those who may know what became of it. mu is held.
 func (s *session) doubt(l *loss) Doubt {
-	d := Doubt{Target: l.target, Database: s.who.Database, PID: l.pid, XID: s.flight.xid, At: time.Now()}
+	d := Doubt{Target: l.target, Database: s.who.Database, PID: l.pid, Started: l.since, XID: s.flight.xid, At: time.Now()}
 	if under := s.flight.outstanding(); len(under) > 0 {
 		d.LTXID = under[0].ltxid
 	}
@@ -204,10 +211,14 @@ func (s *session) doubt(l *loss) Doubt {
 // orphanMax bounds how long the end of a backend without a client is waited for.
 const orphanMax = time.Second
 
-func (g *Server) endOrphan(ctx context.Context, d Doubt) {
-	ctx, cancel := context.WithTimeout(ctx, orphanMax)
-	defer cancel()
-	g.cfg.Sites.End(ctx, d)
+// endOrphan has the backend of a lost connection ended, if its server lives: it does not see by itself that its client is gone, and
+// has a transaction or a lock. What runs again elsewhere does not wait for that.
+func (g *Server) endOrphan(d Doubt) {
+	g.backends.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), orphanMax)
+		defer cancel()
+		g.cfg.Sites.End(ctx, d)
+	})
 }
 
 // resolve learns what became of a commit whose answer was lost.
@@ -231,6 +242,9 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		status, delivered := s.flight.status, s.w.Sent() > s.flight.base
 		torn := s.flight.torn
 		s.mu.Unlock()
+		if l.pinned != "" {
+			return lost(l.target, l.pinned, why+" Its transaction was rolled back.")
+		}
 		if status == pgwire.Idle && !delivered && !torn {
 			return s.runAgain()
 		}
@@ -258,6 +272,9 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.mu.Unlock()
 	if changed {
 		return errSettings(l)
+	}
+	if l.pinned != "" {
+		return lost(l.target, l.pinned, l.cause+" Its transaction was committed.")
 	}
 	s.handleAgain(left)
 	return s.flushed()
@@ -325,6 +342,7 @@ func (s *session) enterLimbo(owed *pgwire.Error, block bool) error {
 			s.limbo.skip, left = true, nil
 			if under[0].ended {
 				left = pgwire.AppendHeader(nil, pgwire.Sync, 0)
+				s.limbo.block = block && under[0].does != commits && under[0].does != rollsBack
 			}
 			if s.w.Write(s.limbo.refuse()) != nil {
 				s.mu.Unlock()

@@ -51,7 +51,7 @@ func (k *knowing) Fate(ctx context.Context, d Doubt) (Fate, error) {
 }
 
 func (k *knowing) End(ctx context.Context, d Doubt) {
-	_ = k.c.Exec(ctx, "shop", fmt.Sprintf("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %d AND backend_xid IS NOT NULL", d.PID)) // it may have ended
+	_ = k.c.Exec(ctx, "shop", fmt.Sprintf("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %d AND extract(epoch FROM backend_start) = '%s'", d.PID, d.Started)) // it may have ended
 }
 
 func (k *knowing) CatchUp(context.Context, string, string, string) error { return nil }

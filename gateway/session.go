@@ -46,6 +46,7 @@ func newSession(g *Server, conn net.Conn) *session {
 	s.since = time.Now()
 	s.id, s.client = g.lastID.Add(1), s.r
 	s.changed.L = &s.mu
+	s.flight.status = pgwire.Idle
 	return s
 }
 

@@ -16,6 +16,7 @@ import (
 // markStatement is one of the gateway's own that a backend has prepared: it marks a transaction that has written, and gives its id.
 const (
 	markStatement = "duri_mark"
+	startedSQL    = "SELECT extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()"
 	markSQL       = "SELECT pg_catalog.pg_current_xact_id_if_assigned(), duri.mark($1)"
 )
 
@@ -56,11 +57,17 @@ func (s *session) prepareMarks(b *backend) error {
 	q := &question{setup: true}
 	b.ask(q)
 	m := pgwire.AppendParse(s.scratch[:0], markStatement, []byte(markSQL), []byte{0, 1, 0, 0, 0, 17}) // bytea
-	s.scratch = pgwire.AppendHeader(m, pgwire.Sync, 0)
+	m = pgwire.AppendHeader(m, pgwire.Sync, 0)                                                        // whether that went well or not
+	m = pgwire.AppendParse(m, "", []byte(startedSQL), []byte{0, 0})
+	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(m, "", nil)), pgwire.Sync, 0)
+	q.more = 1
 	if err := s.await(b, q); err != nil {
 		return err
 	}
 	b.marking = marks
+	if len(q.rows) == 1 {
+		b.started = q.rows[0][0]
+	}
 	if q.err != nil {
 		b.marking = marksNot
 		s.g.cfg.Log.Warn("transactions cannot be marked, so that a lost answer to COMMIT stays open", "site", b.target.name(), "database", s.who.Database, "error", q.err.Message)
@@ -159,10 +166,11 @@ func (s *session) mark(b *backend, first []byte) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	seg := s.flight.open()
+	seg.split = true
 	if s.flight.failed {
 		return nil // The server commits nothing.
 	}
-	seg := s.flight.open()
 	seg.committing = true
 	if s.flight.xid != 0 { // else there is nothing to commit
 		seg.ltxid = id
@@ -184,8 +192,8 @@ func (s *session) commitSync(b *backend, first []byte) error {
 // commit apart from its result. The client sees no difference.
 func (s *session) commitQuery(b *backend, sql []byte) error {
 	s.mu.Lock()
-	delete(s.statements, "") // A Query takes the unnamed statement away.
-	b.known.unnamed = preparation{}
+	s.forgetUnnamed(b)
+	s.flight.simple = true
 	for _, kind := range []byte("pbuE") {
 		b.line.push(expected{kind: kind})
 	}
@@ -208,13 +216,52 @@ func xidOf(row []byte) uint64 {
 	return xid
 }
 
+// commitWrapped sends a Query of several statements, or of one that the extended protocol would show in another way, outside a
+// transaction: in a block of the gateway's own.
+func (s *session) commitWrapped(b *backend, body []byte) error {
+	s.mu.Lock()
+	s.forgetUnnamed(b)
+	s.flight.simple = true
+	b.line.push(expected{kind: 'q'})
+	b.line.push(expected{kind: 'w'})
+	s.sending(b)
+	s.flight.open().split = true
+	s.scratch = pgwire.AppendHeader(pgwire.AppendQuery(s.scratch[:0], "BEGIN"), pgwire.Query, len(body))
+	s.mu.Unlock()
+	_ = b.w.Write(s.scratch)
+	_ = b.w.Write(body)
+	if !s.until(b, b.line.empty) {
+		return s.goneOr()
+	}
+	s.mu.Lock()
+	failed := b.status == pgwire.InFailed
+	s.mu.Unlock()
+	end := "ROLLBACK"
+	if !failed {
+		if err := s.mark(b, s.scratch[:0]); err != nil {
+			return err
+		}
+		end = "COMMIT" // which is a ROLLBACK if the mark has failed
+	}
+	s.push(b, expected{kind: 'z'})
+	s.scratch = pgwire.AppendQuery(s.scratch[:0], end)
+	_ = b.w.Write(s.scratch)
+	return nil
+}
+
+// forgetUnnamed: a Query takes the unnamed statement away. mu is held.
+func (s *session) forgetUnnamed(b *backend) {
+	delete(s.statements, "")
+	b.known.unnamed = preparation{}
+}
+
 // splits reports that what the segment at hand has sent is to commit apart from its results.
 func (s *session) splits(b *backend) (bool, error) {
 	s.mu.Lock()
 	does := s.flight.open().does
 	able := b.marking == marks
 	s.mu.Unlock()
-	if does != writes || !able {
+	if does != writes && does != batch || !able {
 		return false, nil
 	}
 	status, err := s.standing(b)
@@ -234,7 +281,7 @@ func (s *session) beforeCommit(b *backend) error {
 	}
 	s.mu.Lock()
 	wrote := s.flight.wrote()
-	if s.flight.status != pgwire.InBlock { // nothing is committed
+	if s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
 		s.mu.Unlock()
 		return nil
 	}

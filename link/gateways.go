@@ -35,6 +35,7 @@ type FateQuestion struct {
 	Server         string // SiteState.Server of the site then; empty: not known
 	Epoch          uint64 // of the register when its connection was opened
 	PID            uint32
+	Started        string // its backend_start in pg_stat_activity, in seconds since 1970; empty: not known
 	XID            uint64
 	LTXID          []byte
 	Age            time.Duration // since it was told to commit, at least
@@ -196,7 +197,7 @@ func (g gatewayServer) Verifier(ctx context.Context, r *linkpb.VerifierRequest) 
 
 func question(r *linkpb.FateRequest) FateQuestion {
 	return FateQuestion{
-		Database: r.GetDatabase(), Site: r.GetSite(), Server: r.GetServer(), Epoch: r.GetEpoch(), PID: r.GetPid(), XID: r.GetXid(), LTXID: r.GetLtxid(),
+		Database: r.GetDatabase(), Site: r.GetSite(), Server: r.GetServer(), Epoch: r.GetEpoch(), PID: r.GetPid(), Started: r.GetStarted(), XID: r.GetXid(), LTXID: r.GetLtxid(),
 		Age: time.Duration(min(r.GetAgeMicros(), 1<<50)) * time.Microsecond, Forwarded: r.GetForwarded(),
 	}
 }
@@ -337,7 +338,7 @@ func (c *Client) Verifier(ctx context.Context, role string) (string, error) {
 
 func (c *Client) fateRequest(q FateQuestion) *linkpb.FateRequest {
 	return &linkpb.FateRequest{
-		Hello: c.hello(), Database: q.Database, Site: q.Site, Server: q.Server, Epoch: q.Epoch, Pid: q.PID, Xid: q.XID, Ltxid: q.LTXID,
+		Hello: c.hello(), Database: q.Database, Site: q.Site, Server: q.Server, Epoch: q.Epoch, Pid: q.PID, Started: q.Started, Xid: q.XID, Ltxid: q.LTXID,
 		AgeMicros: uint64(max(0, q.Age.Microseconds())), Forwarded: q.Forwarded,
 	}
 }

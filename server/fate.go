@@ -79,6 +79,9 @@ const (
 	statusSQL = `SELECT coalesce(pg_catalog.pg_xact_status($1::text::xid8), 'too old'), (` + identitySQL + `)`
 	endSQL    = `SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
 		WHERE pid = $1::int AND backend_type = 'client backend' AND backend_xid::text::int8 = $2::int8 % 4294967296`
+	// endStartedSQL is for a backend of which is known when it was started.
+	endStartedSQL = `SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+		WHERE pid = $1::int AND backend_type = 'client backend' AND extract(epoch FROM backend_start) = $2::numeric`
 	// endUnwrittenSQL is for a transaction that has not written.
 	endUnwrittenSQL = `SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
 		WHERE pid = $1::int AND backend_type = 'client backend' AND datname = $2 AND backend_xid IS NULL AND xact_start IS NOT NULL`
@@ -336,7 +339,10 @@ func (h *host) End(ctx context.Context, q link.FateQuestion) error {
 	ctx, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
 	defer cancel()
 	sql, second := endSQL, strconv.FormatUint(q.XID, 10)
-	if q.XID == 0 {
+	switch {
+	case q.Started != "":
+		sql, second = endStartedSQL, q.Started
+	case q.XID == 0:
 		sql, second = endUnwrittenSQL, q.Database
 	}
 	if _, _, err := h.fates.query(ctx, sql, strconv.FormatUint(uint64(q.PID), 10), second); err != nil {

@@ -352,7 +352,7 @@ func (s *sites) Fate(ctx context.Context, d gateway.Doubt) (gateway.Fate, error)
 
 // fateOnce asks the transaction's own site, if it is there, and the others if it cannot tell.
 func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, error) {
-	q := link.FateQuestion{Database: d.Database, Site: d.Site, Server: d.History, Epoch: d.Epoch, PID: d.PID, XID: d.XID, LTXID: d.LTXID}
+	q := link.FateQuestion{Database: d.Database, Site: d.Site, Server: d.History, Epoch: d.Epoch, PID: d.PID, Started: d.Started, XID: d.XID, LTXID: d.LTXID}
 	var errs []error
 	for _, l := range s.whoKnows(d.Site) {
 		one, cancel := context.WithTimeout(ctx, fateAskMax)
@@ -390,7 +390,7 @@ func (s *sites) End(ctx context.Context, d gateway.Doubt) {
 	if l == nil {
 		return
 	}
-	err := l.asked.End(ctx, link.FateQuestion{Database: d.Database, Site: d.Site, PID: d.PID, XID: d.XID})
+	err := l.asked.End(ctx, link.FateQuestion{Database: d.Database, Site: d.Site, PID: d.PID, Started: d.Started, XID: d.XID})
 	if err != nil {
 		s.log.Debug("end a backend", "site", d.Site, "pid", d.PID, "error", err)
 	}

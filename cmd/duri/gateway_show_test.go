@@ -25,7 +25,7 @@ func TestGatewayViews(t *testing.T) {
 	}
 	for view, want := range map[string][]string{
 		"sessions": {"7", "waiting", "seoul", "1.5", "LISTEN", "10.0.0.1:5"}, "pools": {"busan", "seoul", "idle"}, "pins": {"LISTEN"},
-		"routes": {"no site takes clients now"}, "stats": {"12,345", "seoul", "1m"},
+		"routes": {"no site takes clients now"}, "stats": {"12,345", "seoul", "1 min 1 s"},
 	} {
 		var b bytes.Buffer
 		table := gatewayViews[view].table(r)
@@ -45,7 +45,7 @@ func TestGatewayViews(t *testing.T) {
 		t.Error("a view is not tested")
 	}
 	var out, errs bytes.Buffer
-	if code := run(context.Background(), []string{"gateway", "show", "pol"}, &out, &errs); code != term.ExitUsage || !strings.Contains(errs.String(), `did you mean "pools"?`) {
+	if code := run(context.Background(), []string{"gateway", "show", "pool"}, &out, &errs); code != term.ExitUsage || !strings.Contains(errs.String(), `did you mean "pools"?`) {
 		t.Errorf("%d: %s", code, errs.String())
 	}
 	if code := run(context.Background(), []string{"__complete", "gateway", "show", ""}, &out, &errs); code != 0 || !strings.Contains(out.String(), "sessions") {

@@ -1986,7 +1986,9 @@ type FateRequest struct {
 	// How long ago it was told to commit, at least.
 	AgeMicros uint64 `protobuf:"varint,9,opt,name=age_micros,json=ageMicros,proto3" json:"age_micros,omitempty"`
 	// The caller is itself asked, and the question is not handed on any further.
-	Forwarded     bool `protobuf:"varint,10,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
+	Forwarded bool `protobuf:"varint,10,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
+	// When its backend was started (backend_start of pg_stat_activity), in seconds since 1970; empty: not known.
+	Started       string `protobuf:"bytes,11,opt,name=started,proto3" json:"started,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2089,6 +2091,13 @@ func (x *FateRequest) GetForwarded() bool {
 		return x.Forwarded
 	}
 	return false
+}
+
+func (x *FateRequest) GetStarted() string {
+	if x != nil {
+		return x.Started
+	}
+	return ""
 }
 
 // FateReply is what a site knows; what follows from it the caller decides.
@@ -2711,7 +2720,7 @@ const file_link_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"+\n" +
 	"\rVerifierReply\x12\x1a\n" +
-	"\bverifier\x18\x01 \x01(\tR\bverifier\"\x8a\x02\n" +
+	"\bverifier\x18\x01 \x01(\tR\bverifier\"\xa4\x02\n" +
 	"\vFateRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x1a\n" +
 	"\bdatabase\x18\x02 \x01(\tR\bdatabase\x12\x12\n" +
@@ -2724,7 +2733,8 @@ const file_link_proto_rawDesc = "" +
 	"\n" +
 	"age_micros\x18\t \x01(\x04R\tageMicros\x12\x1c\n" +
 	"\tforwarded\x18\n" +
-	" \x01(\bR\tforwarded\"\x83\x02\n" +
+	" \x01(\bR\tforwarded\x12\x18\n" +
+	"\astarted\x18\v \x01(\tR\astarted\"\x83\x02\n" +
 	"\tFateReply\x12\x12\n" +
 	"\x04site\x18\x01 \x01(\tR\x04site\x12,\n" +
 	"\aoutcome\x18\x02 \x01(\x0e2\x12.duri.link.OutcomeR\aoutcome\x12\x10\n" +

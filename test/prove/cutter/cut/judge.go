@@ -15,12 +15,13 @@ const (
 	unknown  = "08007" // what became of the transaction is not known; the session ends
 	pinned   = "08006" // the session needed the server that is lost
 	inFailed = "25P02" // a statement in a transaction that has failed
+	shutdown = "57P01" // the transaction was committed, but what it has done to the session is not known
 	gone     = "gone"  // the client itself lost its connection
 	other    = "other"
 )
 
 // outcomes in the order of the table.
-var outcomes = []string{uncut, failed, unknown, pinned, gone, other}
+var outcomes = []string{uncut, failed, unknown, pinned, shutdown, gone, other}
 
 // contract is what is right for a client when a connection is cut.
 type contract struct {
@@ -172,11 +173,11 @@ func (v *verdict) dead(c contract, s *script, base, exp *expectation, o seen) {
 	}
 	v.outcome = code
 	segment := min(first, len(base.answers)-1)
-	unread := code == pinned && o.fatal != nil && strings.Contains(o.fatal.Detail, "was not read yet")
+	unread := o.fatal != nil && (code == pinned && strings.Contains(o.fatal.Detail, "was not read yet") || code == shutdown && strings.Contains(o.fatal.Message, "was committed"))
 	if !unread && !c.allows(s, base, segment, code) {
 		v.violate("segment %d: the session ends by %s, which may not be: %s", first, code, says)
 	}
-	if low := exp.committed(min(first, len(exp.answers))); c.sites && code != unknown && !s.parts && !slices.Equal(o.ledger, low) {
+	if low := exp.committed(min(first, len(exp.answers))); c.sites && code != unknown && code != shutdown && !s.parts && !slices.Equal(o.ledger, low) {
 		v.violate("the ledger has %v after %s, want %v: only 08007 says that something may have been committed", o.ledger, code, low)
 		return
 	}
@@ -234,12 +235,17 @@ func judgeGoneApp(s *script, o seen) verdict {
 	return v
 }
 
-func (a answer) equal(b answer) bool { return a.status == b.status && slices.Equal(a.says, b.says) }
+// equal compares without notices that come twice: they are told at once, and again when a statement runs again.
+func (a answer) equal(b answer) bool {
+	return a.status == b.status && slices.Equal(slices.CompactFunc(slices.Clone(a.says), sameNotice), b.says)
+}
 
-// lost reports that a says 25P02 where PostgreSQL, in a failed transaction that never had the savepoint, says that it does not
-// exist: the gateway cannot know better.
+func sameNotice(a, b string) bool { return a == b && strings.HasPrefix(a, "N ") }
+
+// lost reports that a says 25P02 where PostgreSQL, in a failed transaction that never had the savepoint or portal, says that it
+// does not exist: the gateway cannot know better.
 func (a answer) lost(b answer) bool {
-	return a.status == b.status && slices.Equal(a.codes, []string{inFailed}) && slices.Equal(b.codes, []string{"3B001"})
+	return a.status == b.status && slices.Equal(a.codes, []string{inFailed}) && (slices.Equal(b.codes, []string{"3B001"}) || slices.Equal(b.codes, []string{"34000"}))
 }
 
 func (a answer) String() string {

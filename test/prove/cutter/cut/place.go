@@ -72,6 +72,7 @@ type place struct {
 	verifier *scram.Verifier
 	keys     *scram.Keys
 	clients  atomic.Int64 // numbers given
+	benches  atomic.Int64
 }
 
 // settings of a server for many short cases; nothing here is about durability.
@@ -288,6 +289,7 @@ type bench struct {
 	addr    string
 	admin   *pgconn.PgConn
 	stop    func() error
+	spoilt  bool // a case went wrong: something of it may be left
 }
 
 // logger puts what the gateway logs into the trace.
@@ -312,8 +314,8 @@ func (l logger) WithGroup(string) slog.Handler            { return l }
 const silenceMax = 40 * time.Millisecond
 
 // newBench starts a worker's things.
-func (p *place) newBench(ctx context.Context, name string, lies Lie, withSites bool) (_ *bench, err error) {
-	b := &bench{p: p, name: name, wire: newWire(silenceMax)}
+func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *bench, err error) {
+	b := &bench{p: p, name: fmt.Sprintf("cutter-%04d", p.benches.Add(1)), wire: newWire(silenceMax)}
 	var undo []func() error
 	b.stop = func() error {
 		var errs []error
@@ -420,7 +422,7 @@ func (b *bench) left(ctx context.Context, cut []uint32, gone bool) (string, erro
 }
 
 // leftMax bounds how long something may be left at a server.
-const leftMax = 5 * time.Second
+const leftMax = 3 * time.Second
 
 // forget takes prepared transactions of a client away, which outlive everything, and tells their names.
 func (b *bench) forget(ctx context.Context, number string) ([]string, error) {
