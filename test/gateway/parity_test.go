@@ -54,6 +54,14 @@ func TestSessionsStayWhereTheyWouldNotice(t *testing.T) {
 		})
 	}
 	clerk, client := as("clerk"), as("client")
+	if err := tr.p.Gateway.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return tr.p.Wait(ctx, "the gateway has read its configuration again", func(context.Context) (bool, error) {
+			return strings.Contains(tr.p.Gateway.Log(), "configuration was read again"), nil
+		})
+	})
 	waitAt(clerk, "a")
 	waitAt(client, "a")
 
