@@ -426,6 +426,7 @@ func (s *session) parse(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.nameTypes(p.OIDs)
 	t := s.look(p.SQL)
 	b, err := s.borrow(ctx, text{seq: t.seq}) // What it does, it does when it is executed.
 	if err != nil {

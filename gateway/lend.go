@@ -350,6 +350,7 @@ func (b *backend) settle(s *session, typ byte) error {
 	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
+		s.seeTypes(b, typ)
 		v = b.describe(s, typ)
 	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
 		s.eager.Store(true) // The client has to send something before there is more.
@@ -449,7 +450,9 @@ func (b *backend) ready(s *session) error {
 		}
 		return nil
 	}
-	b.answered(s, status)
+	if s.flight.hidden == 0 {
+		b.tally(s, status)
+	}
 	b.atRest = status == pgwire.Idle && b.line.empty()
 	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {
 		// Until it is known what the session has become, it is not told: it could not go on elsewhere.

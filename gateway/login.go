@@ -134,6 +134,9 @@ func (s *session) identify(start *pgwire.Startup) error {
 	if s.who.Database = start.Get("database"); s.who.Database == "" {
 		s.who.Database = s.who.User
 	}
+	if s.who.Database == adminAlias {
+		s.who.Database = AdminDatabase
+	}
 	for _, p := range start.Params {
 		if p.Name == homeParam {
 			s.home = p.Value // for the gateway only

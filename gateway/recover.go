@@ -35,8 +35,9 @@ type recovery struct {
 	wants  bool   // it waits for answers
 	// heldReady: the server is ready, which the client is told when the session's state is read.
 	heldReady bool
-	last      string // site of the latest transaction
-	home      string // the site that the client has asked for
+	last      string   // site of the latest transaction
+	home      string   // the site that the client has asked for
+	types     []uint32 // user types that it has seen or named
 
 	replays bool        // the role's transactions may be run again as a whole
 	eager   atomic.Bool // answers are not held back: the client waits for them
@@ -72,8 +73,8 @@ func (s *session) unpark() (woken bool) {
 		return false
 	}
 	s.poked = false
-	_ = s.conn.SetReadDeadline(time.Time{}) // it may have ended
-	if s.g.ending.Load() {                  // The deadline that was to wake us may be the one that we have just taken away.
+	_ = s.conn.SetReadDeadline(time.Time{})   // it may have ended
+	if s.g.ending.Load() || s.killed.Load() { // The deadline that was to wake us may be the one that we have just taken away.
 		_ = s.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 	return true

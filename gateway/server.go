@@ -65,6 +65,8 @@ type Wish struct {
 	Home string
 	// Last is the site of the session's latest transaction; empty: it has had none.
 	Last string
+	// Types are OIDs of user types that the session has seen, or named, until now.
+	Types []uint32
 }
 
 // Router says which server the next session, or in TransactionMode the next transaction, goes to. It is called often and
