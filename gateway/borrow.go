@@ -752,6 +752,9 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
+		if errors.Is(err, errStale) && s.keeps() {
+			s.g.endOrphan(Doubt{Target: b.target, Database: s.who.Database, PID: b.pid, Started: b.started, At: time.Now()})
+		}
 		s.mu.Lock()
 		if err != nil && (!errors.Is(err, errStale) || try >= attachTries) {
 			return nil, err
@@ -945,9 +948,6 @@ func (s *session) lose(b *backend, cause error) {
 	s.b = nil
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
-		if s.keeps() && q != nil && q.setup && !b.dropped {
-			s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
-		}
 		return
 	}
 	if s.survivable(b) {
@@ -964,11 +964,7 @@ func (s *session) lose(b *backend, cause error) {
 		default:
 			why = "a transaction is open"
 		}
-		told := lost(b.target, why, cause.Error())
-		if s.keeps() && s.flight.doubtful() {
-			told.Code, told.Message = codeUnknown, told.Message+", and nobody can say now whether what it was doing was committed"
-		}
-		_ = s.w.Write(report(told))
+		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
 	}
 	if s.keeps() {
 		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
@@ -978,7 +974,7 @@ func (s *session) lose(b *backend, cause error) {
 }
 
 // inMessage reports whether the client has got a part of a message. Answers to the gateway's own questions are not for it.
-func inMessage(b *backend) bool { return b.r.Left() > 0 && !b.kept && b.asking.Load() == nil }
+func inMessage(b *backend) bool { return b.part && b.r.Left() > 0 && b.asking.Load() == nil }
 
 // detach parts the session from its backend at its end.
 func (s *session) detach() {

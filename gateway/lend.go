@@ -47,9 +47,8 @@ type lending struct {
 	marking    marking
 	started    string // backend_start of the server's process, as far as it was asked
 
-	// Of the backend's goroutine.
-	own  bool // rows that come now are for the gateway
-	kept bool // nothing of the message in which the connection ended was handed on
+	part bool // what is left of the message at hand follows what the client has got of it; of the backend's goroutine
+	own  bool // rows that come now are for the gateway; of the backend's goroutine
 }
 
 // question is a query of the gateway's own.
@@ -89,10 +88,11 @@ func (b *backend) answer() error {
 			return err
 		}
 		s, q := b.owner.Load(), b.asking.Load()
+		b.part = true
 		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
 			// All of it, because half a message that the client has got cannot be taken back.
+			b.part = false
 			if _, err := b.r.Peek(b.r.Left()); err != nil {
-				b.kept = true
 				return err
 			}
 		}
@@ -173,9 +173,13 @@ func (s *session) holds() bool { return s.keeps() && !s.eager.Load() }
 func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	e := errorOf(b.r)
 	b.fatal = e.Severity == "FATAL" || e.Severity == "PANIC"
-	if b.fatal && isLeaving(e.Code) && s.survivable(b) {
-		b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
-		return nil // It is about to go.
+	if b.fatal && isLeaving(e.Code) && s.pinned() == "" {
+		b.fatal = false
+		if s.survivable(b) {
+			b.lastWord = fmt.Sprintf("It said: %s (SQLSTATE %s).", e.Message, e.Code)
+			return nil // It is about to go.
+		}
+		b.fatal = true
 	}
 	if s.flight.simple && s.flight.isCommitting() {
 		// A server tells a Query's result only when it has committed.
@@ -351,6 +355,7 @@ func (b *backend) settle(s *session, typ byte) error {
 	}
 	if typ == pgwire.CommandComplete {
 		s.flight.tag = s.w.Total()
+		b.line.complete()
 	}
 	// Under mu, because what is behind the last answer may be flushed by the session's goroutine (flushHeld).
 	return b.r.Forward(s.w)

@@ -519,8 +519,8 @@ func (t *text) call(l *lexer, last [4]token) {
 	if qualified {
 		before = last[3]
 	}
-	if w := string(l.word(before)); before.kind == tokWord && (w == "into" || w == "copy") {
-		return // INSERT INTO table (columns), COPY table (columns)
+	if w := string(l.word(before)); before.kind == tokWord && (w == "into" || w == "copy" || w == "table" || w == "exists" || w == "references") {
+		return // INSERT INTO table (columns), COPY table (columns), CREATE TABLE IF NOT EXISTS table (...)
 	}
 	name := l.word(last[0])
 	switch {

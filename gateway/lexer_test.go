@@ -74,7 +74,7 @@ var texts = []struct {
 	{"SET LOCAL work_mem = '1MB'", text{local: true}},
 	{"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", text{local: true}},
 	{"set constraints all deferred", text{local: true}},
-	{"CREATE TABLE t (id int)", text{probe: true, dirty: true}}, // t( looks like a call
+	{"CREATE TABLE t (id int)", text{}},
 	{"DROP TABLE x", text{unpin: true}},
 	{"SET work_mem = '1MB'", text{probe: true}},
 	{"SET SESSION work_mem = '1MB'", text{probe: true}},

@@ -21,6 +21,7 @@ type loss struct {
 	sent   []expected // to it, and not answered; what is the gateway's own included
 	broken bool       // the client has got a part of a message
 	under  bool       // something was sent to it, and not answered
+	pinned string     // why the session cannot go on without it
 	ready  bool       // all was done, but what it has made of the session is not known
 }
 
@@ -46,9 +47,9 @@ type recovery struct {
 	rerun        *bytes.Reader  // what is handled again, behind r
 }
 
-// survivable reports that the session can do without its backend b, which is lost. mu is held.
+// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && s.pinned() == "" && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
+	return s.keeps() && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
@@ -85,7 +86,7 @@ func (s *session) lostServer(b *backend, cause error) {
 		why = b.lastWord
 	}
 	s.loss = &loss{
-		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady,
+		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady, pinned: s.pinned(),
 	}
 	s.heldReady, s.tag = false, 0
 	if s.parked && !s.poked {
@@ -176,8 +177,11 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if block || l.under {
+	if l.pinned != "" || block || l.under {
 		s.g.endOrphan(d)
+	}
+	if l.pinned != "" && how != unknown {
+		return lost(l.target, l.pinned, l.cause)
 	}
 	switch how {
 	case again:
@@ -238,6 +242,9 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		status, delivered := s.flight.status, s.w.Sent() > s.flight.base
 		torn := s.flight.torn
 		s.mu.Unlock()
+		if l.pinned != "" {
+			return lost(l.target, l.pinned, why+" Its transaction was rolled back.")
+		}
 		if status == pgwire.Idle && !delivered && !torn {
 			return s.runAgain()
 		}
@@ -265,6 +272,9 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.mu.Unlock()
 	if changed {
 		return errSettings(l)
+	}
+	if l.pinned != "" {
+		return lost(l.target, l.pinned, l.cause+" Its transaction was committed.")
 	}
 	s.handleAgain(left)
 	return s.flushed()

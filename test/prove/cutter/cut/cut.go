@@ -325,6 +325,9 @@ func (b *bench) begin(ctx context.Context, c Case) (number string, err error) {
 	if c.Place == AtServer {
 		back, front = front, back
 	}
+	if err := b.quiet(ctx); err != nil {
+		return "", err
+	}
 	b.router.next(c.Routing)
 	b.front.refuse.Store(false)
 	b.wire.begin(back)

@@ -389,6 +389,20 @@ func (b *bench) ledger(ctx context.Context, number string) ([]int, error) {
 	return seqs, nil
 }
 
+// quiet waits until the sessions of the case before have ended at the gateway: they would be counted.
+func (b *bench) quiet(ctx context.Context) error {
+	for {
+		if _, n, _ := b.gateway.Status(); n == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("sessions of the case before have not ended: %w", ctx.Err())
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
 // seed makes what a client finds of its own.
 func (b *bench) seed(ctx context.Context, number string) error {
 	_, err := pg.Rows(ctx, b.admin, strings.ReplaceAll(seed, "$c", number))
