@@ -47,9 +47,10 @@ type recovery struct {
 	rerun        *bytes.Reader  // what is handled again, behind r
 }
 
-// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. mu is held.
+// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. A client that takes nothing
+// any more has lost its own connection, and nothing runs again for it. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
+	return s.keeps() && s.w.Err() == nil && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
