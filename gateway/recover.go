@@ -270,6 +270,8 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.unsettled, s.portal = false, nil
 	clear(s.portals)
 	left := slices.Clone(s.flight.unanswered())
+	s.unname(0)
+	s.flight.forget()
 	s.mu.Unlock()
 	if changed {
 		return errSettings(l)
