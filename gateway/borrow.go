@@ -752,9 +752,6 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
-		if errors.Is(err, errStale) && s.keeps() {
-			s.g.endOrphan(Doubt{Target: b.target, Database: s.who.Database, PID: b.pid, Started: b.started, At: time.Now()})
-		}
 		s.mu.Lock()
 		if err != nil && (!errors.Is(err, errStale) || try >= attachTries) {
 			return nil, err
@@ -948,6 +945,9 @@ func (s *session) lose(b *backend, cause error) {
 	s.b = nil
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
+		if s.keeps() && q != nil && q.setup && !b.dropped {
+			s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
+		}
 		return
 	}
 	if s.survivable(b) {

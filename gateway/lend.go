@@ -47,8 +47,9 @@ type lending struct {
 	marking    marking
 	started    string // backend_start of the server's process, as far as it was asked
 
-	part bool // what is left of the message at hand follows what the client has got of it; of the backend's goroutine
-	own  bool // rows that come now are for the gateway; of the backend's goroutine
+	// Of the backend's goroutine.
+	part bool // what is left of the message at hand follows what the client has got of it
+	own  bool // rows that come now are for the gateway
 }
 
 // question is a query of the gateway's own.
@@ -196,9 +197,6 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 		// This statement is of no use to anybody any more: who prepares the same anew gets another.
 		b.pool.generation.Add(1)
 	}
-	if s.tag > 0 { // Of a Query that cannot be committed, a server does not tell the tag.
-		s.w.CutBack(s.tag - 1)
-	}
 	b.line.answer(pgwire.ErrorResponse, s.undo)
 	b.own, s.flight.failed = false, true
 	if s.flight.hidden > 0 { // It went well the last time.
@@ -329,9 +327,6 @@ func (b *backend) settle(s *session, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var v verdict
-	if typ == pgwire.CommandComplete && b.line.next().simple {
-		s.tag = s.w.Total() + 1
-	}
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
 		v = b.describe(s, typ)
@@ -431,7 +426,7 @@ func (b *backend) ready(s *session) error {
 	if v == unexplained {
 		return errUnexplained
 	}
-	b.status, s.tag = status, 0
+	b.status = status
 	if v == swallow {
 		if s.wants {
 			s.changed.Broadcast()

@@ -31,7 +31,6 @@ type expected struct {
 	missing bool // B, T: fails, because the client has no such statement
 	commits bool // Q, T, O, E: it is a COMMIT
 	done    bool // Q: its CommandComplete has come
-	simple  bool // E: of a Query that is sent as extended messages, which tells its tag when it has committed
 }
 
 // verdict is what becomes of an answer.

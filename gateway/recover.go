@@ -38,7 +38,6 @@ type recovery struct {
 	last      string // site of the latest transaction
 	home      string // the site that the client has asked for
 
-	tag   int64       // where the CommandComplete of a Query stands in w that has yet to commit, plus 1; else 0
 	eager atomic.Bool // answers are not held back: the client waits for them
 
 	// Of the session's goroutine.
@@ -89,7 +88,7 @@ func (s *session) lostServer(b *backend, cause error) {
 	s.loss = &loss{
 		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady, pinned: s.pinned(),
 	}
-	s.heldReady, s.tag = false, 0
+	s.heldReady = false
 	if s.parked && !s.poked {
 		s.poked = true
 		_ = s.conn.SetReadDeadline(time.Unix(1, 0)) // it may have ended
@@ -225,6 +224,7 @@ func (g *Server) endOrphan(d Doubt) {
 // resolve learns what became of a commit whose answer was lost.
 func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 	if len(d.LTXID) == 0 { // It was asked for its id, and had none.
+		s.g.endOrphan(d)
 		return s.committed(l, d)
 	}
 	asking, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)

@@ -195,7 +195,7 @@ func (s *session) commitQuery(b *backend, sql []byte) error {
 	s.forgetUnnamed(b)
 	s.flight.simple = true
 	for _, kind := range []byte("pbuE") {
-		b.line.push(expected{kind: kind, simple: kind == 'E'})
+		b.line.push(expected{kind: kind})
 	}
 	m := pgwire.AppendParse(s.scratch[:0], "", sql, []byte{0, 0})
 	m = appendExecute(pgwire.AppendTarget(appendBind(m, "", nil), pgwire.Describe, 'P', ""))
