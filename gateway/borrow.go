@@ -967,11 +967,7 @@ func (s *session) lose(b *backend, cause error) {
 		default:
 			why = "a transaction is open"
 		}
-		told := lost(b.target, why, cause.Error())
-		if s.keeps() && s.flight.doubtful() {
-			told.Code, told.Message = codeUnknown, told.Message+", and nobody can say now whether what it was doing was committed"
-		}
-		_ = s.w.Write(report(told))
+		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
 	}
 	if s.keeps() {
 		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))

@@ -223,16 +223,6 @@ func (f *flight) unanswered() []byte {
 	return f.log[f.segments[f.answered].start:]
 }
 
-// doubtful reports that something of what is under way may have been committed.
-func (f *flight) doubtful() bool {
-	for _, s := range f.outstanding() {
-		if s.committing || s.sent && (s.does == tangled || s.does == commits || f.status == pgwire.Idle && (s.does == opaque || s.does == copies)) {
-			return true
-		}
-	}
-	return false
-}
-
 // course is how a session goes on when its server is lost.
 type course byte
 

@@ -91,7 +91,7 @@ func (b *backend) answer() error {
 		}
 		s, q := b.owner.Load(), b.asking.Load()
 		b.part = true
-		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
+		if s != nil && b.r.Left() <= pgwire.BufferSize && s.keeps() {
 			// All of it, because half a message that the client has got cannot be taken back.
 			b.part = false
 			body, err := b.r.Peek(b.r.Left())

@@ -48,9 +48,10 @@ type recovery struct {
 	rerun        *bytes.Reader  // what is handled again, behind r
 }
 
-// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. mu is held.
+// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. A client that takes nothing
+// any more has lost its own connection, and nothing runs again for it. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
+	return s.keeps() && s.w.Err() == nil && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
@@ -179,7 +180,7 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if how != unknown && (block || l.under || l.pinned != "") {
+	if l.pinned != "" || block || l.under {
 		s.g.endOrphan(d)
 	}
 	if l.pinned != "" && how != unknown {
@@ -226,6 +227,7 @@ func (g *Server) endOrphan(d Doubt) {
 // resolve learns what became of a commit whose answer was lost.
 func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 	if len(d.LTXID) == 0 { // It was asked for its id, and had none.
+		s.g.endOrphan(d)
 		return s.committed(l, d)
 	}
 	asking, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
@@ -272,6 +274,8 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.unsettled, s.portal = false, nil
 	clear(s.portals)
 	left := slices.Clone(s.flight.unanswered())
+	s.unname(0)
+	s.flight.forget()
 	s.mu.Unlock()
 	if changed {
 		return errSettings(l)
