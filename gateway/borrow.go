@@ -430,6 +430,7 @@ func (s *session) parse(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.nameTypes(p.OIDs)
 	t := s.look(p.SQL)
 	b, err := s.borrow(ctx, text{seq: t.seq}) // What it does, it does when it is executed.
 	if err != nil {
@@ -758,9 +759,6 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}
-		if errors.Is(err, errStale) && s.keeps() {
-			s.g.endOrphan(ctx, Doubt{Target: b.target, Database: s.who.Database, PID: b.pid, Started: b.started, At: time.Now()})
-		}
 		s.mu.Lock()
 		if err != nil && (!errors.Is(err, errStale) || try >= attachTries) {
 			return nil, err
@@ -954,6 +952,9 @@ func (s *session) lose(b *backend, cause error) {
 	s.b = nil
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
+		if s.keeps() && q != nil && q.setup && !b.dropped {
+			s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
+		}
 		return
 	}
 	if s.survivable(b) {
@@ -971,6 +972,9 @@ func (s *session) lose(b *backend, cause error) {
 			why = "a transaction is open"
 		}
 		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
+	}
+	if s.keeps() {
+		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))
 	}
 	_ = s.w.Flush()
 	_ = s.conn.Close()

@@ -142,6 +142,8 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 		l.copyIn, l.data = head == 'E' || head == 'Q' || head == 'w', true
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
 		switch head {
+		case 'Q':
+			l.sent[l.first].done = true
 		case 'E':
 			l.execute()
 		case 'Q', 'w':

@@ -65,6 +65,8 @@ type Wish struct {
 	Home string
 	// Last is the site of the session's latest transaction; empty: it has had none.
 	Last string
+	// Types are OIDs of user types that the session has seen, or named, until now.
+	Types []uint32
 }
 
 // Router says which server the next session, or in TransactionMode the next transaction, goes to. It is called often and
@@ -111,6 +113,9 @@ type Config struct {
 	// LoginRate is how many logins per second an address may have in the long run (1000), ten times as many at once. Wrong
 	// passwords are limited apart, per address and user.
 	LoginRate int
+	// Replay, with Sites, are the roles whose open transactions are run again at another site when theirs is lost, if all that
+	// the client has seen of them comes out the same. Others get 40001.
+	Replay []string
 	// Admins are the roles that may use the database AdminDatabase, which is the gateway's own; Databases are those that its
 	// commands know before a client has used them. Version says what runs.
 	Admins, Databases []string

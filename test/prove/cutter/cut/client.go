@@ -24,7 +24,7 @@ type client struct {
 }
 
 // plainName stands for application_name, by which the sessions of one worker are known; it is as long as those.
-const plainName = "cutter-?"
+const plainName = "cutter-????"
 
 // connect logs in.
 func connect(ctx context.Context, addr string, keys *scram.Keys, application string) (*client, error) {
@@ -67,7 +67,7 @@ func (c *client) login(keys *scram.Keys, application string) error {
 			if perr != nil {
 				return perr
 			}
-			return e
+			return fmt.Errorf("%w: %s", e, e.Detail)
 		case pgwire.ReadyForQuery:
 			return nil
 		}

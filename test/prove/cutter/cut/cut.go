@@ -103,8 +103,8 @@ type Result struct {
 // Failed reports whether something was wrong.
 func (r *Result) Failed() bool { return len(r.Findings) > 0 }
 
-// caseMax bounds one case, on a busy machine.
-const caseMax = 30 * time.Second
+// caseMax bounds one case, and clientMax what its client waits for, on a busy machine.
+const caseMax, clientMax = time.Minute, 10 * time.Second
 
 // Run runs the cases. An error says that it could not go on.
 func Run(ctx context.Context, o Options) (res *Result, err error) {
@@ -134,8 +134,8 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	for _, s := range corpus() {
 		r.scripts[s.name] = s
 	}
-	for i := range o.Workers {
-		b, err := p.newBench(ctx, fmt.Sprintf("cutter-%d", i), o.Lie, o.Sites)
+	for range o.Workers {
+		b, err := p.newBench(ctx, o.Lie, o.Sites)
 		if err != nil {
 			return nil, errors.Join(err, r.close())
 		}
@@ -253,14 +253,18 @@ func (r *run) each(ctx context.Context, cases []Case, f func(ctx context.Context
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for _, b := range r.benches {
+	for i := range r.benches {
 		wg.Go(func() {
 			for c := range next {
 				one, done := context.WithTimeout(ctx, caseMax)
-				if err := f(one, b, c); err != nil {
+				err := f(one, r.benches[i], c)
+				done()
+				if err == nil && r.benches[i].spoilt {
+					err = r.replace(ctx, i)
+				}
+				if err != nil {
 					cancel(fmt.Errorf("case %s: %w", c, err))
 				}
-				done()
 			}
 		})
 	}
@@ -273,6 +277,19 @@ func (r *run) each(ctx context.Context, cases []Case, f func(ctx context.Context
 	close(next)
 	wg.Wait()
 	return context.Cause(ctx)
+}
+
+// replace gives a worker new things in the place of those on which something is left behind.
+func (r *run) replace(ctx context.Context, i int) error {
+	old := r.benches[i]
+	b, err := old.p.newBench(ctx, r.o.Lie, r.o.Sites)
+	if err == nil {
+		r.benches[i] = b
+		if err := old.stop(); err != nil {
+			fmt.Fprintln(r.o.Out, "after a violation:", err)
+		}
+	}
+	return err
 }
 
 // whole runs a script uncut, which must go as at PostgreSQL itself, and counts its messages.
@@ -301,6 +318,9 @@ func (r *run) whole(ctx context.Context, b *bench, c Case) (counts map[Place][2]
 	}
 	counts = map[Place][2]int{AtServer: b.wire.count(), AtClient: b.front.wire.count()}
 	b.release()
+	if left, err := b.sessions(ctx); err != nil || left != nil {
+		return nil, errors.Join(err, fmt.Errorf("uncut: %s", left))
+	}
 	return counts, r.one(ctx, b, c)
 }
 
@@ -344,16 +364,18 @@ func (r *run) one(ctx context.Context, b *bench, c Case) error {
 		}
 		defer by.c.close()
 	}
+	clientCtx, done := context.WithTimeout(ctx, clientMax)
+	defer done()
 	o, addr := seen{transcript: &transcript{}}, b.addr
 	if c.Place == AtClient {
 		addr = b.front.addr()
 	}
 	hangUp := func() {}
 	if s.app != nil {
-		o.deeds, err = s.app.use(ctx, addr, b.name, number)
+		o.deeds, err = s.app.use(clientCtx, addr, b.name, number)
 	} else {
 		var cl *client
-		if cl, err = connect(ctx, addr, b.p.keys, b.name); err != nil {
+		if cl, err = connect(clientCtx, addr, b.p.keys, b.name); err != nil {
 			return err
 		}
 		hangUp = cl.close
@@ -378,6 +400,7 @@ func (r *run) one(ctx context.Context, b *bench, c Case) error {
 	}
 	hangUp()
 	b.release()
+	look(func() ([]string, error) { return b.sessions(ctx) }) // and the next case does not count what they send
 	look(func() ([]string, error) { return b.behind(ctx, pids, true) })
 	look(func() ([]string, error) { o.ledger, err = b.ledger(ctx, number); return nil, err })
 	look(func() ([]string, error) { _, err = b.forget(ctx, number); return nil, err })
@@ -389,7 +412,7 @@ func (r *run) one(ctx context.Context, b *bench, c Case) error {
 		return err
 	}
 	if v.wrong = append(v.wrong, wrong...); len(v.wrong) > 0 {
-		v.outcome = other
+		v.outcome, b.spoilt = other, true
 	}
 	trace := append(b.wire.history(), b.front.wire.history()...)
 	slices.SortStableFunc(trace, func(a, b event) int { return a.at.Compare(b.at) })

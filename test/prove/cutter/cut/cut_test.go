@@ -88,7 +88,7 @@ func TestRelayCutsAsItSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := p.newBench(t.Context(), "cutter-0", Truth, false)
+	b, err := p.newBench(t.Context(), Truth, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,12 +15,13 @@ const (
 	unknown  = "08007" // what became of the transaction is not known; the session ends
 	pinned   = "08006" // the session needed the server that is lost
 	inFailed = "25P02" // a statement in a transaction that has failed
+	shutdown = "57P01" // the transaction was committed, but what it has done to the session is not known
 	gone     = "gone"  // the client itself lost its connection
 	other    = "other"
 )
 
 // outcomes in the order of the table.
-var outcomes = []string{uncut, failed, unknown, pinned, gone, other}
+var outcomes = []string{uncut, failed, unknown, pinned, shutdown, gone, other}
 
 // contract is what is right for a client when a connection is cut.
 type contract struct {
@@ -51,11 +52,27 @@ type seen struct {
 // failures are the segments that failed by 40001 where they do not by themselves.
 func (o seen) failures(base *expectation) (f []failure) {
 	for i, a := range o.answers[:o.complete()] {
-		if slices.Contains(a.codes, failed) && i < len(base.answers) && !slices.Contains(base.answers[i].codes, failed) {
+		switch {
+		case i >= len(base.answers):
+		case slices.Contains(a.codes, failed) && !slices.Contains(base.answers[i].codes, failed), base.stays(i, a) && (len(f) > 0 || !base.chains(i)):
 			f = append(f, failure{i, a.status})
 		}
 	}
 	return f
+}
+
+// stays reports that a says 25P02, and the transaction stays a failed one, where it would end and the next one begin with it (AND
+// CHAIN), or go back to a savepoint from an error of its own: the gateway does not have what was lost with the server.
+func (e *expectation) stays(i int, a answer) bool {
+	return slices.Equal(a.codes, []string{inFailed}) && a.status == pgwire.InFailed && len(e.answers[i].codes) == 0 &&
+		(e.chains(i) || e.before(i) == pgwire.InFailed)
+}
+
+// chains reports whether a segment ends a transaction and begins the next one.
+func (e *expectation) chains(i int) bool {
+	return e.before(i) == pgwire.InBlock && e.answers[i].status == pgwire.InBlock && slices.ContainsFunc(e.answers[i].says, func(m string) bool {
+		return m == `C "COMMIT\x00"` || m == `C "ROLLBACK\x00"`
+	})
 }
 
 // verdict is a case's outcome, and what is wrong with it.
@@ -89,7 +106,7 @@ func judge(c contract, s *script, base, exp *expectation, o seen) verdict {
 		case at >= 0:
 			v.failedSegment(c, s, base, exp, i, a)
 		case a.status != 0:
-			if !a.equal(exp.answers[i]) && (len(fails) == 0 || !a.lost(exp.answers[i])) {
+			if !a.equal(exp.answers[i], !o.alive()) && (len(fails) == 0 || !a.lost(exp.answers[i])) {
 				v.violate("segment %d: want %s\n        got  %s", i, exp.answers[i], a)
 			}
 		default:
@@ -118,6 +135,9 @@ func judge(c contract, s *script, base, exp *expectation, o seen) verdict {
 
 // failedSegment looks at a segment that failed by 40001.
 func (v *verdict) failedSegment(c contract, s *script, base, exp *expectation, i int, a answer) {
+	if base.stays(i, a) {
+		return
+	}
 	if !c.allows(s, base, i, failed) {
 		v.violate("segment %d fails by 40001, which it may not: %s", i, a)
 	}
@@ -129,14 +149,11 @@ func (v *verdict) failedSegment(c contract, s *script, base, exp *expectation, i
 		v.violate("segment %d: before its 40001 came what does not belong there: %s; uncut: %s", i, a, base.answers[i])
 	}
 	before, after := exp.before(i), base.answers[i].status
-	chained := before == pgwire.InBlock && slices.ContainsFunc(base.answers[i].says, func(m string) bool {
-		return m == `C "COMMIT\x00"` || m == `C "ROLLBACK\x00"`
-	})
 	want := "E"
 	switch {
 	case after == pgwire.Idle:
 		want = "I" // the transaction would have ended by then
-	case before == pgwire.Idle, chained:
+	case before == pgwire.Idle, base.chains(i):
 		want = "EI"
 	}
 	if !strings.ContainsRune(want, rune(a.status)) {
@@ -172,11 +189,11 @@ func (v *verdict) dead(c contract, s *script, base, exp *expectation, o seen) {
 	}
 	v.outcome = code
 	segment := min(first, len(base.answers)-1)
-	unread := code == pinned && o.fatal != nil && strings.Contains(o.fatal.Detail, "was not read yet")
+	unread := o.fatal != nil && (code == pinned && strings.Contains(o.fatal.Detail, "was not read yet") || code == shutdown && strings.Contains(o.fatal.Message, "was committed"))
 	if !unread && !c.allows(s, base, segment, code) {
 		v.violate("segment %d: the session ends by %s, which may not be: %s", first, code, says)
 	}
-	if low := exp.committed(min(first, len(exp.answers))); c.sites && code != unknown && !s.parts && !slices.Equal(o.ledger, low) {
+	if low := exp.committed(min(first, len(exp.answers))); c.sites && code != unknown && code != shutdown && !s.parts && !slices.Equal(o.ledger, low) {
 		v.violate("the ledger has %v after %s, want %v: only 08007 says that something may have been committed", o.ledger, code, low)
 		return
 	}
@@ -214,7 +231,7 @@ func judgeGone(s *script, base *expectation, o seen) verdict {
 		switch {
 		case i >= len(base.answers):
 			v.violate("answers to nothing: %s", a)
-		case a.status != 0 && !a.equal(base.answers[i]), !isPrefix(a.says, base.answers[i].says):
+		case a.status != 0 && !a.equal(base.answers[i], true), !isPrefix(a.says, base.answers[i].says):
 			v.violate("segment %d: want %s\n        got  %s", i, base.answers[i], a)
 		}
 	}
@@ -234,12 +251,23 @@ func judgeGoneApp(s *script, o seen) verdict {
 	return v
 }
 
-func (a answer) equal(b answer) bool { return a.status == b.status && slices.Equal(a.says, b.says) }
+// equal compares without notices that come twice: they are told at once, and again when a statement runs again. A session that
+// ends may miss notifications.
+func (a answer) equal(b answer, ends bool) bool {
+	heard, want := slices.CompactFunc(slices.Clone(a.says), sameNotice), slices.Clone(b.says)
+	if ends {
+		notified := func(m string) bool { return strings.HasPrefix(m, "A ") }
+		heard, want = slices.DeleteFunc(heard, notified), slices.DeleteFunc(want, notified)
+	}
+	return a.status == b.status && slices.Equal(heard, want)
+}
 
-// lost reports that a says 25P02 where PostgreSQL, in a failed transaction that never had the savepoint, says that it does not
-// exist: the gateway cannot know better.
+func sameNotice(a, b string) bool { return a == b && strings.HasPrefix(a, "N ") }
+
+// lost reports that a says 25P02 where PostgreSQL, in a failed transaction that never had the savepoint or portal, says that it
+// does not exist: the gateway cannot know better.
 func (a answer) lost(b answer) bool {
-	return a.status == b.status && slices.Equal(a.codes, []string{inFailed}) && slices.Equal(b.codes, []string{"3B001"})
+	return a.status == b.status && slices.Equal(a.codes, []string{inFailed}) && (slices.Equal(b.codes, []string{"3B001"}) || slices.Equal(b.codes, []string{"34000"}))
 }
 
 func (a answer) String() string {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -72,6 +73,7 @@ type place struct {
 	verifier *scram.Verifier
 	keys     *scram.Keys
 	clients  atomic.Int64 // numbers given
+	benches  atomic.Int64
 }
 
 // settings of a server for many short cases; nothing here is about durability.
@@ -288,6 +290,7 @@ type bench struct {
 	addr    string
 	admin   *pgconn.PgConn
 	stop    func() error
+	spoilt  bool // a case went wrong: something of it may be left
 }
 
 // logger puts what the gateway logs into the trace.
@@ -308,12 +311,15 @@ func (l logger) Enabled(context.Context, slog.Level) bool { return true }
 func (l logger) WithAttrs([]slog.Attr) slog.Handler       { return l }
 func (l logger) WithGroup(string) slog.Handler            { return l }
 
+// stopMax bounds the end of a gateway.
+const stopMax = 20 * time.Second
+
 // silenceMax is how long a silent connection lasts until its near end is reset.
 const silenceMax = 40 * time.Millisecond
 
 // newBench starts a worker's things.
-func (p *place) newBench(ctx context.Context, name string, lies Lie, withSites bool) (_ *bench, err error) {
-	b := &bench{p: p, name: name, wire: newWire(silenceMax)}
+func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *bench, err error) {
+	b := &bench{p: p, name: fmt.Sprintf("cutter-%04d", p.benches.Add(1)), wire: newWire(silenceMax)}
 	var undo []func() error
 	b.stop = func() error {
 		var errs []error
@@ -362,7 +368,15 @@ func (p *place) newBench(ctx context.Context, name string, lies Lie, withSites b
 	serveCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	done := make(chan error, 1)
 	go func() { done <- b.gateway.Serve(serveCtx, l) }()
-	undo = append(undo, func() error { cancel(); return <-done })
+	undo = append(undo, func() error {
+		cancel()
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(stopMax):
+			return errors.New("the gateway does not end:\n" + hanging())
+		}
+	})
 	if b.front, err = newWire(silenceMax).relayTo("client", b.addr); err != nil {
 		return nil, err
 	}
@@ -385,6 +399,38 @@ func (b *bench) ledger(ctx context.Context, number string) ([]int, error) {
 		seqs = append(seqs, n)
 	}
 	return seqs, nil
+}
+
+// sessions waits until no session is left at the gateway; what is left after a while is told, with where it hangs.
+func (b *bench) sessions(ctx context.Context) ([]string, error) {
+	deadline := time.Now().Add(leftMax)
+	for {
+		_, n, _ := b.gateway.Status()
+		if n == 0 {
+			return nil, nil
+		}
+		if time.Now().After(deadline) {
+			return []string{fmt.Sprintf("%d sessions are left at the gateway without clients:\n%s", n, hanging())}, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+// hanging are the stacks of gateways' sessions that wait for something else than their clients.
+func hanging() string {
+	all := make([]byte, 4<<20)
+	all = all[:runtime.Stack(all, true)]
+	var found []string
+	for stack := range strings.SplitSeq(string(all), "\n\n") {
+		if strings.Contains(stack, "gateway.(*session)") && !strings.Contains(stack, "gateway.(*session).next(") {
+			found = append(found, stack)
+		}
+	}
+	return strings.Join(found, "\n\n")
 }
 
 // seed makes what a client finds of its own.
@@ -420,7 +466,7 @@ func (b *bench) left(ctx context.Context, cut []uint32, gone bool) (string, erro
 }
 
 // leftMax bounds how long something may be left at a server.
-const leftMax = 5 * time.Second
+const leftMax = 3 * time.Second
 
 // forget takes prepared transactions of a client away, which outlive everything, and tells their names.
 func (b *bench) forget(ctx context.Context, number string) ([]string, error) {
