@@ -406,6 +406,9 @@ func (s *session) look(sql []byte) text {
 	}
 	s.mu.Unlock()
 	t := readText(sql, escapes)
+	if t.does == reads && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
+		t.does = writes
+	}
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
 		t.probe, t.dirty, t.deallocate = true, true, ""
 	}
@@ -824,6 +827,9 @@ func (s *session) attach(b *backend, seq bool) error {
 	b.last = s.id
 	sequences := other && !fresh && b.pool.hasSeq()
 	if err := s.prepareMarks(b); err != nil {
+		return err
+	}
+	if err := s.askTaints(b); err != nil {
 		return err
 	}
 	defer func() {
