@@ -372,10 +372,10 @@ func TestOpenTransactionsAreRunAgain(t *testing.T) {
 				if err := tx.QueryRow(t.Context(), "INSERT INTO ledger VALUES ($1, $2) RETURNING seq", i, seq).Scan(&back); err != nil || back != seq {
 					return fmt.Errorf("%d, want %d: %w", back, seq, err)
 				}
-				switch {
-				case seq%7 == 3:
+				switch seq % 7 {
+				case 3:
 					relay.cut()
-				case seq%7 == 5:
+				case 5:
 					relay.after(int64(seq))
 				}
 			}
