@@ -30,11 +30,18 @@ var errInFailed = &pgwire.Error{
 	Severity: "ERROR", Code: codeInFailed, Message: "current transaction is aborted, commands ignored until end of transaction block",
 }
 
+// errBehind is for what a client has sent behind the end of a transaction without a Sync in between.
+var errBehind = &pgwire.Error{
+	Severity: "ERROR", Code: codeRolledBack, Message: "the server was lost", Detail: "What was sent behind the end of the transaction was not run.",
+	Hint: "run it again",
+}
+
 // answer gives what the client gets for a message; does is what a Query's or Parse's text does. over: the client has got
 // ReadyForQuery outside a transaction, and may begin anew.
 func (l *limbo) answer(typ byte, body []byte, does deed) (out []byte, over bool) {
 	switch typ {
 	case pgwire.Query:
+		delete(l.statements, "")
 		out, ended := l.run(does)
 		return l.ready(out), ended
 	case pgwire.FunctionCall:
@@ -65,8 +72,11 @@ func (l *limbo) run(does deed) (out []byte, ended bool) {
 // refuse gives the error that a statement gets.
 func (l *limbo) refuse() []byte {
 	e := errInFailed
-	if l.owed != nil {
+	switch {
+	case l.owed != nil:
 		e, l.owed = l.owed, nil
+	case !l.block:
+		e = errBehind
 	}
 	return pgwire.AppendError(nil, e)
 }
@@ -89,6 +99,9 @@ func (l *limbo) extended(typ byte, body []byte, does deed) []byte {
 	switch typ {
 	case pgwire.Parse:
 		p, err := pgwire.ParseParse(body)
+		if len(p.Name) == 0 {
+			delete(l.statements, "")
+		}
 		if err != nil || !ends(does) {
 			return fail()
 		}
@@ -96,7 +109,8 @@ func (l *limbo) extended(typ byte, body []byte, does deed) []byte {
 		return pgwire.AppendMessage(nil, pgwire.ParseComplete, nil)
 	case pgwire.Bind:
 		portal, name, _, ok := pgwire.ParseBind(body)
-		if d, known := l.statements[string(name)]; ok && known && ends(d) {
+		_, there := l.portals[string(portal)]
+		if d, known := l.statements[string(name)]; ok && known && ends(d) && (!there || len(portal) == 0) {
 			l.portals[string(portal)] = d
 			return pgwire.AppendMessage(nil, pgwire.BindComplete, nil)
 		}

@@ -68,9 +68,12 @@ func simulate(sent []message) (answers, toClient []byte, undone []string) {
 		}
 		if m.fails {
 			say('E', 'E')
-			if m.kind == 'Q' || m.kind == 'F' {
+			switch m.kind {
+			case 'Q', 'F', 'z':
 				say('Z', 'Z')
-			} else {
+			case 'q', 'w':
+				say('Z', 0)
+			default:
 				skip = true
 				undone = append(undone, m.name)
 			}
@@ -106,6 +109,23 @@ func simulate(sent []message) (answers, toClient []byte, undone []string) {
 			say('n', 'n')
 		case 'E':
 			say('C', 'C')
+		case 'b':
+			say('2', 0)
+		case 'm':
+			say('C', 0)
+		case 'u':
+			say('n', 0)
+		case 'q':
+			say('C', 0)
+			say('Z', 0)
+		case 'w':
+			say('C', 'C')
+			say('T', 'T')
+			say('C', 'C')
+			say('Z', 0)
+		case 'z':
+			say('C', 0)
+			say('Z', 'Z')
 		}
 	}
 	return answers, toClient, undone
@@ -130,7 +150,11 @@ func TestLineFollowsTheServer(t *testing.T) {
 			add('x', fails(), false)
 		}
 		for range rapid.IntRange(1, 12).Draw(t, "segments") {
-			switch rapid.IntRange(0, 5).Draw(t, "segment") {
+			switch rapid.IntRange(0, 6).Draw(t, "segment") {
+			case 6:
+				add('q', false, false)
+				add('w', fails(), false)
+				add('z', fails(), false)
 			case 0:
 				add('Q', fails(), false)
 			case 1:
@@ -146,7 +170,7 @@ func TestLineFollowsTheServer(t *testing.T) {
 				add('S', false, false)
 			default:
 				for range rapid.IntRange(0, 8).Draw(t, "messages") {
-					add(rapid.SampledFrom([]byte("PprBTODECc")).Draw(t, "kind"), fails(), false)
+					add(rapid.SampledFrom([]byte("PprBTODECcbmu")).Draw(t, "kind"), fails(), false)
 				}
 				add('S', false, false)
 			}

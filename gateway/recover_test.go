@@ -16,6 +16,7 @@ import (
 
 	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/internal/pgtest"
+	"github.com/duri-io/duri/pgwire"
 )
 
 // knowing answers as the agent of a site does whose server lives.
@@ -304,4 +305,52 @@ func (r *cutter) after(bytes int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.left = bytes
+}
+
+func TestCourses(t *testing.T) {
+	const idle, block, failed = pgwire.Idle, pgwire.InBlock, pgwire.InFailed
+	begun := segment{does: begins, began: true, sent: true, closed: true}
+	write := segment{does: writes, wrote: true, sent: true}
+	sent := func(d deed) segment { return segment{does: d, sent: true, closed: true, wrote: d >= writes} }
+	for name, c := range map[string]struct {
+		f                 flight
+		delivered, replay bool
+		want              course
+	}{
+		"nothing is under way":                    {f: flight{status: idle}, want: again},
+		"a read":                                  {f: flight{status: idle, segments: []segment{sent(reads)}}, want: again},
+		"a read of which the client has a part":   {f: flight{status: idle, segments: []segment{sent(reads)}}, delivered: true, want: fails},
+		"a read that was too long":                {f: flight{status: idle, torn: true, segments: []segment{sent(reads)}}, want: fails},
+		"a write whose Sync was not sent":         {f: flight{status: idle, segments: []segment{write}}, want: again},
+		"a write that was split":                  {f: flight{status: idle, segments: []segment{{does: writes, sent: true, split: true, committing: true}}}, want: asks},
+		"a write that was split and has failed":   {f: flight{status: idle, segments: []segment{{does: writes, sent: true, split: true, closed: true}}}, want: again},
+		"a write that was not split":              {f: flight{status: idle, segments: []segment{sent(writes)}}, want: unknown},
+		"a write behind a read":                   {f: flight{status: idle, segments: []segment{sent(reads), sent(writes)}}, want: unknown},
+		"a write behind a read, not sent":         {f: flight{status: idle, segments: []segment{sent(reads), {does: opaque}}}, want: again},
+		"a procedure":                             {f: flight{status: idle, segments: []segment{{does: opaque, sent: true}}}, want: unknown},
+		"a procedure that was not sent":           {f: flight{status: idle, segments: []segment{{does: opaque}}}, want: again},
+		"a transaction in one text":               {f: flight{status: idle, segments: []segment{sent(tangled)}}, want: unknown},
+		"COPY, not all data sent":                 {f: flight{status: idle, torn: true, segments: []segment{sent(copies)}}, want: fails},
+		"COPY, all data sent":                     {f: flight{status: idle, torn: true, segments: []segment{{does: copies, sent: true, closed: true, fed: true}}}, want: unknown},
+		"BEGIN and no more":                       {f: flight{status: block, answered: 1, segments: []segment{begun}}, want: again},
+		"BEGIN under way":                         {f: flight{status: idle, segments: []segment{begun}}, want: again},
+		"a write behind BEGIN":                    {f: flight{status: block, answered: 1, segments: []segment{begun, sent(writes)}}, want: again},
+		"BEGIN and a write pipelined":             {f: flight{status: idle, segments: []segment{begun, sent(writes)}}, want: again},
+		"an open transaction":                     {f: flight{status: block, answered: 2, segments: []segment{begun, sent(reads)}}, want: fails},
+		"an open transaction, replayed":           {f: flight{status: block, answered: 2, segments: []segment{begun, sent(reads)}}, replay: true, want: again},
+		"a statement in an open transaction":      {f: flight{status: block, answered: 2, segments: []segment{begun, sent(reads), sent(opaque)}}, want: fails},
+		"COMMIT":                                  {f: flight{status: block, answered: 2, segments: []segment{begun, sent(writes), {does: commits, sent: true, committing: true}}}, want: asks},
+		"COMMIT that was not sent":                {f: flight{status: block, answered: 2, segments: []segment{begun, sent(writes), {does: commits}}}, want: fails},
+		"ROLLBACK":                                {f: flight{status: block, answered: 2, segments: []segment{begun, sent(writes), sent(rollsBack)}}, want: stays},
+		"a failed transaction":                    {f: flight{status: failed, answered: 2, segments: []segment{begun, sent(writes)}}, want: stays},
+		"a statement in a failed transaction":     {f: flight{status: failed, answered: 2, segments: []segment{begun, sent(writes), sent(reads)}}, want: stays},
+		"COMMIT in a text with more":              {f: flight{status: block, answered: 2, segments: []segment{begun, sent(writes), sent(tangled)}}, want: unknown},
+		"COMMIT of an implicit transaction":       {f: flight{status: idle, segments: []segment{{does: commits, wrote: true, sent: true}}}, want: unknown},
+		"another server has answered otherwise":   {f: flight{status: idle, strange: true, segments: []segment{begun}}, want: fails},
+		"a write behind the end of a transaction": {f: flight{status: block, answered: 1, segments: []segment{begun, sent(rollsBack), sent(writes)}}, want: unknown},
+	} {
+		if got := c.f.decide(c.delivered, c.replay); got != c.want {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
 }
