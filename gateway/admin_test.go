@@ -143,7 +143,7 @@ func TestAdminTables(t *testing.T) {
 	if moves < 9 {
 		t.Errorf("%d moves between sites were counted", moves)
 	}
-	for name, want := range map[string]uint64{"moves": moves, "logins": 2, "refused": 0, "in_doubt_committed": 0, "in_doubt_aborted": 0, "in_doubt_unknown": 0} {
+	for name, want := range map[string]uint64{"moves": moves, "logins": 1, "refused": 0, "in_doubt_committed": 0, "in_doubt_aborted": 0, "in_doubt_unknown": 0} {
 		if got := cell(t, a, "SHOW duri.counters", name, "value"); got != strconv.FormatUint(want, 10) {
 			t.Errorf("SHOW duri.counters: %s %s, want %d", got, name, want)
 		}
