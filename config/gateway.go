@@ -20,6 +20,7 @@ type Gateway struct {
 
 	// These are not for GatewayDoor. They are read again by Agent.Reload.
 	Admins     []string `yaml:"admins" json:"admins"` // roles that may use the database duri; empty: the agent's
+	Replay     []string `yaml:"replay" json:"replay"` // roles whose open transactions are run again at another site
 	ClientsMax int      `yaml:"clients_max" json:"clients_max"`
 	PoolSize   int      `yaml:"pool_size" json:"pool_size"`
 	Hold       Duration `yaml:"hold" json:"hold"` // how long a client may wait for a connection, or for a site that may serve
@@ -79,11 +80,13 @@ func (d *decoder) validateGateway(c *Config) {
 	within(d, "gateway.hold", g.Hold, 10*Millisecond, Hour)
 	within(d, "gateway.idle", g.Idle, Second, 24*Hour)
 	within(d, "gateway.login_rate", g.LoginRate, 1, 1_000_000)
-	seen := map[string]int{}
-	for i, role := range g.Admins {
-		key := fmt.Sprintf("gateway.admins[%d]", i)
-		d.identifier(key, role)
-		unique(d, seen, role, key)
+	for list, roles := range map[string][]string{"gateway.admins": g.Admins, "gateway.replay": g.Replay} {
+		seen := map[string]int{}
+		for i, role := range roles {
+			key := fmt.Sprintf("%s[%d]", list, i)
+			d.identifier(key, role)
+			unique(d, seen, role, key)
+		}
 	}
 	if g.Mode == GatewayDoor {
 		if g.Cert != "" || g.Key != "" {

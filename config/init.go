@@ -464,6 +464,7 @@ gateway:   # the way of clients to PostgreSQL through the agent, which keeps the
   name: ""   # in the file of a gateway that runs alone (duri gateway): that of its certificate
   # For session and transaction; SIGHUP to the agent, or RELOAD in the database duri, takes a change of these.
   admins: []   # roles that may use the gateway's own database, duri; default: the agent's role
+  replay: []   # roles whose open transactions are run again at another site when theirs is lost; others get 40001
   clients_max: {{.Default.Gateway.ClientsMax}}
   pool_size: {{.Default.Gateway.PoolSize}}   # connections to a server per database, user and set of startup parameters
   hold: {{.Default.Gateway.Hold}}   # how long a client waits for one, or for a site that may serve

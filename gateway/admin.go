@@ -16,6 +16,9 @@ import (
 // PgBouncer's console.
 const AdminDatabase = "duri"
 
+// adminAlias is PgBouncer's name for it, which some tools have built in.
+const adminAlias = "pgbouncer"
+
 // adminsMore is how many connections beyond ClientsMax may be there for administrators.
 const adminsMore = 5
 

@@ -467,7 +467,7 @@ func showLists(g *Server) [][]any {
 		{"databases", databases},
 		{"users", len(users)},
 		{"pools", len(pools)},
-		{"free_clients", max(0, g.lim().ClientsMax-conns)},
+		{"free_clients", max(0, g.lim().ClientsMax-clients)},
 		{"used_clients", clients},
 		{"login_clients", max(0, conns-clients)},
 		{"free_servers", idle},

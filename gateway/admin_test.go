@@ -208,6 +208,15 @@ func TestAdminTables(t *testing.T) {
 	}
 }
 
+// TestAdminHasPgBouncersName: tools exist that know no other.
+func TestAdminHasPgBouncersName(t *testing.T) {
+	_, addr := alternate(t, Config{Admins: []string{appUser}})
+	a := open1(t, strings.Replace(dsn(addr, ""), "dbname=shop", "dbname=pgbouncer", 1))
+	if rows, _, _ := ask(t, a, "SHOW CLIENTS"); len(rows) != 1 || rows[0][2] != "duri" {
+		t.Errorf("%q", rows)
+	}
+}
+
 func TestAdminRefuses(t *testing.T) {
 	_, addr := alternate(t, Config{Admins: []string{appUser}})
 	a := open1(t, adminDSN(addr))

@@ -352,9 +352,13 @@ func (s *session) query(ctx context.Context) error {
 	case split:
 		return s.commitWrapped(b, body)
 	}
+	e := expected{kind: 'Q', commits: t.does == commits}
 	if t.does == commits {
 		if err := s.beforeCommit(b); err != nil {
 			return err
+		}
+		if s.resume(b) {
+			e = expected{kind: 'z'} // The client has the error of the mark, and no use for the tag of a ROLLBACK.
 		}
 	}
 	var first []byte // what is sent in the place of the Query
@@ -371,7 +375,7 @@ func (s *session) query(ctx context.Context) error {
 	}
 	s.forgetUnnamed(b)
 	s.mu.Unlock()
-	s.push(b, expected{kind: 'Q', commits: t.does == commits})
+	s.push(b, e)
 	if first != nil {
 		_ = b.w.Write(first)
 		return nil
@@ -408,7 +412,8 @@ func (s *session) look(sql []byte) text {
 	return t
 }
 
-// parse sends a Parse, under the statement's name at servers. A server that has the statement already is not sent it.
+// parse sends a Parse, under the statement's name at servers. A server that has one of this name prepares it anew: tables may
+// have changed.
 func (s *session) parse(ctx context.Context) error {
 	body, err := s.r.Body(textMax)
 	if errors.Is(err, pgwire.ErrTooLong) {
@@ -421,6 +426,7 @@ func (s *session) parse(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.nameTypes(p.OIDs)
 	t := s.look(p.SQL)
 	b, err := s.borrow(ctx, text{seq: t.seq}) // What it does, it does when it is executed.
 	if err != nil {
@@ -437,7 +443,7 @@ func (s *session) parse(ctx context.Context) error {
 // prepare makes the messages for a Parse.
 func (s *session) prepare(b *backend, p pgwire.Statement, effects text) {
 	s.scratch = s.scratch[:0]
-	st, client := newStatement(p, s.context(b), effects), string(p.Name)
+	st, client := newStatement(p, s.context(), effects), string(p.Name)
 	if old := s.statements[client]; old != nil && client != "" {
 		// The server refuses to prepare it again, in its own words.
 		if old.sql != nil && b.known.find(old) == nil {
@@ -448,11 +454,7 @@ func (s *session) prepare(b *backend, p pgwire.Statement, effects text) {
 		return
 	}
 	s.rename(client, st)
-	if client != "" && b.known.find(st) != nil {
-		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Close, 'S', noStatement)
-		b.line.push(expected{kind: 'r', st: st, name: client})
-		return
-	}
+	st.born = s.g.clock.Add(1)
 	s.learn(b, st)
 	s.scratch = pgwire.AppendParse(s.scratch, st.name, p.SQL, p.OIDs)
 	b.line.push(expected{kind: 'P', st: st, name: client})
@@ -495,24 +497,23 @@ func (s *session) parseLong(ctx context.Context) error {
 
 // context is what makes statements of the same text differ. In a transaction that has changed settings, nobody else's is
 // the same.
-func (s *session) context(b *backend) string {
+func (s *session) context() string {
 	if s.unsettled || s.probe {
 		s.longs++
 		return fmt.Sprintf("session %d, %d", s.id, s.longs)
 	}
 	var c strings.Builder
-	fmt.Fprintf(&c, "generation %d ", b.pool.generation.Load())
 	for _, p := range s.settings {
 		c.WriteString(p.Name + "\x00" + p.Value + "\x00")
 	}
 	return c.String()
 }
 
-// learn notes that the backend is sent a statement, and closes another for it if it has many.
+// learn notes that the backend is sent a statement, and closes another for it if it has one of the name, or many.
 func (s *session) learn(b *backend, st *statement) {
-	if evicted := b.known.add(st); evicted != "" {
-		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Close, 'S', evicted)
-		b.line.push(expected{kind: 'c'})
+	if gone, p := b.known.add(st, s.g.clock.Load()); p != nil {
+		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Close, 'S', gone)
+		b.line.push(expected{kind: 'c', name: gone, gone: p})
 	}
 }
 
@@ -529,7 +530,7 @@ func (s *session) inject(b *backend, st *statement) {
 func (s *session) ensure(b *backend, st *statement) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := b.known.find(st)
+	p := b.known.fresh(st)
 	if st.sql == nil || p != nil && !p.shape.lacks(st.shape) {
 		return p == nil || !p.shape.contradicts(st.shape)
 	}
@@ -538,7 +539,7 @@ func (s *session) ensure(b *backend, st *statement) bool {
 		s.inject(b, st)
 		p = b.known.find(st)
 	}
-	ask := p.shape.lacks(st.shape)
+	ask := p.shape.lacks(st.shape) && !b.line.skips // What is passed over is not answered.
 	if ask {
 		s.scratch = pgwire.AppendTarget(s.scratch, pgwire.Describe, 'S', st.name)
 		s.scratch = pgwire.AppendHeader(s.scratch, pgwire.Flush, 0)
@@ -576,10 +577,12 @@ func (s *session) undo(e expected) {
 		if e.st != nil {
 			s.b.known.drop(e.st)
 		}
-		fallthrough
-	case 'r':
 		if e.st != nil && e.kind != 'p' && s.statements[e.name] == e.st {
 			delete(s.statements, e.name)
+		}
+	case 'c':
+		if e.gone != nil {
+			s.b.known.restore(e.name, e.gone)
 		}
 	case 'D':
 		s.compared(e.st)
@@ -964,11 +967,7 @@ func (s *session) lose(b *backend, cause error) {
 		default:
 			why = "a transaction is open"
 		}
-		told := lost(b.target, why, cause.Error())
-		if s.keeps() && s.flight.doubtful() {
-			told.Code, told.Message = codeUnknown, told.Message+", and nobody can say now whether what it was doing was committed"
-		}
-		_ = s.w.Write(report(told))
+		_ = s.w.Write(report(lost(b.target, why, cause.Error())))
 	}
 	if s.keeps() {
 		s.g.endOrphan(s.doubt(&loss{target: b.target, pid: b.pid, since: b.started}))

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"slices"
+	"time"
 
 	"github.com/duri-io/duri/pgwire"
 )
@@ -13,11 +14,17 @@ type flight struct {
 	torn     bool   // some of it was too long to be kept
 	segments []segment
 	answered int   // of segments: the client has their ReadyForQuery
+	seen     int   // with hidden: where in log the client's own wait begins
 	hidden   int   // ReadyForQuery to come that the client has already had, from a server that was lost
 	strange  bool  // another server has answered otherwise
 	base     int64 // s.w's total where the answer to the first unanswered segment begins
 
 	names []naming
+
+	// For transactions that may be run again although the client has seen some of their answers.
+	sum   uint64    // over what the client has got of the first unanswered segment; of the backend's goroutine
+	sums  []uint64  // of segments that it got from a server that was lost; hidden of them are to come again
+	began time.Time // the oldest segment
 
 	status byte   // of the transaction before the first unanswered segment
 	simple bool   // what is about to commit came as a Query
@@ -35,13 +42,14 @@ type naming struct {
 
 // segment is what a client sends up to one ReadyForQuery.
 type segment struct {
-	start  int  // in log
-	does   deed // of its statements together
-	some   bool // it has one
-	sent   bool // to a server, at least in part
-	ended  bool // the client has sent the message that asks for ReadyForQuery
-	closed bool // and it was sent on
-	fed    bool // all data of a COPY are sent
+	start  int    // in log
+	does   deed   // of its statements together
+	some   bool   // it has one
+	sent   bool   // to a server, at least in part
+	ended  bool   // the client has sent the message that asks for ReadyForQuery
+	closed bool   // and it was sent on
+	fed    bool   // all data of a COPY are sent
+	sum    uint64 // over its answer
 	ltxid  []byte
 	began  bool // one of its statements is BEGIN
 	count  int  // of its statements
@@ -61,6 +69,9 @@ const (
 func (f *flight) open() *segment {
 	if n := len(f.segments); n > 0 && !f.segments[n-1].closed {
 		return &f.segments[n-1]
+	}
+	if len(f.segments) == 0 {
+		f.began = time.Now()
 	}
 	f.segments = append(f.segments, segment{start: len(f.log)})
 	return &f.segments[len(f.segments)-1]
@@ -155,8 +166,11 @@ func (f *flight) certain() (status byte, ok bool) {
 
 // ready notes a ReadyForQuery for the client; total is s.w's, behind it.
 func (f *flight) ready(status byte, total int64) {
+	if f.answered < len(f.segments) {
+		f.segments[f.answered].sum = f.sum
+	}
 	f.answered++
-	f.status, f.base = status, total
+	f.status, f.base, f.sum = status, total, 0
 	if status != pgwire.Idle {
 		return
 	}
@@ -189,6 +203,18 @@ func (f *flight) forget() {
 	f.answered, f.torn = 0, false
 }
 
+// replayMax is how many statements a transaction may have that is run again as a whole, and replayFor how long it may have been
+// open.
+const (
+	replayMax = 64
+	replayFor = 5 * time.Second
+)
+
+// replayable reports that the open transaction is small enough to be run again as a whole.
+func (f *flight) replayable(now time.Time) bool {
+	return f.status == pgwire.InBlock && len(f.segments) <= replayMax && now.Sub(f.began) <= replayFor
+}
+
 // onlyBegun reports that the open transaction has run nothing yet.
 func (f *flight) onlyBegun() bool {
 	return f.status == pgwire.InBlock && f.answered == 1 && f.segments[0].does == begins && f.segments[0].count <= 1
@@ -200,16 +226,6 @@ func (f *flight) unanswered() []byte {
 		return nil
 	}
 	return f.log[f.segments[f.answered].start:]
-}
-
-// doubtful reports that something of what is under way may have been committed.
-func (f *flight) doubtful() bool {
-	for _, s := range f.outstanding() {
-		if s.committing || s.sent && (s.does == tangled || s.does == commits || f.status == pgwire.Idle && (s.does == opaque || s.does == copies)) {
-			return true
-		}
-	}
-	return false
 }
 
 // course is how a session goes on when its server is lost.

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -90,11 +91,15 @@ func (b *backend) answer() error {
 		}
 		s, q := b.owner.Load(), b.asking.Load()
 		b.part = true
-		if s != nil && b.r.Left() <= pgwire.BufferSize && s.holds() {
+		if s != nil && b.r.Left() <= pgwire.BufferSize && s.keeps() {
 			// All of it, because half a message that the client has got cannot be taken back.
 			b.part = false
-			if _, err := b.r.Peek(b.r.Left()); err != nil {
+			body, err := b.r.Peek(b.r.Left())
+			if err != nil {
 				return err
+			}
+			if s.replays && !b.own && q == nil && counts(typ) {
+				s.flight.sum = hash(hash(cmp.Or(s.flight.sum, hashStart), []byte{typ}), body)
 			}
 		}
 		switch {
@@ -192,10 +197,6 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 	}
 	if next := b.line.next(); next.missing && e.Code == codeMissing {
 		send = func(w *pgwire.Writer) error { return w.Write(missing(e, next.name)) }
-	}
-	if e.Code == codeUnsupported && e.Routine == "RevalidateCachedQuery" {
-		// This statement is of no use to anybody any more: who prepares the same anew gets another.
-		b.pool.generation.Add(1)
 	}
 	b.line.answer(pgwire.ErrorResponse, s.undo)
 	b.own, s.flight.failed = false, true
@@ -297,6 +298,26 @@ func (b *backend) hear(s *session, q *question, typ byte) error {
 	return nil
 }
 
+// counts reports that a message is a part of the answer to a statement, as a client sees it. What says that a message of the
+// protocol was understood may be in another order when statements are known to the server.
+func counts(typ byte) bool {
+	switch typ {
+	case pgwire.DataRow, pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended, pgwire.ErrorResponse:
+		return true
+	}
+	return false
+}
+
+// sameAsBefore compares the answer to a segment that was run again with what the client has got the first time. mu is held.
+func (s *session) sameAsBefore() bool {
+	f := &s.flight
+	if i := len(f.sums) - f.hidden; s.replays && f.sums[i] != f.sum {
+		return false
+	}
+	f.hidden--
+	return true
+}
+
 // deliver hands an answer to the client. It flushes when no further one is there, unless answers are held back.
 func (b *backend) deliver(s *session, typ byte) (err error) {
 	switch typ {
@@ -329,6 +350,7 @@ func (b *backend) settle(s *session, typ byte) error {
 	var v verdict
 	switch typ {
 	case pgwire.ParameterDescription, pgwire.RowDescription, pgwire.NoData:
+		s.seeTypes(b, typ)
 		v = b.describe(s, typ)
 	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
 		s.eager.Store(true) // The client has to send something before there is more.
@@ -345,8 +367,6 @@ func (b *backend) settle(s *session, typ byte) error {
 		return errUnexplained
 	case v == swallow || s.flight.hidden > 0:
 		return nil
-	case v == asParse:
-		return s.w.Write(parseComplete)
 	}
 	if typ == pgwire.CommandComplete {
 		s.flight.tag = s.w.Total()
@@ -388,10 +408,7 @@ func (b *backend) describe(s *session, typ byte) verdict {
 	return v
 }
 
-var (
-	parseComplete  = pgwire.AppendMessage(nil, pgwire.ParseComplete, nil)
-	errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
-)
+var errUnexplained = errors.New("the server sent an answer that does not fit what it was sent")
 
 // completed looks for the end of statements that take the backend's prepared statements away.
 func (b *backend) completed(s *session) {
@@ -422,7 +439,7 @@ func (b *backend) ready(s *session) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := b.line.answer(pgwire.ReadyForQuery, nil)
+	v := b.line.answer(pgwire.ReadyForQuery, s.undo)
 	if v == unexplained {
 		return errUnexplained
 	}
@@ -433,7 +450,9 @@ func (b *backend) ready(s *session) error {
 		}
 		return nil
 	}
-	b.answered(s, status)
+	if s.flight.hidden == 0 {
+		b.tally(s, status)
+	}
 	b.atRest = status == pgwire.Idle && b.line.empty()
 	if s.keeps() && b.atRest && s.probe && !s.writing && s.flight.hidden == 0 {
 		// Until it is known what the session has become, it is not told: it could not go on elsewhere.
@@ -445,8 +464,10 @@ func (b *backend) ready(s *session) error {
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err
 		}
-	} else {
-		s.flight.hidden--
+	} else if !s.sameAsBefore() {
+		s.flight.strange = true
+		_ = b.conn.Close() // and its goroutine ends
+		return nil
 	}
 	s.answered(status)
 	// Under mu, because afterwards the session's goroutine may make another backend the one that writes to the client.

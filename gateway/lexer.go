@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"slices"
 	"strings"
 )
 
@@ -432,7 +433,10 @@ func (t *text) statement(l *lexer, first token, only bool) {
 	switch string(w) {
 	case "set":
 		t.set(&ahead)
-	case "do", "call", "execute":
+	case "do":
+		t.probe, t.dirty = true, true
+		t.code(&ahead)
+	case "call", "execute":
 		t.probe, t.dirty = true, true
 	case "reset", "discard", "listen", "unlisten", "declare", "close":
 		t.probe = true
@@ -488,8 +492,42 @@ func (t *text) set(l *lexer) {
 	for next := l.next(); next.kind == '.'; next = l.next() {
 		parts = append(parts, string(l.word(l.next())))
 	}
-	if len(parts) > 1 {
-		t.customs = append(t.customs, strings.ToLower(strings.Join(parts, ".")))
+	if name := strings.ToLower(strings.Join(parts, ".")); strings.Contains(name, ".") { // one "name" may hold it as well
+		t.customs = append(t.customs, name)
+	}
+}
+
+// code judges the code in the strings of a DO, as far as it names parameters.
+func (t *text) code(l *lexer) {
+	for tok := l.next(); tok.kind != tokEnd && tok.kind != ';'; tok = l.next() {
+		if tok.kind != tokString {
+			continue
+		}
+		body := l.src[tok.start:tok.end]
+		if i := bytes.IndexByte(body[1:], '$'); body[0] == '$' && i >= 0 {
+			body = body[i+2:]
+		} else {
+			body = bytes.ReplaceAll(bytes.TrimLeft(body, "eE'"), []byte("''"), []byte("'"))
+		}
+		inner := readText(body, l.escapes)
+		for words := (lexer{src: body, escapes: l.escapes}); ; {
+			w := words.next()
+			if w.kind == tokEnd {
+				break
+			}
+			if w.kind == tokWord && string(words.word(w)) == "set" {
+				ahead := words
+				inner.set(&ahead)
+			}
+		}
+		for _, name := range inner.customs {
+			if !slices.Contains(t.customs, name) {
+				t.customs = append(t.customs, name)
+			}
+		}
+		if t.pin == "" {
+			t.pin = inner.pin
+		}
 	}
 }
 

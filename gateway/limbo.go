@@ -149,7 +149,7 @@ func (l *limbo) extended(typ byte, body []byte, does deed) []byte {
 func settle(sent []expected) (out []byte, ok bool) {
 	for _, e := range sent {
 		switch e.kind {
-		case 'P', 'r':
+		case 'P':
 			out = pgwire.AppendMessage(out, pgwire.ParseComplete, nil)
 		case 'B':
 			out = pgwire.AppendMessage(out, pgwire.BindComplete, nil)

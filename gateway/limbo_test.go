@@ -109,7 +109,8 @@ func TestLimboAnswersAsPostgreSQL(t *testing.T) {
 		before := []string{"known", "alsoknown"}
 		for _, m := range []clientMessage{
 			queryMessage("DEALLOCATE ALL"), parseMessage("known", "SELECT 1"), parseMessage("alsoknown", "ROLLBACK"),
-			{typ: pgwire.Sync}, queryMessage("BEGIN"), queryMessage("SELECT 1/0"),
+			{typ: pgwire.Sync},
+			queryMessage("BEGIN"), queryMessage("SELECT 1/0"),
 		} {
 			send(m)
 		}

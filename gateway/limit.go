@@ -21,11 +21,12 @@ type Limits struct {
 	Strict              bool
 	LoginRate           int
 	Admins              []string
+	Replay              []string
 }
 
 // limitsOf takes the limits out of a configuration.
 func limitsOf(cfg *Config) Limits {
-	return Limits{cfg.ClientsMax, cfg.PoolMax, cfg.HoldMax, cfg.IdleMax, cfg.Strict, cfg.LoginRate, cfg.Admins}
+	return Limits{cfg.ClientsMax, cfg.PoolMax, cfg.HoldMax, cfg.IdleMax, cfg.Strict, cfg.LoginRate, cfg.Admins, cfg.Replay}
 }
 
 // complete fills in the defaults.
@@ -35,7 +36,7 @@ func (l Limits) complete() *Limits {
 	l.HoldMax = cmp.Or(l.HoldMax, 15*time.Second)
 	l.IdleMax = cmp.Or(l.IdleMax, 10*time.Minute)
 	l.LoginRate = cmp.Or(l.LoginRate, 1000)
-	l.Admins = slices.Clone(l.Admins)
+	l.Admins, l.Replay = slices.Clone(l.Admins), slices.Clone(l.Replay)
 	return &l
 }
 

@@ -7,7 +7,6 @@ import "github.com/duri-io/duri/pgwire"
 //	Q query, F function call            until ReadyForQuery
 //	S sync                              ReadyForQuery
 //	P parse, p parse of our own         ParseComplete, which the client does not see of our own
-//	r close in the place of a parse     CloseComplete, which the client sees as ParseComplete
 //	B bind                              BindComplete
 //	T describe statement, O portal      RowDescription or NoData
 //	D describe statement of our own     the same, which the client does not see
@@ -16,7 +15,7 @@ import "github.com/duri-io/duri/pgwire"
 //	E execute                           CommandComplete, EmptyQueryResponse or PortalSuspended
 //	b bind of our own                   BindComplete, which the client does not see
 //	m execute of our own                DataRow and CommandComplete, which the client does not see
-//	q query of our own, before w        until ReadyForQuery, which the client does not see
+//	q query or sync of our own          until ReadyForQuery, which the client does not see
 //	w query of the client in a block    until ReadyForQuery, which alone the client does not see
 //	  of our own
 //	z query of our own, after w         CommandComplete, which the client does not see, and ReadyForQuery
@@ -24,8 +23,9 @@ import "github.com/duri-io/duri/pgwire"
 //	d copy data, x end of copy data     none
 type expected struct {
 	kind byte
-	st   *statement // P, p, r, C, T, O, D
-	name string     // P, r, C, and B, T of one that is missing: what the client calls it
+	st   *statement   // P, p, C, T, O, D
+	name string       // P, C, and B, T of one that is missing: what the client calls it; c: what the server does
+	gone *preparation // c: what is closed
 
 	changed bool // B, T: made to fail, because the statement is not what it was
 	missing bool // B, T: fails, because the client has no such statement
@@ -39,7 +39,6 @@ type verdict int
 const (
 	forward     verdict = iota
 	swallow             // the client did not ask
-	asParse             // forward as ParseComplete
 	unexplained         // nothing was sent that this answers
 )
 
@@ -49,6 +48,7 @@ type line struct {
 	sent   []expected
 	first  int  // sent[first:] is the line
 	copyIn bool // the first is an Execute that reads CopyData
+	skips  bool // after an error, the server passes over everything up to a Sync that was not sent yet
 }
 
 func (l *line) empty() bool { return l.first == len(l.sent) }
@@ -110,7 +110,7 @@ func (l *line) popAll() {
 }
 
 // answer takes the type of a message from the server. It calls undo for each message that the server did not carry out
-// because of an error.
+// because of an error, the last one first.
 func (l *line) answer(typ byte, undo func(expected)) verdict {
 	head := l.head()
 	switch typ {
@@ -119,11 +119,7 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 	case pgwire.BindComplete:
 		return l.take(head == 'B' || head == 'b', head == 'b')
 	case pgwire.CloseComplete:
-		v := l.take(head == 'C' || head == 'c' || head == 'r', head == 'c')
-		if head == 'r' {
-			return asParse
-		}
-		return v
+		return l.take(head == 'C' || head == 'c', head == 'c')
 	case pgwire.ParameterDescription:
 		if head == 'D' {
 			return swallow
@@ -151,6 +147,11 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 	case pgwire.ErrorResponse:
 		l.fail(head, undo)
 	case pgwire.ReadyForQuery:
+		if l.skips {
+			l.skips = false
+			l.drop(undo)
+			head = l.head()
+		}
 		own := head == 'q' || head == 'w'
 		return l.take(own || head == 'Q' || head == 'F' || head == 'S' || head == 'z', own)
 	}
@@ -182,7 +183,7 @@ func (l *line) execute() {
 	}
 }
 
-// fail pops what an error takes with it: in the extended protocol all up to the next Sync.
+// fail pops what an error takes with it: in the extended protocol all up to the next Sync, which may be still to come.
 func (l *line) fail(head byte, undo func(expected)) {
 	switch head {
 	case 0, 'Q', 'F', 'S', 'q', 'w', 'z':
@@ -190,12 +191,27 @@ func (l *line) fail(head byte, undo func(expected)) {
 	}
 	if l.copyIn && l.marked() {
 		// It had read up to some of the data; Syncs before them were ignored.
-		for e := l.pop(); e.kind != 'd' && e.kind != 'x'; e = l.pop() {
-			undo(e)
+		for i := l.first; l.sent[i].kind != 'd' && l.sent[i].kind != 'x'; i++ {
+			if l.sent[i].kind == 'S' {
+				l.sent[i].kind = 'd'
+			}
 		}
 	}
-	for !l.empty() && l.head() != 'S' {
-		undo(l.pop())
+	l.drop(undo)
+	l.skips = l.empty()
+}
+
+// drop pops all up to the next Sync, the client's or our own.
+func (l *line) drop(undo func(expected)) {
+	end := l.first
+	for end < len(l.sent) && l.sent[end].kind != 'S' && l.sent[end].kind != 'q' {
+		end++
+	}
+	for i := end - 1; i >= l.first; i-- {
+		undo(l.sent[i])
+	}
+	for range end - l.first {
+		l.pop()
 	}
 }
 

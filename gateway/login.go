@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/duri-io/duri/pgwire"
@@ -133,6 +134,9 @@ func (s *session) identify(start *pgwire.Startup) error {
 	if s.who.Database = start.Get("database"); s.who.Database == "" {
 		s.who.Database = s.who.User
 	}
+	if s.who.Database == adminAlias {
+		s.who.Database = AdminDatabase
+	}
 	for _, p := range start.Params {
 		if p.Name == homeParam {
 			s.home = p.Value // for the gateway only
@@ -186,6 +190,7 @@ func (s *session) authenticate(v *scram.Verifier) error {
 	if err != nil {
 		return fatalError(codeProtocol, err.Error(), "", "")
 	}
+	s.replays = s.keeps() && slices.Contains(s.g.lim().Replay, s.who.User)
 	return s.w.Write(pgwire.AppendAuth(pgwire.AppendAuth(nil, pgwire.AuthSASLFinal, reply), pgwire.AuthOK, nil))
 }
 

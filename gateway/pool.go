@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -20,10 +19,6 @@ type pool struct {
 	key   poolKey
 	tally tallyKey
 	used  time.Time // guarded by Server.mu
-
-	// generation goes into the names of statements; it is raised when those that are there cannot be used any more. Pools of the
-	// same login have it in common: who prepares anew at one server is moved to another.
-	generation *atomic.Uint64
 
 	mu      sync.Mutex // guards the rest; nothing is locked and nobody waited for under it
 	idle    []*backend // the one used last is the last
@@ -45,13 +40,8 @@ func (g *Server) pool(t Target, who *Login) *pool {
 	defer g.mu.Unlock()
 	p := g.pools[key]
 	if p == nil {
-		p = &pool{g: g, key: key, tally: tallyKey{who.Database, who.User, t.Site}, all: map[*backend]struct{}{}, generation: new(atomic.Uint64)}
+		p = &pool{g: g, key: key, tally: tallyKey{who.Database, who.User, t.Site}, all: map[*backend]struct{}{}}
 		p.paused = g.pausedNow(who.Database)
-		for other := range g.pools {
-			if other.login == key.login {
-				p.generation = g.pools[other].generation
-			}
-		}
 		g.pools[key] = p
 	}
 	p.used = time.Now()

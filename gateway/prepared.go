@@ -18,7 +18,8 @@ type statement struct {
 	key       string // what makes it equal to another's
 	sql, oids []byte // nil: too long to be held; the session stays at the backend that has it
 	effects   text
-	shape     shape // as the client knows it
+	shape     shape  // as the client knows it
+	born      uint64 // the Server's clock when the client prepared it
 }
 
 // shape is what a server has said of a statement's parameters and of its result: a hash each, 0 for unknown. Clients read
@@ -36,13 +37,12 @@ func (a shape) lacks(b shape) bool {
 	return a.parameters == 0 && b.parameters != 0 || a.columns == 0 && b.columns != 0
 }
 
-// note takes a description of typ; what is known already stays.
+// note takes a description of typ; what is known already stays. That there are no columns is no knowledge: a FETCH has some when
+// its cursor is there.
 func (a *shape) note(typ byte, body []byte) {
 	switch {
 	case typ == pgwire.ParameterDescription && a.parameters == 0:
 		a.parameters = hash(hashStart, body)
-	case typ == pgwire.NoData && a.columns == 0:
-		a.columns = hashStart
 	case typ == pgwire.RowDescription && a.columns == 0:
 		a.columns = columnsHash(body)
 	}
@@ -116,6 +116,7 @@ type known struct {
 type preparation struct {
 	key   string
 	shape shape
+	made  uint64 // the Server's clock when it was sent
 	used  uint64 // the clock when it was used last
 }
 
@@ -136,27 +137,39 @@ func (k *known) find(st *statement) *preparation {
 	return p
 }
 
-// add notes a statement and gives the name of one that must be closed for it, if any.
-func (k *known) add(st *statement) (evicted string) {
+// fresh gives a statement's preparation if it is not older than the statement. What was prepared before may have been made for
+// tables and types as they were then; the client has asked for it as they are.
+func (k *known) fresh(st *statement) *preparation {
+	if p := k.find(st); p != nil && p.made >= st.born {
+		return p
+	}
+	return nil
+}
+
+// add notes a statement that is sent now. It gives the server's name of one that must be closed for it before, if any: of the
+// same name, or the one whose last use is longest ago.
+func (k *known) add(st *statement, now uint64) (gone string, p *preparation) {
 	if st.name == "" {
-		k.unnamed = preparation{key: st.key}
-		return ""
+		k.unnamed = preparation{key: st.key, made: now}
+		return "", nil
 	}
 	if k.named == nil {
 		k.named = map[string]*preparation{}
 	}
-	if len(k.named) >= statementsMax {
+	if p = k.named[st.name]; p != nil {
+		gone = st.name
+	} else if len(k.named) >= statementsMax {
 		oldest := k.clock + 1
-		for name, p := range k.named {
-			if p.used < oldest {
-				evicted, oldest = name, p.used
+		for name, q := range k.named {
+			if q.used < oldest {
+				gone, p, oldest = name, q, q.used
 			}
 		}
-		delete(k.named, evicted)
+		delete(k.named, gone)
 	}
 	k.clock++
-	k.named[st.name] = &preparation{key: st.key, used: k.clock}
-	return evicted
+	k.named[st.name] = &preparation{key: st.key, made: now, used: k.clock}
+	return gone, p
 }
 
 func (k *known) drop(st *statement) {
@@ -164,5 +177,12 @@ func (k *known) drop(st *statement) {
 		k.unnamed = preparation{}
 	} else {
 		delete(k.named, st.name)
+	}
+}
+
+// restore notes that a statement was not closed.
+func (k *known) restore(name string, p *preparation) {
+	if k.named != nil { // else all were taken away meanwhile
+		k.named[name] = p
 	}
 }

@@ -35,10 +35,12 @@ type recovery struct {
 	wants  bool   // it waits for answers
 	// heldReady: the server is ready, which the client is told when the session's state is read.
 	heldReady bool
-	last      string // site of the latest transaction
-	home      string // the site that the client has asked for
+	last      string   // site of the latest transaction
+	home      string   // the site that the client has asked for
+	types     []uint32 // user types that it has seen or named
 
-	eager atomic.Bool // answers are not held back: the client waits for them
+	replays bool        // the role's transactions may be run again as a whole
+	eager   atomic.Bool // answers are not held back: the client waits for them
 
 	// Of the session's goroutine.
 	salt, marked uint64         // of its marks
@@ -46,9 +48,10 @@ type recovery struct {
 	rerun        *bytes.Reader  // what is handled again, behind r
 }
 
-// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. mu is held.
+// survivable reports that the loss of the session's backend b is for the session's goroutine to see to. A client that takes nothing
+// any more has lost its own connection, and nothing runs again for it. mu is held.
 func (s *session) survivable(b *backend) bool {
-	return s.keeps() && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
+	return s.keeps() && s.w.Err() == nil && !b.fatal && (b.asking.Load() == nil || s.heldReady) && !s.ending.Load()
 }
 
 // errLoss makes the session's goroutine see to the loss of its server.
@@ -71,8 +74,8 @@ func (s *session) unpark() (woken bool) {
 		return false
 	}
 	s.poked = false
-	_ = s.conn.SetReadDeadline(time.Time{}) // it may have ended
-	if s.g.ending.Load() {                  // The deadline that was to wake us may be the one that we have just taken away.
+	_ = s.conn.SetReadDeadline(time.Time{})   // it may have ended
+	if s.g.ending.Load() || s.killed.Load() { // The deadline that was to wake us may be the one that we have just taken away.
 		_ = s.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 	return true
@@ -152,7 +155,8 @@ func (s *session) recover(ctx context.Context) error {
 	s.loss, s.writing = nil, false
 	f := &s.flight
 	delivered := s.w.Sent() > f.base
-	how := f.decide(delivered, false)
+	replay := s.replays && f.replayable(time.Now())
+	how := f.decide(delivered, replay)
 	f.strange = false
 	d := s.doubt(l)
 	l.under = len(f.outstanding()) > 0
@@ -176,7 +180,7 @@ func (s *session) recover(ctx context.Context) error {
 	if how == asks {
 		return s.resolve(ctx, l, d)
 	}
-	if how != unknown && (block || l.under || l.pinned != "") {
+	if l.pinned != "" || block || l.under {
 		s.g.endOrphan(d)
 	}
 	if l.pinned != "" && how != unknown {
@@ -223,6 +227,7 @@ func (g *Server) endOrphan(d Doubt) {
 // resolve learns what became of a commit whose answer was lost.
 func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 	if len(d.LTXID) == 0 { // It was asked for its id, and had none.
+		s.g.endOrphan(d)
 		return s.committed(l, d)
 	}
 	asking, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
@@ -240,11 +245,12 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		s.mu.Lock()
 		status, delivered := s.flight.status, s.w.Sent() > s.flight.base
 		torn := s.flight.torn
+		replay := s.replays && s.flight.replayable(time.Now())
 		s.mu.Unlock()
 		if l.pinned != "" {
 			return lost(l.target, l.pinned, why+" Its transaction was rolled back.")
 		}
-		if status == pgwire.Idle && !delivered && !torn {
+		if (status == pgwire.Idle || replay) && !delivered && !torn {
 			return s.runAgain()
 		}
 		return s.enterLimbo(errRolledBack(l.target, why), false)
@@ -268,6 +274,8 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.unsettled, s.portal = false, nil
 	clear(s.portals)
 	left := slices.Clone(s.flight.unanswered())
+	s.unname(0)
+	s.flight.forget()
 	s.mu.Unlock()
 	if changed {
 		return errSettings(l)
@@ -303,7 +311,13 @@ func (s *session) runAgain() error {
 	}
 	left := slices.Clone(f.log)
 	s.unname(0)
-	f.hidden = max(f.hidden, f.answered)
+	if f.answered >= f.hidden { // else it is what was to come again the last time
+		f.sums = f.sums[:0]
+		for _, seg := range f.segments[:f.answered] {
+			f.sums = append(f.sums, seg.sum)
+		}
+		f.hidden, f.seen = f.answered, len(f.log)-len(f.unanswered())
+	}
 	f.forget()
 	f.status, f.xid = pgwire.Idle, 0
 	f.base = s.w.Total()
@@ -325,6 +339,11 @@ func (s *session) enterLimbo(owed *pgwire.Error, block bool) error {
 	f := &s.flight
 	if s.w.Sent() <= f.base {
 		s.w.CutBack(f.base)
+	}
+	if f.hidden > 0 {
+		// What the client has had the answers of is not answered again.
+		f.log = append(f.log, s.stopHandlingAgain()...)
+		f.segments, f.answered = []segment{{start: f.seen}}, 0
 	}
 	under := f.outstanding()
 	if f.torn && len(under) > 1 {
@@ -369,18 +388,23 @@ func errRolledBackForGood(owed *pgwire.Error) error {
 
 // handleAgain puts messages before those that the client sends now.
 func (s *session) handleAgain(messages []byte) {
-	if s.rerun != nil { // what is left of the last time
-		rest := s.rerun.Len() + s.r.Buffered() - s.r.Left()
-		all := make([]byte, rest)
-		_, _ = s.rerun.ReadAt(all, s.rerun.Size()-int64(rest)) // memory
-		messages = append(messages, all...)
-		s.r.Drop()
-	}
+	messages = append(messages, s.stopHandlingAgain()...) // what is left of the last time
 	s.rerun = bytes.NewReader(messages)
 	s.r = pgwire.NewReader(s.rerun)
 	if len(messages) == 0 {
 		s.handledAgain()
 	}
+}
+
+// stopHandlingAgain gives what is to be handled again and was not yet.
+func (s *session) stopHandlingAgain() []byte {
+	if s.rerun == nil {
+		return nil
+	}
+	rest := make([]byte, s.rerun.Len()+s.r.Buffered()-s.r.Left())
+	_, _ = s.rerun.ReadAt(rest, s.rerun.Size()-int64(len(rest))) // memory
+	s.handledAgain()
+	return rest
 }
 
 // handledAgain goes back to what the client sends.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -351,6 +352,56 @@ func TestCourses(t *testing.T) {
 	} {
 		if got := c.f.decide(c.delivered, c.replay); got != c.want {
 			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
+}
+
+// TestOpenTransactionsAreRunAgain: with Replay a client does not notice that its transaction has begun anew, unless it would come
+// out otherwise.
+func TestOpenTransactionsAreRunAgain(t *testing.T) {
+	c := markable(t)
+	relay := newCutter(t, fmt.Sprintf("127.0.0.1:%d", c.Port()))
+	k := &knowing{c: c}
+	r := &routes{targets: []Target{{Site: "a", Network: "tcp", Address: relay.l.Addr().String()}}}
+	_, addr := serve(t, Config{Mode: TransactionMode, Router: r, Sites: k, Replay: []string{appUser}}, c)
+	for i, mode := range []string{"", "default_query_exec_mode=simple_protocol"} {
+		conn := open1(t, dsn(addr, mode))
+		err := pgx.BeginFunc(t.Context(), conn, func(tx pgx.Tx) error {
+			for seq := range 20 {
+				var back int
+				if err := tx.QueryRow(t.Context(), "INSERT INTO ledger VALUES ($1, $2) RETURNING seq", i, seq).Scan(&back); err != nil || back != seq {
+					return fmt.Errorf("%d, want %d: %w", back, seq, err)
+				}
+				switch {
+				case seq%7 == 3:
+					relay.cut()
+				case seq%7 == 5:
+					relay.after(int64(seq))
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("%s: %v", mode, err)
+		}
+		if n := count(t, c, fmt.Sprintf("client = %d", i)); n != "20" {
+			t.Errorf("%s: %s rows", mode, n)
+		}
+		relay.after(-1)
+
+		tx, err := conn.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var at time.Time
+		if err := tx.QueryRow(t.Context(), "SELECT clock_timestamp()").Scan(&at); err != nil {
+			t.Fatal(err)
+		}
+		relay.cut()
+		_, err = tx.Exec(t.Context(), "INSERT INTO ledger VALUES (99, 1)")
+		wantCode(t, mode+": what the client has seen would be another time", err, "40001", "site a")
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"container/list"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -64,6 +65,8 @@ type Wish struct {
 	Home string
 	// Last is the site of the session's latest transaction; empty: it has had none.
 	Last string
+	// Types are OIDs of user types that the session has seen, or named, until now.
+	Types []uint32
 }
 
 // Router says which server the next session, or in TransactionMode the next transaction, goes to. It is called often and
@@ -94,8 +97,8 @@ type Config struct {
 	// Admit is asked before each login; an error refuses it, as 53400, with its HintText if it has one. It is where rates
 	// are limited. nil admits everybody.
 	Admit func(client net.Addr, user string) error
-	// ClientsMax is how many connections of clients there may be at once (1000), CancelsMax how many requests to cancel
-	// are under way at once (50); more are refused or dropped.
+	// ClientsMax is how many clients there may be at once (1000), and how many connections that have not logged in yet: the oldest
+	// of those is closed for a new one. CancelsMax is how many requests to cancel are under way at once (50); more are dropped.
 	ClientsMax, CancelsMax int
 	// LoginMax bounds a client's login, and the login at a server, each (1 minute).
 	LoginMax time.Duration
@@ -110,6 +113,9 @@ type Config struct {
 	// LoginRate is how many logins per second an address may have in the long run (1000), ten times as many at once. Wrong
 	// passwords are limited apart, per address and user.
 	LoginRate int
+	// Replay, with Sites, are the roles whose open transactions are run again at another site when theirs is lost, if all that
+	// the client has seen of them comes out the same. Others get 40001.
+	Replay []string
 	// Admins are the roles that may use the database AdminDatabase, which is the gateway's own; Databases are those that its
 	// commands know before a client has used them. Version says what runs.
 	Admins, Databases []string
@@ -132,13 +138,16 @@ type Server struct {
 	shut     string     // why it is shut; empty: it is open
 	total    int64      // connections that were let in
 	sessions map[uint32]*session
-	conns    map[net.Conn]struct{}
-	pools    map[poolKey]*pool
-	nextPID  uint32
-	ending   atomic.Bool // set under mu
+	conns    map[net.Conn]*list.Element // in strangers, until they have logged in
+	// strangers are connections that have not logged in, the oldest first.
+	strangers list.List
+	pools     map[poolKey]*pool
+	nextPID   uint32
+	ending    atomic.Bool // set under mu
 
 	backends    sync.WaitGroup // goroutines of pooled backends
 	lastID      atomic.Uint64  // of sessions
+	clock       atomic.Uint64  // of preparing: counts what clients prepare
 	incarnation uint64         // random; part of the marks of transactions
 
 	limits   atomic.Pointer[Limits]
@@ -183,7 +192,7 @@ func NewServer(cfg Config) (*Server, error) {
 	}
 	g := &Server{
 		cfg: cfg, shut: justStarted, mock: make([]byte, 32), cancels: make(chan struct{}, cfg.CancelsMax),
-		sessions: map[uint32]*session{}, conns: map[net.Conn]struct{}{}, pools: map[poolKey]*pool{},
+		sessions: map[uint32]*session{}, conns: map[net.Conn]*list.Element{}, pools: map[poolKey]*pool{},
 		floods: floods{log: cfg.Log}, began: time.Now(),
 		ops: newOps(), clients: map[*session]struct{}{}, kept: map[tallyKey]Counts{}, tallies: map[tallyKey]*tally{},
 	}
@@ -247,7 +256,14 @@ func (g *Server) add(c net.Conn) bool {
 		_ = c.Close()
 		return false
 	}
-	g.conns[c] = struct{}{}
+	// Whoever does not log in must not keep those out who do. A login takes a moment only, so the oldest stranger is the one that
+	// is least likely to become a client.
+	if g.strangers.Len() >= g.lim().ClientsMax {
+		oldest := g.strangers.Remove(g.strangers.Front()).(net.Conn)
+		g.conns[oldest] = nil
+		_ = oldest.Close() // and its goroutine ends
+	}
+	g.conns[c] = g.strangers.PushBack(c)
 	return true
 }
 
@@ -255,6 +271,9 @@ func (g *Server) remove(c net.Conn) {
 	_ = c.Close()
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if e := g.conns[c]; e != nil {
+		g.strangers.Remove(e)
+	}
 	delete(g.conns, c)
 }
 
@@ -333,16 +352,18 @@ func (g *Server) admit(database string) error {
 	switch {
 	case g.ending.Load():
 		return errShutdown
-	case database == AdminDatabase && len(g.conns) <= g.lim().ClientsMax+adminsMore:
+	case database == AdminDatabase && len(g.clients) < g.lim().ClientsMax+adminsMore:
 		return nil // Who looks after it is let in when it is shut or full.
 	case g.shut != "":
 		return fatalError(codeNoSite, shutOut+g.shut, "", shutHint)
-	case len(g.conns) > g.lim().ClientsMax:
-		return fatalError(codeTooMany, "the gateway has as many clients as it may", "", "try again, or raise the limit of clients")
+	case len(g.clients) >= g.lim().ClientsMax:
+		return errTooMany
 	}
 	g.total++
 	return nil
 }
+
+var errTooMany = fatalError(codeTooMany, "the gateway has as many clients as it may", "", "try again, or raise the limit of clients")
 
 // serve is a client's connection from its first byte to its last.
 func (g *Server) serve(ctx context.Context, raw net.Conn) {
@@ -365,16 +386,31 @@ func (g *Server) serve(ctx context.Context, raw net.Conn) {
 	}
 	ctx, s.kill = context.WithCancel(ctx)
 	defer s.kill()
-	g.enter(s)
+	if err := g.enter(s, raw); err != nil {
+		s.refuse(err)
+		return
+	}
 	defer g.leave(s)
 	s.run(ctx, loginCtx)
 }
 
-// enter notes that a client has logged in, and leave that it has left.
-func (g *Server) enter(s *session) {
+// enter notes that a client has logged in, and leave that it has left. While it did, others may have taken the last places.
+func (g *Server) enter(s *session, c net.Conn) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	most := g.lim().ClientsMax
+	if s.who.Database == AdminDatabase {
+		most += adminsMore
+	}
+	if len(g.clients) >= most {
+		return errTooMany
+	}
+	if e := g.conns[c]; e != nil {
+		g.strangers.Remove(e)
+		g.conns[c] = nil
+	}
 	g.clients[s] = struct{}{}
+	return nil
 }
 
 func (g *Server) leave(s *session) {

@@ -155,7 +155,7 @@ func (s *session) runAlone(ctx, loginCtx context.Context) {
 
 // route asks where to go now.
 func (s *session) route() (Target, error) {
-	target, err := s.g.cfg.Router.Route(&s.who, Wish{Home: s.home, Last: s.last})
+	target, err := s.g.cfg.Router.Route(&s.who, Wish{Home: s.home, Last: s.last, Types: s.types})
 	if err != nil {
 		return Target{}, fatalError(codeNoSite, err.Error(), "", hintOf(err))
 	}

@@ -153,6 +153,11 @@ func appendExecute(dst []byte) []byte {
 // all that was sent; first is what comes before the mark. Behind it only the commit is sent.
 func (s *session) mark(b *backend, first []byte) error {
 	s.mu.Lock()
+	if b.line.skips { // It would pass over the mark as well. Nothing is committed.
+		s.mu.Unlock()
+		_ = b.w.Write(first)
+		return nil
+	}
 	id := s.newLTXID()
 	s.flight.xid, s.flight.failed = 0, false
 	b.line.push(expected{kind: 'b'})
@@ -176,6 +181,21 @@ func (s *session) mark(b *backend, first []byte) error {
 		seg.ltxid = id
 	}
 	return nil
+}
+
+// resume lets a server go on that passes over everything because a mark has failed, where no Sync of the client is to come.
+func (s *session) resume(b *backend) (failed bool) {
+	s.mu.Lock()
+	failed = b.line.skips && s.flight.open().split
+	if failed {
+		b.line.push(expected{kind: 'q'})
+		s.sending(b)
+	}
+	s.mu.Unlock()
+	if failed {
+		_ = b.w.Write(pgwire.AppendHeader(s.scratch[:0], pgwire.Sync, 0))
+	}
+	return failed
 }
 
 // commitSync sends the Sync of a segment that writes outside a transaction, once its results are there.
@@ -241,6 +261,7 @@ func (s *session) commitWrapped(b *backend, body []byte) error {
 		if err := s.mark(b, s.scratch[:0]); err != nil {
 			return err
 		}
+		s.resume(b)
 		end = "COMMIT" // which is a ROLLBACK if the mark has failed
 	}
 	s.push(b, expected{kind: 'z'})
@@ -281,7 +302,7 @@ func (s *session) beforeCommit(b *backend) error {
 	}
 	s.mu.Lock()
 	wrote := s.flight.wrote()
-	if s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
+	if b.line.skips || s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
 		s.mu.Unlock()
 		return nil
 	}

@@ -83,13 +83,13 @@ func (s *session) start(b *backend) {
 
 // took counts what the client has sent until now. The session's mu is held, by its own goroutine.
 func (s *session) took(b *backend) {
-	n := s.r.Received()
+	n := s.client.Received()
 	b.counts.Received += n - s.received
 	s.received = n
 }
 
-// answered counts a ReadyForQuery. The session's mu is held, by the backend's goroutine.
-func (b *backend) answered(s *session, status byte) {
+// tally counts a ReadyForQuery. The session's mu is held, by the backend's goroutine.
+func (b *backend) tally(s *session, status byte) {
 	now := time.Now()
 	b.counts.Queries++
 	b.counts.QueryS += now.Sub(s.asked).Seconds()

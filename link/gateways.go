@@ -86,6 +86,8 @@ type Asked interface {
 	End(ctx context.Context, q FateQuestion) error
 	// Position is up to where, by site, all lies that can have been seen there until now.
 	Position(ctx context.Context, database string) ([]SitePosition, error)
+	// Facts are what must be the same at two sites for an open session to go on, as JSON.
+	Facts(ctx context.Context) ([]byte, error)
 	// Reach waits until that is visible here. Without positions, it waits for all that was received from the site gone.
 	Reach(ctx context.Context, database string, positions []SitePosition, gone string) error
 }
@@ -115,6 +117,17 @@ var errNoGateways = refuse(ErrFailed, "set gateway.mode to session or transactio
 
 // guest admits a caller that may be a gateway, and this site itself.
 func (g gatewayServer) guest(ctx context.Context, h *linkpb.Hello) error {
+	if err := g.known(ctx, h); err != nil {
+		return err
+	}
+	if g.s.c.Gateways == nil {
+		return errNoGateways
+	}
+	return nil
+}
+
+// known is guest without that the agent needs to have anything for gateways.
+func (g gatewayServer) known(ctx context.Context, h *linkpb.Hello) error {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return refuse(ErrSite, "", "the call has no peer")
@@ -126,13 +139,34 @@ func (g gatewayServer) guest(ctx context.Context, h *linkpb.Hello) error {
 	if _, err := pki.Peer(info.State); err != nil {
 		return refuse(ErrSite, "", "%v", err)
 	}
-	if _, err := g.s.speak(h); err != nil {
-		return err
+	_, err := g.s.speak(h)
+	return err
+}
+
+// Facts serves the call of this name; see ServerConfig.Facts.
+func (g gatewayServer) Facts(ctx context.Context, r *linkpb.FactsRequest) (*linkpb.FactsReply, error) {
+	if err := g.known(ctx, r.GetHello()); err != nil {
+		return nil, err
 	}
-	if g.s.c.Gateways == nil {
-		return errNoGateways
+	if g.s.c.Facts == nil {
+		return nil, refuse(ErrFailed, "", "the agent tells no facts")
 	}
-	return nil
+	ctx, cancel := g.s.untilStop(ctx)
+	defer cancel()
+	b, err := g.s.c.Facts(ctx)
+	if err != nil {
+		return nil, g.s.answer(err)
+	}
+	return &linkpb.FactsReply{Facts: b}, nil
+}
+
+// Facts asks for what must be the same at two sites for an open session to go on (package parity).
+func (c *Client) Facts(ctx context.Context) ([]byte, error) {
+	r, err := c.gateways.Facts(ctx, &linkpb.FactsRequest{Hello: c.hello()})
+	if err != nil {
+		return nil, c.fail(ctx, err)
+	}
+	return r.GetFacts(), nil
 }
 
 // Watch serves the call of this name; see Asked.

@@ -40,6 +40,8 @@ type ServerConfig struct {
 	// Status gives the site's status document; nil: the request is refused.
 	Status func(ctx context.Context) ([]byte, error)
 
+	// Facts gives what must be the same at two sites for an open session to go on; nil: the request is refused.
+	Facts func(ctx context.Context) ([]byte, error)
 	// Gateways answers gateways; nil: they are refused. Drain is asked by another site to take no new transactions of clients
 	// (true) or to take them again; nil likewise.
 	Gateways Gateways

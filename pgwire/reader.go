@@ -325,6 +325,9 @@ func (w *Writer) Total() int64 { return w.sent + int64(w.n) }
 // Sent is how many of them the connection was given.
 func (w *Writer) Sent() int64 { return w.sent }
 
+// Err is why the connection takes nothing any more; nil: it does.
+func (w *Writer) Err() error { return w.err }
+
 // CutBack takes back what was written after the first total bytes; false means that the connection was given some of it.
 func (w *Writer) CutBack(total int64) bool {
 	if total < w.sent {

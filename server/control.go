@@ -64,6 +64,7 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("POST /v1/outcome", a.postOutcome)
 	mux.HandleFunc("POST /v1/fence", a.postFence)
 	mux.HandleFunc("GET /v1/gateway", a.getGateway)
+	mux.HandleFunc("GET /v1/check", a.getCheck)
 	mux.HandleFunc("GET /metrics", a.getMetrics)
 	mux.HandleFunc("POST /v1/drain", a.postDrain)
 	srv := &http.Server{

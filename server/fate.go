@@ -168,7 +168,7 @@ func (h *host) xactStatus(ctx context.Context, q link.FateQuestion) (status, ser
 		if status != "in progress" {
 			return status, server, since, nil
 		}
-		if _, _, err := h.fates.query(ctx, endSQL, strconv.FormatUint(uint64(q.PID), 10), xid); err != nil && pg.SQLState(err) != "42501" {
+		if _, _, err := h.fates.query(ctx, endSQL, strconv.FormatUint(uint64(q.PID), 10), xid); err != nil && pg.SQLState(err) != "42501" && ctx.Err() == nil {
 			return "", "", since, fmt.Errorf("end the transaction's backend: %w", err)
 		}
 		select {
@@ -336,8 +336,6 @@ func (h *host) End(ctx context.Context, q link.FateQuestion) error {
 	if q.Site != h.a.self.Name {
 		return &hinted{"the transaction ran at site " + q.Site, "ask there"}
 	}
-	ctx, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
-	defer cancel()
 	sql, second := endSQL, strconv.FormatUint(q.XID, 10)
 	switch {
 	case q.Started != "":

@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
@@ -24,7 +26,7 @@ type administered interface {
 func setLimits(g *gateway.Config, cfg *config.Config, role string) {
 	l := limits(cfg.Gateway, role)
 	g.ClientsMax, g.PoolMax, g.HoldMax, g.IdleMax = l.ClientsMax, l.PoolMax, l.HoldMax, l.IdleMax
-	g.Strict, g.LoginRate, g.Admins = l.Strict, l.LoginRate, l.Admins
+	g.Strict, g.LoginRate, g.Admins, g.Replay = l.Strict, l.LoginRate, l.Admins, l.Replay
 	for _, d := range cfg.Databases {
 		g.Databases = append(g.Databases, d.Name)
 	}
@@ -39,7 +41,7 @@ func (a *Agent) administer(g *gateway.Config) {
 func limits(c config.Gateway, role string) gateway.Limits {
 	l := gateway.Limits{
 		ClientsMax: c.ClientsMax, PoolMax: c.PoolSize, HoldMax: c.Hold.Std(), IdleMax: c.Idle.Std(), Strict: c.Strict, LoginRate: c.LoginRate,
-		Admins: c.Admins,
+		Admins: c.Admins, Replay: c.Replay,
 	}
 	if len(l.Admins) == 0 && role != "" {
 		l.Admins = []string{role}
@@ -49,65 +51,91 @@ func limits(c config.Gateway, role string) gateway.Limits {
 
 // reloadable are the keys of the configuration that Reload takes.
 var reloadable = []string{
-	"gateway.admins", "gateway.clients_max", "gateway.pool_size", "gateway.hold", "gateway.idle", "gateway.strict", "gateway.login_rate",
+	"gateway.admins", "gateway.replay", "gateway.clients_max", "gateway.pool_size", "gateway.hold", "gateway.idle", "gateway.strict", "gateway.login_rate",
 }
 
 // Reload reads the configuration file again and takes the gateway's limits from it; clients stay. A file with problems
 // changes nothing. Of other keys that have changed the log tells that they need a restart. It may be called at any time.
 func (a *Agent) Reload() error {
-	a.reloading.Lock()
-	defer a.reloading.Unlock()
-	if a.cfg.Path() == "" {
-		return &hinted{"the configuration did not come from a file", "restart the agent to change it"}
+	d, _ := a.door.(administered)
+	return a.reloading.reload(a.cfg, d, a.role, a.log)
+}
+
+// ReloadLogged is Reload for a signal, whose sender sees only the log.
+func (a *Agent) ReloadLogged() { logReload(a.Reload(), a.log) }
+
+// Reload is that of an Agent.
+func (g *Gateway) Reload() error { return g.reloading.reload(g.cfg, g.server, "", g.log) }
+
+// ReloadLogged is Reload for a signal, whose sender sees only the log.
+func (g *Gateway) ReloadLogged() { logReload(g.Reload(), g.log) }
+
+func logReload(err error, log *slog.Logger) {
+	if err != nil {
+		log.Error("the configuration was not taken: the old one stays in force", "error", err, "hint", hintOf(err))
 	}
-	c, err := config.Load(a.cfg.Path())
+}
+
+// reloading is what of a configuration is in force.
+type reloading struct {
+	mu      sync.Mutex     // guards inForce
+	inForce *config.Config // nil: as it was when the process began
+}
+
+// reload reads a configuration again. d is whose limits are changed; nil: there is nobody.
+func (r *reloading) reload(first *config.Config, d administered, role string, log *slog.Logger) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if first.Path() == "" {
+		return &hinted{"the configuration did not come from a file", "restart the process to change it"}
+	}
+	c, err := config.Load(first.Path())
 	if err != nil {
 		return err
 	}
-	if a.inForce == nil {
-		a.inForce = a.cfg
+	now := first
+	if r.inForce != nil {
+		now = r.inForce
 	}
-	var taken, restart []string
-	old := map[string]string{}
-	for _, v := range a.inForce.Values() {
-		old[v.Key] = v.Value
-	}
-	for _, v := range c.Values() {
-		switch was, ok := old[v.Key]; {
-		case ok && was == v.Value:
-		case slices.Contains(reloadable, v.Key):
-			taken = append(taken, fmt.Sprintf("%s: %s -> %s", v.Key, was, v.Value))
-		default:
-			restart = append(restart, v.Key)
-		}
-		delete(old, v.Key)
-	}
-	for key := range old {
-		restart = append(restart, key)
-	}
-	slices.Sort(restart)
-	if d, ok := a.door.(administered); ok {
-		d.SetLimits(limits(c.Gateway, a.role))
-		merged := *a.inForce
-		merged.Gateway = c.Gateway
-		merged.Gateway.Listen, merged.Gateway.Mode = a.cfg.Gateway.Listen, a.cfg.Gateway.Mode
-		merged.Gateway.Cert, merged.Gateway.Key = a.cfg.Gateway.Cert, a.cfg.Gateway.Key
-		a.inForce = &merged
+	taken, restart := changedKeys(now, c)
+	if d == nil {
+		taken, restart = nil, append(restart, taken...)
 	} else {
-		restart, taken = append(restart, taken...), nil
+		d.SetLimits(limits(c.Gateway, role))
+		merged := *now
+		g := &merged.Gateway
+		g.Admins, g.ClientsMax, g.PoolSize, g.Hold = c.Gateway.Admins, c.Gateway.ClientsMax, c.Gateway.PoolSize, c.Gateway.Hold
+		g.Idle, g.Strict, g.LoginRate = c.Gateway.Idle, c.Gateway.Strict, c.Gateway.LoginRate
+		r.inForce = &merged
 	}
-	a.log.Info("configuration was read again", "file", a.cfg.Path(), "changed", strings.Join(taken, ", "))
+	log.Info("configuration was read again", "file", first.Path(), "changed", strings.Join(taken, ", "))
 	if len(restart) > 0 {
-		a.log.Warn("keys of the configuration have changed that need a restart of the agent", "keys", strings.Join(restart, ", "))
+		log.Warn("keys of the configuration have changed that need a restart", "keys", strings.Join(restart, ", "))
 	}
 	return nil
 }
 
-// ReloadLogged is Reload for a signal, whose sender sees only the log.
-func (a *Agent) ReloadLogged() {
-	if err := a.Reload(); err != nil {
-		a.log.Error("the configuration was not taken: the old one stays in force", "error", err, "hint", hintOf(err))
+// changedKeys tells what differs between two configurations: of what can be taken, how, and the keys of what needs a restart.
+func changedKeys(old, now *config.Config) (taken, restart []string) {
+	was := map[string]string{}
+	for _, v := range old.Values() {
+		was[v.Key] = v.Value
 	}
+	for _, v := range now.Values() {
+		switch before, ok := was[v.Key]; {
+		case ok && before == v.Value:
+		case slices.Contains(reloadable, v.Key):
+			taken = append(taken, fmt.Sprintf("%s: %s -> %s", v.Key, before, v.Value))
+		default:
+			restart = append(restart, v.Key)
+		}
+		delete(was, v.Key)
+	}
+	for key := range was {
+		restart = append(restart, key)
+	}
+	slices.Sort(restart)
+	return taken, restart
 }
 
 func (a *Agent) getGateway(w http.ResponseWriter, _ *http.Request) {
@@ -127,6 +155,9 @@ func (a *Agent) getMetrics(w http.ResponseWriter, _ *http.Request) {
 		name.Replace(a.cfg.Cluster.Name), name.Replace(a.self.Name), name.Replace(a.version)) // the client is gone, then
 	if d, ok := a.door.(administered); ok {
 		_ = d.WriteMetrics(w)
+	}
+	if d, ok := a.door.(*served); ok {
+		d.sites.like.writeMetrics(w)
 	}
 }
 

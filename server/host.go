@@ -118,8 +118,6 @@ func (h *host) run(ctx context.Context) error {
 
 // look asks PostgreSQL who it is. That a new connection is needed is no sign yet that it has gone.
 func (h *host) look(ctx context.Context, watch *life) error {
-	ctx, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
-	defer cancel()
 	rows, _, err := watch.query(ctx, identitySQL)
 	if err != nil {
 		return err
@@ -312,20 +310,26 @@ func newLife(dsn, database, name string) *life {
 	return &life{dsn: dsn, database: database, name: name}
 }
 
-// use lends the connection, and opens it if need be; since is how old it is.
-func (l *life) use(ctx context.Context, f func(*pgconn.PgConn) error) (since time.Time, err error) {
+// query asks, over a connection that is opened if need be; since is when it was opened. A caller that gives up does not end the
+// connection, as others rely on its age.
+func (l *life) query(caller context.Context, sql string, args ...string) (rows [][]string, since time.Time, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err := caller.Err(); err != nil {
+		return nil, time.Time{}, err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(caller), verifierTimeoutMax)
+	defer cancel()
 	for {
 		fresh := l.conn == nil || l.conn.IsClosed()
 		if fresh {
-			conn, err := pg.Connect(ctx, l.dsn, l.database, map[string]string{"application_name": l.name, "statement_timeout": "10s"})
+			conn, err := pg.Connect(ctx, l.dsn, l.database, map[string]string{"application_name": l.name, "statement_timeout": "4s"})
 			if err != nil {
-				return time.Time{}, err
+				return nil, time.Time{}, err
 			}
 			l.conn, l.since = conn, time.Now()
 		}
-		err = f(l.conn)
+		rows, err = pg.Query(ctx, l.conn, sql, args...)
 		if err != nil && pg.IsConnectionError(err) {
 			pg.Close(l.conn)
 			l.conn = nil
@@ -333,21 +337,11 @@ func (l *life) use(ctx context.Context, f func(*pgconn.PgConn) error) (since tim
 				continue
 			}
 		}
-		return l.since, err
+		return rows, l.since, err
 	}
 }
 
-func (l *life) query(ctx context.Context, sql string, args ...string) (rows [][]string, since time.Time, err error) {
-	since, err = l.use(ctx, func(c *pgconn.PgConn) (err error) {
-		rows, err = pg.Query(ctx, c, sql, args...)
-		return err
-	})
-	return rows, since, err
-}
-
 func (l *life) ping(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
-	defer cancel()
 	_, _, err := l.query(ctx, "SELECT 1")
 	return err
 }

@@ -147,7 +147,7 @@ func (p *picture) none(shut func(site string) (why string)) error {
 		v := &p.sites[i]
 		why := v.serves(p.members)
 		if shut != nil {
-			if own := shut(v.name); own != "" {
+			if own := shut(v.name); own != "" && why == "" {
 				why = own
 			}
 		}

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -42,8 +41,7 @@ type Agent struct {
 	host    *host      // nil: gateways elsewhere do not come through it
 	role    string     // the agent's, at its server
 
-	reloading sync.Mutex     // guards inForce
-	inForce   *config.Config // cfg with what was reloaded; nil: nothing was
+	reloading reloading
 }
 
 // Hooks let tests reach in. The zero value changes nothing.
@@ -128,7 +126,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	offered := link.ServerConfig{
 		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
-		Status: a.statusJSON, Unfit: a.keeper.unfitness, Now: now, Logger: a.log,
+		Status: a.statusJSON, Facts: a.factsJSON, Unfit: a.keeper.unfitness, Now: now, Logger: a.log,
 	}
 	if a.host != nil {
 		offered.Gateways, offered.Drain = a.host, a.host.drain

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,8 @@ type sites struct {
 	retire func(site string)
 
 	turns atomic.Uint64 // transactions, for gateway.rehome_every
+
+	like likeness
 
 	mu   sync.Mutex // held while the picture is changed
 	seen atomic.Pointer[picture]
@@ -73,6 +76,7 @@ func (s *sites) run(ctx context.Context) {
 	defer wg.Wait()
 	for _, l := range s.links {
 		wg.Go(func() { s.follow(ctx, l) })
+		wg.Go(func() { s.compareAll(ctx, l) })
 	}
 }
 
@@ -239,7 +243,8 @@ func (s *sites) whyShut(site string) string {
 
 // Route is that of gateway.Router.
 func (s *sites) Route(l *gateway.Login, w gateway.Wish) (gateway.Target, error) {
-	a := asked{home: w.Home, last: w.Last, shut: s.shutHere}
+	why := func(site string) string { return cmp.Or(s.whyShut(site), s.like.parts(l, w, site)) }
+	a := asked{home: w.Home, last: w.Last, shut: func(site string) bool { return why(site) != "" }}
 	if a.home == "" {
 		a.home = s.homeOf(l)
 	}
@@ -252,7 +257,7 @@ func (s *sites) Route(l *gateway.Login, w gateway.Wish) (gateway.Target, error) 
 	p := s.seen.Load()
 	v := p.choose(a)
 	if v == nil {
-		return gateway.Target{}, p.none(s.whyShut)
+		return gateway.Target{}, p.none(why)
 	}
 	t := s.link(v.name).target
 	t.Epoch, t.History = p.epochOf(v), v.state.Server

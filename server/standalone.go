@@ -21,11 +21,13 @@ type Gateway struct {
 	clients map[string]*link.Client
 	sites   *sites
 	server  *gateway.Server
+
+	reloading reloading
 }
 
 // NewGateway composes it, from the file of a gateway or of a site, whose certificate it has then. home replaces the file's site;
-// empty: it does not.
-func NewGateway(cfg *config.Config, home string, log *slog.Logger) (*Gateway, error) {
+// empty: it does not. version is the program's.
+func NewGateway(cfg *config.Config, home, version string, log *slog.Logger) (*Gateway, error) {
 	if cfg.Gateway.Mode == config.GatewayDoor || cfg.Gateway.Listen == "" {
 		return nil, &hinted{"a gateway needs gateway.listen, and gateway.mode session or transaction", "write them into " + cfg.Path()}
 	}
@@ -52,7 +54,7 @@ func NewGateway(cfg *config.Config, home string, log *slog.Logger) (*Gateway, er
 		}
 	}
 	g.sites = newSites(cfg, home, nil, g.clients, log)
-	if g.server, err = newGateway(cfg, g.sites, log, nil); err != nil {
+	if g.server, err = newGateway(cfg, g.sites, log, func(c *gateway.Config) { c.Version, c.Reload = version, g.Reload }); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
 	return g, nil

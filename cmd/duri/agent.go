@@ -33,16 +33,24 @@ again from its configuration.`,
 			if err != nil {
 				return err
 			}
-			hup := make(chan os.Signal, 1)
-			signal.Notify(hup, syscall.SIGHUP)
-			defer signal.Stop(hup)
-			go func() {
-				for range hup {
-					agent.ReloadLogged()
-				}
-			}()
+			defer onHangup(agent.ReloadLogged)()
 			return agent.Run(cmd.Context())
 		},
+	}
+}
+
+// onHangup calls f with each SIGHUP until stop is called.
+func onHangup(f func()) (stop func()) {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	go func() {
+		for range hup {
+			f()
+		}
+	}()
+	return func() {
+		signal.Stop(hup)
+		close(hup)
 	}
 }
 

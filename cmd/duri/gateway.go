@@ -18,7 +18,7 @@ func newGatewayCmd(a *app) *cobra.Command {
 		Short: "Run a gateway for clients, beside an application",
 		Long: `Clients connect to it as to PostgreSQL, and keep their sessions while sites come and go: each transaction goes to a site that
 may serve it, the home site first. It reaches the sites through their agents, needs no PostgreSQL of its own, and there may be
-any number. It runs until it is interrupted. The agent of a site has one within it (gateway.listen).
+any number. It runs until it is interrupted; SIGHUP reads its limits again. The agent of a site has one within it (gateway.listen).
 
 The file is one for a gateway (gateway.name), or a site's.`,
 		Example: `  duri gateway -c web1/duri.yaml
@@ -33,10 +33,11 @@ The file is one for a gateway (gateway.name), or a site's.`,
 				cfg.Gateway.Listen = listen
 			}
 			tuneGC()
-			g, err := server.NewGateway(cfg, home, newLogger(a.stderr, cfg.Log))
+			g, err := server.NewGateway(cfg, home, readVersion().Version, newLogger(a.stderr, cfg.Log))
 			if err != nil {
 				return err
 			}
+			defer onHangup(g.ReloadLogged)()
 			return g.Run(cmd.Context())
 		},
 	}

@@ -23,6 +23,7 @@ var commands = []entry{
 	{"everyday", newWitnessCmd},
 	{"everyday", newGatewayCmd},
 	{"everyday", newStatusCmd},
+	{"everyday", newCheckCmd},
 	{"everyday", newVerifyCmd},
 	{"everyday", newRepairCmd},
 	{"sites", newRegisterCmd},

@@ -59,6 +59,11 @@ var rules = []rule{
 		breach: [2]string{"gateway", "quorum"},
 	},
 	{
+		from: []string{"parity"}, forbid: []string{"*"}, allow: []string{"std", "internal/pg", "github.com/jackc/pgx/v5/pgconn"},
+		reason: "what must be the same at two sites is compared without knowing who asks, or why",
+		breach: [2]string{"parity", "gateway"},
+	},
+	{
 		from: []string{"..."}, unless: []string{"quorum/etcdstore"}, tests: true,
 		forbid: []string{"go.etcd.io/...", "go.uber.org/zap/..."},
 		reason: "etcd and its logger stay behind quorum.Store",

@@ -32,6 +32,11 @@ func (g *Gateway) Start() error {
 	return nil
 }
 
+// EditConfig changes its configuration file; it reads it when it starts.
+func (g *Gateway) EditConfig(edit func(text string) string) error {
+	return editFile(g.ConfigFile, edit)
+}
+
 // Signal sends it a signal; with SIGKILL or SIGTERM it waits until the process is gone.
 func (g *Gateway) Signal(sig syscall.Signal) error { return g.process.signal(sig) }
 

@@ -296,12 +296,14 @@ func (p *Pair) siteConfig(i int, sites []config.InitSite, text string) string {
 }
 
 // EditConfig changes the site's configuration file; the agent reads it when it starts.
-func (s *Site) EditConfig(edit func(text string) string) error {
-	b, err := os.ReadFile(s.ConfigFile)
+func (s *Site) EditConfig(edit func(text string) string) error { return editFile(s.ConfigFile, edit) }
+
+func editFile(path string, edit func(text string) string) error {
+	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(s.ConfigFile, []byte(edit(string(b))), 0o600)
+	return os.WriteFile(path, []byte(edit(string(b))), 0o600)
 }
 
 // freeAddress is one that nobody else has, and that nothing here gets until release: the kernel gives a port again as soon as

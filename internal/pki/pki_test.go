@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -394,5 +395,53 @@ func TestPeerSiteOfNobodyIsAnError(t *testing.T) {
 		if got, err := PeerSite(tls.ConnectionState{PeerCertificates: certs}); err == nil {
 			t.Errorf("got %q", got)
 		}
+	}
+}
+
+// TestGatewaysAreNoSites: a gateway's certificate is accepted where somebody dials, is told apart from a site's, and is refused where
+// somebody is dialled; each file fits its own kind and name only.
+func TestGatewaysAreNoSites(t *testing.T) {
+	ca := newCA(t, clusterX)
+	pair, err := ca.IssueGateway("web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := install(t, ca, pair)
+	client, err := GatewayTLS(files, clusterX, "web1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, siteClient := site(t, ca, "busan")
+	r := connect(t, server, client)
+	if r.serverErr != nil || r.clientErr != nil {
+		t.Fatalf("a gateway dials a site: %v, %v", r.serverErr, r.clientErr)
+	}
+	if who, err := Peer(r.serverState); who != (ID{Gateway, "web1"}) || err != nil {
+		t.Errorf("%v, %v", who, err)
+	}
+	if _, err := PeerSite(r.serverState); err == nil || !strings.Contains(err.Error(), "is that of gateway web1, not of a site") {
+		t.Errorf("it was taken for a site: %v", err)
+	}
+	if who, err := Peer(r.clientState); who != (ID{Site, "busan"}) || err != nil {
+		t.Errorf("%v, %v", who, err)
+	}
+	if r := connect(t, raw(pair), siteClient); r.clientErr == nil || !strings.Contains(r.clientErr.Error(), "is that of gateway web1, not of a site") {
+		t.Errorf("a gateway is dialled in the place of a site: %v", r.clientErr)
+	}
+	for name, load := range map[string]func() error{
+		"another name": func() error { _, err := GatewayTLS(files, clusterX, "web2"); return err },
+		"as a site":    func() error { _, _, err := TLS(files, clusterX, "web1"); return err },
+		"a site's": func() error {
+			_, err := GatewayTLS(install(t, ca, issue(t, ca, "web1")), clusterX, "web1")
+			return err
+		},
+	} {
+		if err := load(); err == nil || !strings.Contains(err.Error(), "is that of") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Whose name is not in it, the voters of the register refuse.
+	if slices.Contains(r.serverState.PeerCertificates[0].DNSNames, ClusterName(clusterX)) {
+		t.Error("it has the cluster's name")
 	}
 }

@@ -1987,7 +1987,7 @@ type FateRequest struct {
 	AgeMicros uint64 `protobuf:"varint,9,opt,name=age_micros,json=ageMicros,proto3" json:"age_micros,omitempty"`
 	// The caller is itself asked, and the question is not handed on any further.
 	Forwarded bool `protobuf:"varint,10,opt,name=forwarded,proto3" json:"forwarded,omitempty"`
-	// When its backend was started, as pg_stat_activity has it; empty: not known.
+	// When its backend was started (backend_start of pg_stat_activity), in seconds since 1970; empty: not known.
 	Started       string `protobuf:"bytes,11,opt,name=started,proto3" json:"started,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2505,6 +2505,94 @@ func (*ReachReply) Descriptor() ([]byte, []int) {
 	return file_link_proto_rawDescGZIP(), []int{35}
 }
 
+type FactsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FactsRequest) Reset() {
+	*x = FactsRequest{}
+	mi := &file_link_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FactsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FactsRequest) ProtoMessage() {}
+
+func (x *FactsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
+func (*FactsRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *FactsRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+type FactsReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Facts         []byte                 `protobuf:"bytes,1,opt,name=facts,proto3" json:"facts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FactsReply) Reset() {
+	*x = FactsReply{}
+	mi := &file_link_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FactsReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FactsReply) ProtoMessage() {}
+
+func (x *FactsReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FactsReply.ProtoReflect.Descriptor instead.
+func (*FactsReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *FactsReply) GetFacts() []byte {
+	if x != nil {
+		return x.Facts
+	}
+	return nil
+}
+
 var File_link_proto protoreflect.FileDescriptor
 
 const file_link_proto_rawDesc = "" +
@@ -2673,7 +2761,12 @@ const file_link_proto_rawDesc = "" +
 	"\tpositions\x18\x03 \x03(\v2\x17.duri.link.SitePositionR\tpositions\x12\x12\n" +
 	"\x04gone\x18\x04 \x01(\tR\x04gone\"\f\n" +
 	"\n" +
-	"ReachReply*\xb6\x02\n" +
+	"ReachReply\"6\n" +
+	"\fFactsRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\"\n" +
+	"\n" +
+	"FactsReply\x12\x14\n" +
+	"\x05facts\x18\x01 \x01(\fR\x05facts*\xb6\x02\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCODE_NOT_READY\x10\x01\x12\x19\n" +
@@ -2701,14 +2794,15 @@ const file_link_proto_rawDesc = "" +
 	"\bFetchRow\x12\x1a.duri.link.FetchRowRequest\x1a\x18.duri.link.FetchRowReply\x12=\n" +
 	"\aCompare\x12\x19.duri.link.CompareRequest\x1a\x17.duri.link.CompareReply\x12:\n" +
 	"\x06Status\x12\x18.duri.link.StatusRequest\x1a\x16.duri.link.StatusReply\x127\n" +
-	"\x05Drain\x12\x17.duri.link.DrainRequest\x1a\x15.duri.link.DrainReply2\xeb\x02\n" +
+	"\x05Drain\x12\x17.duri.link.DrainRequest\x1a\x15.duri.link.DrainReply2\xa4\x03\n" +
 	"\bGateways\x128\n" +
 	"\x05Watch\x12\x17.duri.link.WatchRequest\x1a\x14.duri.link.SiteState0\x01\x12@\n" +
 	"\bVerifier\x12\x1a.duri.link.VerifierRequest\x1a\x18.duri.link.VerifierReply\x124\n" +
 	"\x04Fate\x12\x16.duri.link.FateRequest\x1a\x14.duri.link.FateReply\x122\n" +
 	"\x03End\x12\x16.duri.link.FateRequest\x1a\x13.duri.link.EndReply\x12@\n" +
 	"\bPosition\x12\x1a.duri.link.PositionRequest\x1a\x18.duri.link.PositionReply\x127\n" +
-	"\x05Reach\x12\x17.duri.link.ReachRequest\x1a\x15.duri.link.ReachReplyB%Z#github.com/duri-io/duri/link/linkpbb\x06proto3"
+	"\x05Reach\x12\x17.duri.link.ReachRequest\x1a\x15.duri.link.ReachReply\x127\n" +
+	"\x05Facts\x12\x17.duri.link.FactsRequest\x1a\x15.duri.link.FactsReplyB%Z#github.com/duri-io/duri/link/linkpbb\x06proto3"
 
 var (
 	file_link_proto_rawDescOnce sync.Once
@@ -2723,7 +2817,7 @@ func file_link_proto_rawDescGZIP() []byte {
 }
 
 var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_link_proto_goTypes = []any{
 	(Code)(0),               // 0: duri.link.Code
 	(Outcome)(0),            // 1: duri.link.Outcome
@@ -2763,6 +2857,8 @@ var file_link_proto_goTypes = []any{
 	(*SitePosition)(nil),    // 35: duri.link.SitePosition
 	(*ReachRequest)(nil),    // 36: duri.link.ReachRequest
 	(*ReachReply)(nil),      // 37: duri.link.ReachReply
+	(*FactsRequest)(nil),    // 38: duri.link.FactsRequest
+	(*FactsReply)(nil),      // 39: duri.link.FactsReply
 }
 var file_link_proto_depIdxs = []int32{
 	0,  // 0: duri.link.Refusal.code:type_name -> duri.link.Code
@@ -2793,33 +2889,36 @@ var file_link_proto_depIdxs = []int32{
 	35, // 25: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
 	2,  // 26: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
 	35, // 27: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
-	15, // 28: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
-	18, // 29: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
-	20, // 30: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
-	22, // 31: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	24, // 32: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
-	26, // 33: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
-	28, // 34: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
-	30, // 35: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
-	30, // 36: duri.link.Gateways.End:input_type -> duri.link.FateRequest
-	33, // 37: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
-	36, // 38: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
-	16, // 39: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	19, // 40: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	21, // 41: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	23, // 42: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	25, // 43: duri.link.Link.Drain:output_type -> duri.link.DrainReply
-	27, // 44: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
-	29, // 45: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
-	31, // 46: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
-	32, // 47: duri.link.Gateways.End:output_type -> duri.link.EndReply
-	34, // 48: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
-	37, // 49: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
-	39, // [39:50] is the sub-list for method output_type
-	28, // [28:39] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	2,  // 28: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
+	15, // 29: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
+	18, // 30: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
+	20, // 31: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
+	22, // 32: duri.link.Link.Status:input_type -> duri.link.StatusRequest
+	24, // 33: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
+	26, // 34: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
+	28, // 35: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
+	30, // 36: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
+	30, // 37: duri.link.Gateways.End:input_type -> duri.link.FateRequest
+	33, // 38: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
+	36, // 39: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
+	38, // 40: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
+	16, // 41: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	19, // 42: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	21, // 43: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	23, // 44: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	25, // 45: duri.link.Link.Drain:output_type -> duri.link.DrainReply
+	27, // 46: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
+	29, // 47: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
+	31, // 48: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
+	32, // 49: duri.link.Gateways.End:output_type -> duri.link.EndReply
+	34, // 50: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
+	37, // 51: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
+	39, // 52: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
+	41, // [41:53] is the sub-list for method output_type
+	29, // [29:41] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -2843,7 +2942,7 @@ func file_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_link_proto_rawDesc), len(file_link_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   36,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -309,6 +309,7 @@ const (
 	Gateways_End_FullMethodName      = "/duri.link.Gateways/End"
 	Gateways_Position_FullMethodName = "/duri.link.Gateways/Position"
 	Gateways_Reach_FullMethodName    = "/duri.link.Gateways/Reach"
+	Gateways_Facts_FullMethodName    = "/duri.link.Gateways/Facts"
 )
 
 // GatewaysClient is the client API for Gateways service.
@@ -334,6 +335,9 @@ type GatewaysClient interface {
 	Position(ctx context.Context, in *PositionRequest, opts ...grpc.CallOption) (*PositionReply, error)
 	// Reach waits until that is visible at the answering site.
 	Reach(ctx context.Context, in *ReachRequest, opts ...grpc.CallOption) (*ReachReply, error)
+	// Facts are what must be the same at two sites for an open session to go on, of each replicated database; opaque here. It is
+	// answered also by a site that takes no connections of gateways.
+	Facts(ctx context.Context, in *FactsRequest, opts ...grpc.CallOption) (*FactsReply, error)
 }
 
 type gatewaysClient struct {
@@ -413,6 +417,16 @@ func (c *gatewaysClient) Reach(ctx context.Context, in *ReachRequest, opts ...gr
 	return out, nil
 }
 
+func (c *gatewaysClient) Facts(ctx context.Context, in *FactsRequest, opts ...grpc.CallOption) (*FactsReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FactsReply)
+	err := c.cc.Invoke(ctx, Gateways_Facts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // GatewaysServer is the server API for Gateways service.
 // All implementations must embed UnimplementedGatewaysServer
 // for forward compatibility.
@@ -436,6 +450,9 @@ type GatewaysServer interface {
 	Position(context.Context, *PositionRequest) (*PositionReply, error)
 	// Reach waits until that is visible at the answering site.
 	Reach(context.Context, *ReachRequest) (*ReachReply, error)
+	// Facts are what must be the same at two sites for an open session to go on, of each replicated database; opaque here. It is
+	// answered also by a site that takes no connections of gateways.
+	Facts(context.Context, *FactsRequest) (*FactsReply, error)
 	mustEmbedUnimplementedGatewaysServer()
 }
 
@@ -463,6 +480,9 @@ func (UnimplementedGatewaysServer) Position(context.Context, *PositionRequest) (
 }
 func (UnimplementedGatewaysServer) Reach(context.Context, *ReachRequest) (*ReachReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Reach not implemented")
+}
+func (UnimplementedGatewaysServer) Facts(context.Context, *FactsRequest) (*FactsReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Facts not implemented")
 }
 func (UnimplementedGatewaysServer) mustEmbedUnimplementedGatewaysServer() {}
 func (UnimplementedGatewaysServer) testEmbeddedByValue()                  {}
@@ -586,6 +606,24 @@ func _Gateways_Reach_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Gateways_Facts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FactsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Facts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Facts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Facts(ctx, req.(*FactsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Gateways_ServiceDesc is the grpc.ServiceDesc for Gateways service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -612,6 +650,10 @@ var Gateways_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Reach",
 			Handler:    _Gateways_Reach_Handler,
+		},
+		{
+			MethodName: "Facts",
+			Handler:    _Gateways_Facts_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

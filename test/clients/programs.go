@@ -56,11 +56,11 @@ func dumpAndRestore(scale string) string {
 	return `
 		pgbench -i -s ` + scale + ` -q --partitions=3 --foreign-keys >"$TMP/log" 2>&1 || { cat "$TMP/log"; exit 1; }
 		psql -Xqc "CREATE VIEW v AS SELECT bid, sum(abalance) FROM pgbench_accounts GROUP BY bid; CREATE SEQUENCE s START 42; SELECT lo_from_bytea(4711, repeat('x', 5000)::bytea)" >/dev/null
-		pg_dump -Fd -j 2 -f "$TMP/dump"
+		pg_dump -N duri -Fd -j 2 -f "$TMP/dump"
 		psql -Xqc "CREATE SCHEMA IF NOT EXISTS public" -c "DROP VIEW v; DROP SEQUENCE s; SELECT lo_unlink(4711)" -c "DROP TABLE pgbench_accounts, pgbench_branches, pgbench_tellers, pgbench_history CASCADE" 2>&1 | grep -E 'ERROR' || true
 		pg_restore -d "$PGDATABASE" -j 2 --no-owner --no-comments "$TMP/dump" 2>&1 | grep -v 'schema "public" already exists' | grep -E 'error' || true
 		psql -XAtc "SELECT (SELECT count(*) FROM pgbench_accounts), (SELECT count(*) FROM v), nextval('s'), length(lo_get(4711)), (SELECT count(*) FROM pg_constraint WHERE contype = 'f')"
-		pg_dump | grep -vE '^-- (Dumped|Name: .* Owner)|restrict' | sha256sum`
+		pg_dump -N duri | grep -vE '^-- (Dumped|Name: .* Owner)|restrict' | sha256sum`
 }
 
 // replication are programs that need a connection of their own, and get it.

@@ -16,6 +16,9 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/catalog"
 	"github.com/duri-io/duri/internal/pgcluster"
 )
 
@@ -65,7 +68,7 @@ func Start(ctx context.Context, two bool, clients int, withTLS bool) (_ *Sites, 
 		}
 	}
 	first := s.Servers[0]
-	o := gatewayOptions{Admin: fmt.Sprintf("host=%s port=%d dbname=postgres user=%s", first.SocketDir(), first.Port(), first.Superuser()), TLS: withTLS, Clients: clients}
+	o := gatewayOptions{Admin: adminDSN(first, "postgres"), TLS: withTLS, Clients: clients}
 	for _, c := range []*pgcluster.Cluster{first, s.Servers[len(s.Servers)-1]} {
 		o.Servers = append(o.Servers, fmt.Sprintf("127.0.0.1:%d", c.Port()))
 	}
@@ -125,9 +128,27 @@ func (s *Sites) Database(ctx context.Context, name string) error {
 		if err := c.Exec(ctx, "postgres", "CREATE DATABASE "+name+" OWNER "+appRole); err != nil {
 			return err
 		}
-		if err := c.Exec(ctx, name, "ALTER SCHEMA public OWNER TO "+appRole); err != nil {
+		if err := c.Exec(ctx, name, "ALTER SCHEMA public OWNER TO "+appRole+"; CREATE SCHEMA duri"); err != nil {
+			return err
+		}
+		if err := migrate(ctx, adminDSN(c, name)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// adminDSN is how the gateway's process reaches a server as its superuser.
+func adminDSN(c *pgcluster.Cluster, database string) string {
+	return fmt.Sprintf("host=%s port=%d dbname=%s user=%s", c.SocketDir(), c.Port(), database, c.Superuser())
+}
+
+// migrate gives a database what the gateway marks transactions by, with the rest of duri's tables.
+func migrate(ctx context.Context, dsn string) error {
+	conn, err := pgconn.Connect(ctx, dsn)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // what it has done stands
+	return catalog.Migrate(ctx, conn)
 }

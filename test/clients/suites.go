@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -164,6 +165,9 @@ func copyModule(ctx context.Context, su Suite, dir string) error {
 	})
 }
 
+// temporary is a folder of t.TempDir, which some tests have in their names.
+var temporary = regexp.MustCompile(`/tmp/\w+/`)
+
 // goTest runs the tests and gives what became of each, by package and name.
 func goTest(ctx context.Context, su Suite, dir string, w way, database string) (map[string]outcome, error) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Minute)
@@ -186,7 +190,7 @@ func goTest(ctx context.Context, su Suite, dir string, w way, database string) (
 		if json.Unmarshal(lines.Bytes(), &e) != nil || e.Test == "" {
 			continue
 		}
-		name := strings.TrimPrefix(strings.TrimPrefix(e.Package, su.Module), "/") + "." + e.Test
+		name := temporary.ReplaceAllString(strings.TrimPrefix(strings.TrimPrefix(e.Package, su.Module), "/")+"."+e.Test, "TMP")
 		switch e.Action {
 		case "output":
 			if said[name] == nil {

@@ -25,20 +25,26 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const schema = `CREATE TABLE t (client int, seq int, site text, PRIMARY KEY (client, seq))`
 
-// trial is two sites whose commits wait for each other, with a witness, and a gateway beside them whose home is the first one.
+// trial is two sites, and a gateway beside them whose home is the first one.
 type trial struct {
 	*testing.T
-	p    *pair.Pair
-	a, b *pair.Site
+	p       *pair.Pair
+	a, b    *pair.Site
+	address string // through which clients connect
 }
 
+// start starts sites whose commits wait for each other, with a witness.
 func start(t *testing.T) *trial {
 	t.Helper()
-	p := pair.ForTest(t, pair.Options{
-		Sync: true, Gateway: true, Rearm: 500 * time.Millisecond,
-		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
-	})
-	tr := &trial{t, p, p.Sites[0], p.Sites[1]}
+	return startWith(t, pair.Options{Sync: true, Rearm: 500 * time.Millisecond})
+}
+
+func startWith(t *testing.T, o pair.Options) *trial {
+	t.Helper()
+	o.Gateway = true
+	o.Seed = func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) }
+	p := pair.ForTest(t, o)
+	tr := &trial{t, p, p.Sites[0], p.Sites[1], p.Gateway.Address}
 	tr.within(time.Minute, func(ctx context.Context) error {
 		for _, s := range p.Sites {
 			if err := s.Cluster.Exec(ctx, s.Database, "ALTER DATABASE app SET app.site = "+"'"+s.Name+"'"); err != nil {
@@ -47,21 +53,29 @@ func start(t *testing.T) *trial {
 		}
 		return p.AddClient(ctx, "client", "secret")
 	})
-	tr.within(time.Minute, p.HoldCommits)
-	tr.waitMembers()
-	if err := p.Gateway.Start(); err != nil {
+	if o.Sync {
+		tr.within(time.Minute, p.HoldCommits)
+		tr.waitMembers()
+	}
+	tr.startGateway()
+	return tr
+}
+
+// startGateway starts it and waits until it serves.
+func (t *trial) startGateway() {
+	t.Helper()
+	if err := t.p.Gateway.Start(); err != nil {
 		t.Fatal(err)
 	}
-	tr.within(time.Minute, func(ctx context.Context) error {
-		return p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
-			c, err := tr.connect(ctx)
+	t.within(time.Minute, func(ctx context.Context) error {
+		return t.p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
+			c, err := t.connect(ctx)
 			if err != nil {
 				return false, err
 			}
 			return true, c.Close(ctx)
 		})
 	})
-	return tr
 }
 
 // within bounds a step.
@@ -76,7 +90,7 @@ func (t *trial) within(d time.Duration, f func(context.Context) error) {
 
 // connect connects through the gateway.
 func (t *trial) connect(ctx context.Context) (*pgx.Conn, error) {
-	return pgx.Connect(ctx, t.p.Gateway.DSN("app", "client", "secret"))
+	return pgx.Connect(ctx, fmt.Sprintf("postgres://client:secret@%s/app?sslmode=disable", t.address))
 }
 
 // waitMembers waits until both sites acknowledge and serve.
@@ -224,53 +238,31 @@ func TestDrainMovesSessionsWithoutErrors(t *testing.T) {
 	tr := start(t)
 	all := tr.clients(8)
 	tr.waitAt("a", all)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var wg sync.WaitGroup
-	var stop atomic.Bool
-	for _, c := range all {
-		wg.Go(func() {
-			for !stop.Load() {
-				if err := c.write(ctx); err != nil {
-					t.Error(err)
-					return
-				}
-			}
-		})
-	}
-	everybodyAt := func(site string) {
-		tr.within(time.Minute, func(ctx context.Context) error {
-			return tr.p.Wait(ctx, "all clients are at "+site, func(context.Context) (bool, error) {
-				for _, c := range all {
-					if at := *c.at.Load(); at != site {
-						return t.Failed(), fmt.Errorf("client %d is at %s", c.n, at)
+	again, longest := tr.writeDuring(all, func(run *run) {
+		for range 2 {
+			// Through the other site's agent, as an operator may.
+			tr.within(time.Minute, func(ctx context.Context) error {
+				return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true})
+			})
+			run.waitAt("b")
+			tr.within(time.Minute, func(ctx context.Context) error {
+				return tr.p.Wait(ctx, "nothing is left of the gateways at a", func(ctx context.Context) (bool, error) {
+					st, err := tr.a.Control.Status(ctx)
+					if err != nil {
+						return false, err
 					}
-				}
-				return true, nil
+					g := st.Sites[0].Gateway
+					return g.Draining && g.Connections == 0, fmt.Errorf("%+v", *g)
+				})
 			})
-		})
+			tr.within(time.Minute, func(ctx context.Context) error { return tr.a.Control.Drain(ctx, server.DrainRequest{Site: "a"}) })
+			run.waitAt("a")
+		}
+	})
+	if again != 0 {
+		t.Errorf("%d transactions were rolled back", again)
 	}
-	for range 2 {
-		// Through the other site's agent, as an operator may.
-		tr.within(time.Minute, func(ctx context.Context) error {
-			return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true})
-		})
-		everybodyAt("b")
-		tr.within(time.Minute, func(ctx context.Context) error {
-			return tr.p.Wait(ctx, "nothing is left of the gateways at a", func(ctx context.Context) (bool, error) {
-				st, err := tr.a.Control.Status(ctx)
-				if err != nil {
-					return false, err
-				}
-				g := st.Sites[0].Gateway
-				return g.Draining && g.Connections == 0, fmt.Errorf("%+v", *g)
-			})
-		})
-		tr.within(time.Minute, func(ctx context.Context) error { return tr.a.Control.Drain(ctx, server.DrainRequest{Site: "a"}) })
-		everybodyAt("a")
-	}
-	stop.Store(true)
-	wg.Wait()
+	t.Logf("the longest transaction took %v", longest)
 	tr.audit(all)
 }
 
@@ -331,69 +323,218 @@ func TestNothingIsLostOrDoubledWhenAServerEnds(t *testing.T) {
 	tr := start(t)
 	all := tr.clients(8)
 	tr.waitAt("a", all)
-	for round, whole := range []bool{false, true} {
-		var wg sync.WaitGroup
-		var stop atomic.Bool
-		var again, longest atomic.Int64
-		for i, c := range all {
-			wg.Go(func() {
-				for !stop.Load() {
-					begun := time.Now()
-					err := c.write(t.Context())
-					if i%2 == 1 { // a transaction of several statements
-						err = c.writeBlock(t.Context(), err)
-					}
-					longest.Store(max(longest.Load(), int64(time.Since(begun))))
-					var pgErr *pgconn.PgError
-					if errors.As(err, &pgErr) && pgErr.Code == "40001" {
-						again.Add(1)
-						continue
-					}
-					if err != nil {
-						t.Errorf("round %d: %v", round, err)
-						return
-					}
+	for _, whole := range []bool{false, true} {
+		again, longest := tr.writeDuring(all, func(run *run) {
+			if whole {
+				if err := tr.a.SignalAgent(syscall.SIGKILL); err != nil {
+					t.Fatal(err)
 				}
-			})
-		}
-		before := all[0].at.Load()
-		tr.within(time.Minute, func(ctx context.Context) error {
-			return tr.p.Wait(ctx, "clients write", func(context.Context) (bool, error) { return all[0].at.Load() != before, nil })
-		})
-		if whole {
-			if err := tr.a.SignalAgent(syscall.SIGKILL); err != nil {
+			}
+			if err := tr.a.Cluster.Kill(); err != nil {
 				t.Fatal(err)
 			}
-		}
-		if err := tr.a.Cluster.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		tr.within(time.Minute, func(ctx context.Context) error {
-			return tr.p.Wait(ctx, "all clients are at b", func(context.Context) (bool, error) {
-				for _, c := range all {
-					if at := *c.at.Load(); at != "b" {
-						return t.Failed(), fmt.Errorf("client %d is at %s", c.n, at)
-					}
+			run.waitAt("b")
+			tr.within(time.Minute, tr.a.Cluster.Start)
+			if whole {
+				if err := tr.a.StartAgent(); err != nil {
+					t.Fatal(err)
 				}
-				return true, nil
-			})
-		})
-		tr.within(time.Minute, tr.a.Cluster.Start)
-		if whole {
-			if err := tr.a.StartAgent(); err != nil {
-				t.Fatal(err)
 			}
-		}
-		tr.waitMembers()
-		stop.Store(true)
-		wg.Wait()
-		t.Logf("round %d: %d transactions were rolled back with 40001, the longest took %v", round, again.Load(), time.Duration(longest.Load()).Round(time.Millisecond))
-		if t.Failed() {
-			return
-		}
+			tr.waitMembers()
+		})
+		t.Logf("the whole site: %t; %d transactions were rolled back with 40001, the longest took %v", whole, again, longest)
 		tr.waitAt("a", all)
 		tr.audit(all)
 	}
+}
+
+// run is clients that write without a pause.
+type run struct {
+	t    *trial
+	all  []*client
+	stop atomic.Bool
+}
+
+// writeDuring lets clients write without a pause while do does something. Every second one has transactions of several statements.
+// Only 40001 may be an error; it says how often it was, and how long a transaction took at the most.
+func (t *trial) writeDuring(all []*client, do func(*run)) (again int64, longest time.Duration) {
+	t.Helper()
+	r := &run{t: t, all: all}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	for i, c := range all {
+		wg.Go(func() {
+			for !r.stop.Load() {
+				begun := time.Now()
+				err := c.write(t.Context())
+				if i%2 == 1 {
+					err = c.writeBlock(t.Context(), err)
+				}
+				var pgErr *pgconn.PgError
+				retry := errors.As(err, &pgErr) && pgErr.Code == "40001"
+				if err != nil && !retry {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				longest = max(longest, time.Since(begun).Round(time.Millisecond))
+				if retry {
+					again++
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	defer wg.Wait()
+	defer r.stop.Store(true)
+	before := *all[0].at.Load()
+	for _, c := range all {
+		c.at.Store(nil)
+	}
+	r.waitAt(before)
+	do(r)
+	r.stop.Store(true)
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	return again, longest
+}
+
+// waitAt waits until all clients have written at a site.
+func (r *run) waitAt(site string) {
+	r.t.Helper()
+	r.t.within(time.Minute, func(ctx context.Context) error {
+		return r.t.p.Wait(ctx, "all clients are at "+site, func(context.Context) (bool, error) {
+			if r.t.Failed() {
+				return false, errors.New("a client has failed")
+			}
+			for _, c := range r.all {
+				if at := c.at.Load(); at == nil || *at != site {
+					return false, fmt.Errorf("client %d is elsewhere", c.n)
+				}
+			}
+			return true, nil
+		})
+	})
+}
+
+// TestGatewayIsCutOffFromASite: the gateway cannot reach its home site any more, which the sites do not notice. Clients go on at the
+// other one, which asks the first what became of transactions that were being committed; and they go home in the end.
+func TestGatewayIsCutOffFromASite(t *testing.T) {
+	tr := startWith(t, pair.Options{Sync: true, Relays: true, Rearm: 500 * time.Millisecond})
+	all := tr.clients(8)
+	tr.waitAt("a", all)
+	again, longest := tr.writeDuring(all, func(run *run) {
+		tr.p.Gateway.Relay["a"].Cut()
+		run.waitAt("b")
+		d, err := tr.b.Control.Register(t.Context())
+		if err != nil || len(d.Register.Members) != 2 {
+			t.Errorf("%v, %v: the register does not concern a gateway", d.Register, err)
+		}
+		tr.p.Gateway.Relay["a"].Heal()
+		run.waitAt("a")
+	})
+	t.Logf("%d transactions were rolled back with 40001, the longest took %v", again, longest)
+	tr.audit(all)
+}
+
+// TestWithoutARegister: commits wait for nobody, and nobody but a site itself says what became of its transactions: its journal
+// does, when its server was killed meanwhile.
+func TestWithoutARegister(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	all := tr.clients(8)
+	tr.waitAt("a", all)
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return tr.p.Wait(ctx, "the agent has run for longer than anybody asks", func(ctx context.Context) (bool, error) {
+			st, err := tr.a.Control.Status(ctx)
+			return err == nil && st.Sites[0].UptimeS > 14, err
+		})
+	})
+	again, longest := tr.writeDuring(all, func(run *run) {
+		for range 3 {
+			if err := tr.a.Cluster.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			tr.within(time.Minute, tr.a.Cluster.Start)
+			for _, c := range all {
+				c.at.Store(nil)
+			}
+			run.waitAt("a")
+		}
+	})
+	t.Logf("%d transactions were rolled back with 40001, the longest took %v", again, longest)
+	tr.audit(all)
+}
+
+// TestAgentsAreGateways: clients of a site's own agent keep their sessions while PostgreSQL beside it is gone.
+func TestAgentsAreGateways(t *testing.T) {
+	tr := start(t)
+	tr.address = tr.a.Door
+	all := tr.clients(4)
+	tr.waitAt("a", all)
+	again, longest := tr.writeDuring(all, func(run *run) {
+		if err := tr.a.Cluster.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		run.waitAt("b")
+		tr.within(time.Minute, tr.a.Cluster.Start)
+		tr.waitMembers()
+		run.waitAt("a")
+		if _, err := tr.a.Control.Fence(t.Context(), server.FenceRequest{Fence: true, Reason: "a test"}); err != nil {
+			t.Fatal(err)
+		}
+		run.waitAt("b")
+		if _, err := tr.a.Control.Fence(t.Context(), server.FenceRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		run.waitAt("a")
+	})
+	t.Logf("%d transactions were rolled back with 40001, the longest took %v", again, longest)
+	tr.audit(all)
+}
+
+// TestEachTransactionAtAnotherSite: sessions that move with every transaction keep their settings, and see what they have written.
+func TestEachTransactionAtAnotherSite(t *testing.T) {
+	tr := start(t)
+	if err := tr.p.Gateway.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	err := tr.p.Gateway.EditConfig(func(text string) string {
+		return strings.Replace(text, "\ngateway:\n", "\ngateway:\n  rehome_every: 1\n", 1)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr.startGateway()
+	all := tr.clients(4)
+	begun := time.Now()
+	tr.within(time.Minute, func(ctx context.Context) error {
+		for range 25 {
+			for _, c := range all {
+				var last string
+				if at := c.at.Load(); at != nil {
+					last = *at
+				}
+				if err := c.write(ctx); err != nil {
+					return err
+				}
+				if c.seq > 2 && *c.at.Load() != last { // after an odd number of transactions at the other
+					t.Errorf("client %d wrote at %s and then at %s", c.n, last, *c.at.Load())
+				}
+				var n int
+				if err := c.conn.QueryRow(ctx, "SELECT count(*) FROM t WHERE client = $1", c.n).Scan(&n); err != nil {
+					return err
+				}
+				if n != c.seq {
+					t.Errorf("client %d has written %d rows and sees %d at the other site", c.n, c.seq, n)
+				}
+			}
+		}
+		return nil
+	})
+	t.Logf("200 transactions, each at another site than the one before: %v", time.Since(begun).Round(time.Millisecond))
+	tr.audit(all)
 }
 
 // TestFenceHoldsForTunnels: a site that is fenced serves nobody who comes through a gateway elsewhere, and what is under way there

@@ -285,7 +285,9 @@ func (r *run) replace(ctx context.Context, i int) error {
 	b, err := old.p.newBench(ctx, r.o.Lie, r.o.Sites)
 	if err == nil {
 		r.benches[i] = b
-		err = old.stop()
+		if err := old.stop(); err != nil {
+			fmt.Fprintln(r.o.Out, "after a violation:", err)
+		}
 	}
 	return err
 }
@@ -316,6 +318,9 @@ func (r *run) whole(ctx context.Context, b *bench, c Case) (counts map[Place][2]
 	}
 	counts = map[Place][2]int{AtServer: b.wire.count(), AtClient: b.front.wire.count()}
 	b.release()
+	if left, err := b.sessions(ctx); err != nil || left != nil {
+		return nil, errors.Join(err, fmt.Errorf("uncut: %s", left))
+	}
 	return counts, r.one(ctx, b, c)
 }
 
@@ -395,6 +400,7 @@ func (r *run) one(ctx context.Context, b *bench, c Case) error {
 	}
 	hangUp()
 	b.release()
+	look(func() ([]string, error) { return b.sessions(ctx) }) // and the next case does not count what they send
 	look(func() ([]string, error) { return b.behind(ctx, pids, true) })
 	look(func() ([]string, error) { o.ledger, err = b.ledger(ctx, number); return nil, err })
 	look(func() ([]string, error) { _, err = b.forget(ctx, number); return nil, err })

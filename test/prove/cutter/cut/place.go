@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -310,6 +311,9 @@ func (l logger) Enabled(context.Context, slog.Level) bool { return true }
 func (l logger) WithAttrs([]slog.Attr) slog.Handler       { return l }
 func (l logger) WithGroup(string) slog.Handler            { return l }
 
+// stopMax bounds the end of a gateway.
+const stopMax = 20 * time.Second
+
 // silenceMax is how long a silent connection lasts until its near end is reset.
 const silenceMax = 40 * time.Millisecond
 
@@ -364,7 +368,15 @@ func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *benc
 	serveCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	done := make(chan error, 1)
 	go func() { done <- b.gateway.Serve(serveCtx, l) }()
-	undo = append(undo, func() error { cancel(); return <-done })
+	undo = append(undo, func() error {
+		cancel()
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(stopMax):
+			return errors.New("the gateway does not end:\n" + hanging())
+		}
+	})
 	if b.front, err = newWire(silenceMax).relayTo("client", b.addr); err != nil {
 		return nil, err
 	}
@@ -387,6 +399,38 @@ func (b *bench) ledger(ctx context.Context, number string) ([]int, error) {
 		seqs = append(seqs, n)
 	}
 	return seqs, nil
+}
+
+// sessions waits until no session is left at the gateway; what is left after a while is told, with where it hangs.
+func (b *bench) sessions(ctx context.Context) ([]string, error) {
+	deadline := time.Now().Add(leftMax)
+	for {
+		_, n, _ := b.gateway.Status()
+		if n == 0 {
+			return nil, nil
+		}
+		if time.Now().After(deadline) {
+			return []string{fmt.Sprintf("%d sessions are left at the gateway without clients:\n%s", n, hanging())}, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+// hanging are the stacks of gateways' sessions that wait for something else than their clients.
+func hanging() string {
+	all := make([]byte, 4<<20)
+	all = all[:runtime.Stack(all, true)]
+	var found []string
+	for stack := range strings.SplitSeq(string(all), "\n\n") {
+		if strings.Contains(stack, "gateway.(*session)") && !strings.Contains(stack, "gateway.(*session).next(") {
+			found = append(found, stack)
+		}
+	}
+	return strings.Join(found, "\n\n")
 }
 
 // seed makes what a client finds of its own.

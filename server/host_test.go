@@ -1,0 +1,408 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/internal/pgtest"
+	"github.com/duri-io/duri/link"
+)
+
+// newTestHost is the host of a site without a register and without replication, whose connection to PostgreSQL counts as old.
+func newTestHost(t *testing.T, c *pgcluster.Cluster) *host {
+	t.Helper()
+	cfg := &config.Config{
+		Site: "a", Sites: []config.Site{{ID: 1, Name: "a"}}, DataDir: t.TempDir(),
+		Postgres: config.Postgres{DSN: c.DSN("", "duri")}, Gateway: config.Gateway{Mode: config.GatewayTransaction},
+	}
+	a := &Agent{cfg: cfg, self: cfg.Self(), log: slog.New(slog.DiscardHandler), nodes: []*node{{cfg: cfg, database: config.Database{Name: "app"}}}}
+	h, err := newHost(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		h.end()
+		h.fates.close()
+		h.verifiers.close()
+	})
+	if err := h.fates.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.fates.since = time.Now().Add(-time.Hour)
+	return h
+}
+
+// open begins a transaction of a client that has written, and gives the question for its fate.
+func open(t *testing.T, c *pgcluster.Cluster) (*pgconn.PgConn, link.FateQuestion) {
+	t.Helper()
+	conn, err := pgconn.Connect(t.Context(), c.DSN("app", "client"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { pg.Close(conn) })
+	if _, err := conn.Exec(t.Context(), "BEGIN; INSERT INTO t VALUES (1)").ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := pg.Rows(t.Context(), conn, "SELECT pg_current_xact_id(), pg_backend_pid()")
+	if err != nil {
+		t.Fatal(err)
+	}
+	xid, _ := strconv.ParseUint(rows[0][0], 10, 64)
+	pid, _ := strconv.ParseUint(rows[0][1], 10, 32)
+	return conn, link.FateQuestion{Database: "app", Site: "a", XID: xid, PID: uint32(pid), LTXID: []byte("0123456789abcdef")}
+}
+
+func newFateCluster(t *testing.T) *pgcluster.Cluster {
+	t.Helper()
+	c := pgtest.New(t, pgtest.WithSetting("wal_writer_delay", "10s"))
+	pgtest.DB(t, c, "app")
+	pgtest.Exec(t, c, "app", grants.SQL(grants.Spec{})+"CREATE TABLE t (n int); CREATE ROLE client LOGIN; GRANT ALL ON t TO client; GRANT pg_signal_backend TO duri")
+	return c
+}
+
+// TestOwnFate: what a site's server says of its transactions, whatever state they are in.
+func TestOwnFate(t *testing.T) {
+	c := newFateCluster(t)
+	h := newTestHost(t, c)
+	ask := func(what string, q link.FateQuestion, want link.Outcome) {
+		t.Helper()
+		a, err := h.Fate(t.Context(), q)
+		if err != nil || a.Outcome != want || a.Site != "a" || !strings.Contains(a.Server, "/00000001") {
+			t.Errorf("%s: %+v, %v; want %d", what, a, err, want)
+		}
+	}
+	conn, q := open(t, c)
+	if _, err := conn.Exec(t.Context(), "COMMIT").ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+	ask("committed", q, link.OutcomeCommitted)
+
+	conn, q = open(t, c)
+	if _, err := conn.Exec(t.Context(), "ROLLBACK").ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+	ask("rolled back", q, link.OutcomeAborted)
+
+	conn, q = open(t, c)
+	ask("it still runs: its backend is ended", q, link.OutcomeAborted)
+	if _, err := conn.Exec(t.Context(), "COMMIT").ReadAll(); err == nil {
+		t.Error("it has committed all the same")
+	}
+
+	conn, q = open(t, c)
+	other := q
+	other.PID = 1
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if a := h.ownFate(ctx, other); a.Outcome != link.OutcomeUnknown {
+		t.Errorf("it runs in another backend than was said: %+v", a)
+	}
+	if _, err := conn.Exec(t.Context(), "COMMIT").ReadAll(); err != nil {
+		t.Fatal(err)
+	}
+
+	// A COMMIT that waits for a site which is not there has committed.
+	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
+	await(t, "commits wait", func() bool {
+		short, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		return proveOnce(short, c.DSN("", "duri"), "app") != nil
+	})
+	conn, q = open(t, c)
+	done := make(chan error, 1)
+	go func() {
+		_, err := conn.Exec(context.Background(), "COMMIT").ReadAll()
+		done <- err
+	}()
+	await(t, "the commit waits", func() bool {
+		return pgtest.Query(t, c, "app", fmt.Sprintf("SELECT count(*) FROM pg_stat_activity WHERE pid = %d AND wait_event = 'SyncRep'", q.PID))[0][0] == "1"
+	})
+	ask("it waits for another site", q, link.OutcomeCommitted)
+	if err := <-done; err == nil {
+		t.Error("the client was told that it is committed as promised")
+	}
+	// That it is elsewhere as well is not proven by that.
+	short, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if err := h.prove(short, h.a.nodes[0]); err == nil {
+		t.Error("it was proven to be at another site")
+	}
+	proof := make(chan error, 1)
+	go func() { proof <- proveOnce(t.Context(), c.DSN("", "duri"), "app") }()
+	await(t, "a wait is broken off", func() bool {
+		pgtest.Query(t, c, "app", "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'duri_proof' AND wait_event = 'SyncRep'")
+		return len(proof) > 0
+	})
+	if err := <-proof; err == nil || !strings.Contains(err.Error(), "canceling wait") {
+		t.Errorf("a wait that was broken off: %v", err)
+	}
+	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM RESET synchronous_standby_names")
+	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
+	await(t, "commits are acknowledged", func() bool { return proveOnce(t.Context(), c.DSN("", "duri"), "app") == nil })
+}
+
+// await waits for a condition.
+func await(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("timed out: " + what)
+		}
+	}
+}
+
+// TestNumbersThatAreGivenAgainTellNothing: a server that is killed forgets numbers of transactions that it had given, and gives them
+// again. What was told to commit before that is not taken for what has its number then.
+func TestNumbersThatAreGivenAgainTellNothing(t *testing.T) {
+	c := newFateCluster(t)
+	h := newTestHost(t, c)
+	pgtest.Exec(t, c, "postgres", "CHECKPOINT")
+	_, q := open(t, c) // what it writes is not flushed
+	if err := c.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if a := h.ownFate(t.Context(), q); a.Outcome == link.OutcomeCommitted {
+		t.Errorf("after a crash: %+v", a)
+	}
+	again := false
+	for range 50 {
+		conn, other := open(t, c)
+		if _, err := conn.Exec(t.Context(), "COMMIT").ReadAll(); err != nil {
+			t.Fatal(err)
+		}
+		again = again || other.XID == q.XID
+		if a := h.ownFate(t.Context(), q); a.Outcome == link.OutcomeCommitted {
+			t.Fatalf("another transaction has its number: %+v", a)
+		}
+		h.a.nodes[0].known.Store(true) // as when it was compared with the journal
+	}
+	if !again {
+		t.Error("the number was not given again, so that nothing was tested")
+	}
+}
+
+// TestEnd: it ends the backend that has the transaction, and no other.
+func TestEnd(t *testing.T) {
+	c := newFateCluster(t)
+	h := newTestHost(t, c)
+	conn, q := open(t, c)
+	wrong, elsewhere := q, q
+	wrong.XID++
+	elsewhere.Site = "b"
+	unwritten := q
+	unwritten.XID = 0
+	if h.End(t.Context(), elsewhere) == nil {
+		t.Error("a transaction of another site")
+	}
+	for _, q := range []link.FateQuestion{wrong, unwritten} {
+		if err := h.End(t.Context(), q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := conn.Exec(t.Context(), "SELECT 1").ReadAll(); err != nil {
+		t.Fatalf("it was ended for another one: %v", err)
+	}
+	if err := h.End(t.Context(), q); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the backend has ended", func() bool {
+		_, err := conn.Exec(t.Context(), "SELECT 1").ReadAll()
+		return err != nil
+	})
+	reader, err := pgconn.Connect(t.Context(), c.DSN("app", "client"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pg.Close(reader)
+	q = link.FateQuestion{Database: "app", Site: "a", PID: reader.PID()}
+	if err := h.End(t.Context(), q); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := reader.Exec(t.Context(), "BEGIN; SELECT * FROM t").ReadAll(); err != nil {
+		t.Fatalf("a session without a transaction was ended: %v", err)
+	}
+	if err := h.End(t.Context(), q); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the reader has ended", func() bool {
+		_, err := reader.Exec(t.Context(), "SELECT 1").ReadAll()
+		return err != nil
+	})
+}
+
+// TestStateFollowsTheServer: gateways learn at once that PostgreSQL has ended, that it is back, and what people ask for.
+func TestStateFollowsTheServer(t *testing.T) {
+	c := newFateCluster(t)
+	h := newTestHost(t, c)
+	ctx, cancel := context.WithCancel(t.Context())
+	states := make(chan link.SiteState, 1000)
+	done := make(chan error, 2)
+	go func() { done <- h.run(ctx) }()
+	go func() { done <- h.Watch(ctx, func(st link.SiteState) error { states <- st; return nil }) }()
+	defer func() {
+		cancel()
+		<-done
+		<-done
+	}()
+	next := func(what string, ok func(link.SiteState) bool) (took time.Duration) {
+		t.Helper()
+		begun, deadline := time.Now(), time.After(30*time.Second)
+		for {
+			select {
+			case st := <-states:
+				if ok(st) {
+					return time.Since(begun)
+				}
+			case <-deadline:
+				t.Fatal("timed out: " + what)
+			}
+		}
+	}
+	next("shut, and PostgreSQL answers", func(st link.SiteState) bool { return st.Refuses == "the agent has just started" && st.Postgres })
+	h.entry.Open()
+	next("open", func(st link.SiteState) bool { return st.Refuses == "" && st.Server != "" })
+	if err := c.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	took := next("PostgreSQL was killed", func(st link.SiteState) bool { return !st.Postgres && st.Refuses != "" })
+	t.Logf("told %v after the server was gone", took.Round(time.Millisecond))
+	if err := c.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	next("PostgreSQL is back", func(st link.SiteState) bool { return st.Postgres && st.Refuses == "" })
+	if err := h.drain(true); err != nil {
+		t.Fatal(err)
+	}
+	next("drained", func(st link.SiteState) bool { return st.Draining })
+	if again, err := readDrain(h.drainFile()); !again || err != nil {
+		t.Errorf("after a restart of the agent: %t, %v", again, err)
+	}
+	h.entry.Shut("a test")
+	next("shut", func(st link.SiteState) bool { return st.Refuses == "a test" })
+	if err := h.drain(false); err != nil {
+		t.Fatal(err)
+	}
+	next("drained no more", func(st link.SiteState) bool { return !st.Draining })
+	if again, err := readDrain(h.drainFile()); again || err != nil {
+		t.Errorf("after a restart of the agent: %t, %v", again, err)
+	}
+}
+
+// TestEntryCutsWhatIsUnderWay: whatever moment it is shut at, nothing that came in before is left, and what comes then is refused.
+func TestEntryCutsWhatIsUnderWay(t *testing.T) {
+	c := pgtest.New(t)
+	e, err := newEntry(c.DSN("", c.Superuser()), "postgres", func() {}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := e.dial(t.Context(), true, func() {}); err == nil || !strings.Contains(err.Error(), "just started") {
+		t.Errorf("before it is opened: %v", err)
+	}
+	for range 20 {
+		e.Open()
+		type opened struct {
+			cut bool
+			err error
+		}
+		results := make(chan opened)
+		for range 4 {
+			go func() {
+				cut := make(chan struct{})
+				conn, release, err := e.dial(context.Background(), true, func() { close(cut) })
+				if err != nil {
+					results <- opened{err: err}
+					return
+				}
+				_, err = conn.Read(make([]byte, 1)) // the server says nothing before it is asked
+				<-cut
+				_ = conn.Close()
+				release()
+				results <- opened{cut: true, err: err}
+			}()
+		}
+		e.Shut("a test")
+		for range 4 {
+			switch r := <-results; {
+			case r.cut && r.err == nil:
+				t.Error("bytes came through")
+			case !r.cut && !strings.Contains(r.err.Error(), "a test"):
+				t.Errorf("refused: %v", r.err)
+			}
+		}
+		if _, n, _ := e.Status(); n != 0 {
+			t.Fatalf("%d connections are left", n)
+		}
+	}
+}
+
+// TestFlightsBeginAfterTheyAreAskedFor: many share an answer, but never one whose question was put before they came.
+func TestFlightsBeginAfterTheyAreAskedFor(t *testing.T) {
+	var f flights
+	begun := make(chan struct{})
+	goOn := make(chan struct{})
+	count := 0
+	ask := func(context.Context) (any, error) {
+		count++
+		n := count
+		begun <- struct{}{}
+		<-goOn
+		return n, nil
+	}
+	got := make(chan any, 8)
+	one := func() {
+		v, err := f.do(t.Context(), context.Background(), "x", ask)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- v
+	}
+	go one()
+	<-begun
+	for range 5 {
+		go one()
+	}
+	await(t, "the others wait", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.all["x"] != nil
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := f.do(ctx, context.Background(), "x", ask); err == nil {
+		t.Error("a caller that has gone gets an answer")
+	}
+	goOn <- struct{}{}
+	if v := <-got; v != 1 {
+		t.Errorf("the first got %v", v)
+	}
+	<-begun
+	goOn <- struct{}{}
+	for range 5 {
+		select {
+		case v := <-got:
+			if v != 2 && v != 3 {
+				t.Errorf("a later one got %v", v)
+			}
+		case <-begun: // who came when the second question was under way already
+			goOn <- struct{}{}
+			if v := <-got; v != 2 && v != 3 {
+				t.Errorf("a later one got %v", v)
+			}
+		}
+	}
+}
