@@ -769,7 +769,7 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	}
 	s.note(t)
 	if s.keeps() {
-		s.flight.note(t.does)
+		s.flight.note(t)
 	}
 	return s.b, nil
 }
