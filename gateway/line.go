@@ -142,11 +142,10 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 		l.copyIn, l.data = head == 'E' || head == 'Q' || head == 'w', true
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
 		switch head {
-		case 'Q':
-			l.sent[l.first].done = true
 		case 'E':
 			l.execute()
 		case 'Q', 'w':
+			l.sent[l.first].done = head == 'Q'
 			if l.copyIn {
 				l.ignore('x')
 				l.copyIn = false
