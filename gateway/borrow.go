@@ -410,6 +410,9 @@ func (s *session) look(sql []byte) text {
 	}
 	s.mu.Unlock()
 	t := readText(sql, escapes)
+	if t.does == reads && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
+		t.does = writes
+	}
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
 		t.probe, t.dirty, t.deallocate = true, true, ""
 	}
@@ -770,7 +773,7 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	}
 	s.note(t)
 	if s.keeps() {
-		s.flight.note(t.does)
+		s.flight.note(t)
 	}
 	return s.b, nil
 }
@@ -828,6 +831,9 @@ func (s *session) attach(b *backend, seq bool) error {
 	b.last = s.id
 	sequences := other && !fresh && b.pool.hasSeq()
 	if err := s.prepareMarks(b); err != nil {
+		return err
+	}
+	if err := s.askTaints(b); err != nil {
 		return err
 	}
 	defer func() {
