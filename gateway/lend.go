@@ -224,6 +224,9 @@ var planChanged = pgwire.AppendError(nil, &pgwire.Error{
 
 // reportIdle handles what a server says while nobody uses the connection. An error is its last word.
 func (b *backend) reportIdle(typ byte) error {
+	if typ == pgwire.ErrorResponse {
+		return errors.New("the server has raised an error while nobody used the connection")
+	}
 	if typ != pgwire.ParameterStatus {
 		return nil
 	}
@@ -370,7 +373,6 @@ func (b *backend) settle(s *session, typ byte) error {
 	}
 	if typ == pgwire.CommandComplete {
 		s.flight.tag = s.w.Total()
-		b.line.complete()
 	}
 	// Under mu, because what is behind the last answer may be flushed by the session's goroutine (flushHeld).
 	return b.r.Forward(s.w)
