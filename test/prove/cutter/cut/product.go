@@ -59,7 +59,7 @@ func RunProduct(ctx context.Context, o Options) (res *Result, err error) {
 		Settings: map[string]string{"max_connections": "100", "max_prepared_transactions": "10"},
 		Seed: func(ctx context.Context, a *pair.Site) error {
 			tables, _, _ := strings.Cut(schema, "CREATE TABLE small") // what comes behind is for scripts that are not run here
-			return a.Cluster.Exec(ctx, a.Database, tables)
+			return a.Cluster.Exec(ctx, a.Database, tables+"; ALTER TABLE ledger REPLICA IDENTITY FULL")
 		},
 	})
 	if err != nil {
@@ -116,7 +116,7 @@ func (p *product) run(ctx context.Context) (*Result, error) {
 			return res, err
 		}
 		if err := p.one(ctx, r, rng); err != nil {
-			return res, fmt.Errorf("case %d of seed %d: %w%s", n+1, p.o.Seed, err, p.logs())
+			return res, fmt.Errorf("case %d of seed %d: %w", n+1, p.o.Seed, err)
 		}
 		res.Took = time.Since(began)
 		if res.Failed() {
@@ -124,14 +124,6 @@ func (p *product) run(ctx context.Context) (*Result, error) {
 		}
 	}
 	return res, nil
-}
-
-func (p *product) logs() string {
-	text := "\ngateway: " + p.pair.Gateway.Log()
-	for _, s := range p.pair.Sites {
-		text += "\nagent " + s.Name + ": " + s.Log()
-	}
-	return text
 }
 
 // prepare makes the clients' role, lets commits wait, and starts the gateway.
@@ -230,14 +222,14 @@ func (p *product) one(ctx context.Context, r *run, rng *rand.Rand) error {
 	c.K = 1 + int(share*float64(p.wire.count()[c.Dir]))
 	number, o, err := p.play(ctx, b, s, plan{c.Dir, c.K, c.Kind})
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", c, err)
 	}
 	struck, _ := p.wire.hit()
 	trace := p.wire.history()
 	p.wire.release()
 	pg.Close(b.admin)
 	if err := p.heal(ctx, struck); err != nil {
-		return err
+		return fmt.Errorf("after %s (client %s): %w", c, number, err)
 	}
 	if b, err = p.stage(ctx, r); err != nil { // the connection was perhaps to the site that was killed
 		return err
