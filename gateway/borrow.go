@@ -344,9 +344,13 @@ func (s *session) query(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	mixed := s.keeps() && s.flight.open().sent // behind messages without a Sync, whose error would let the server pass over it
+	s.mu.Unlock()
 	switch split, err := s.splits(b); {
 	case err != nil:
 		return err
+	case mixed:
 	case split && t.does == writes:
 		return s.commitQuery(b, sql)
 	case split:
