@@ -45,6 +45,9 @@ const (
 	pollEvery   = 50 * time.Millisecond
 )
 
+// downPhase is the phase in which A is dead.
+const downPhase = "A is down"
+
 // demo is one run.
 type demo struct {
 	o       Options
@@ -53,15 +56,19 @@ type demo struct {
 	ports   ports
 	witness *process // with Options.RPO0
 	sites   [2]*site
-	state   state
-	screen  *screen
-	rep     Report
-	tail    *tail
-	records string // folder of the clients' records
+	// gateways are beside the applications of the sites, in their order.
+	gateways [2]*gatewayProc
+	state    state
+	screen   *screen
+	rep      Report
+	tail     *tail
+	records  string // folder of the clients' records
 
-	mu    sync.Mutex // guards what the display goroutine reads
-	phase string
-	load  *load
+	mu     sync.Mutex // guards what the display goroutine reads
+	phase  string
+	load   *load
+	killAt time.Time // zero: nothing was killed yet
+	backAt time.Time // zero: what was killed is not back yet
 }
 
 // Run runs the demo and gives its report. A verdict against duri is no error: see Report.OK. Errors have hints. When ctx
@@ -91,7 +98,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 // prepare checks everything that can be checked before anything is made, and makes the directory.
 func prepare(ctx context.Context, o Options) (*demo, error) {
 	o.defaults()
-	d := &demo{o: o, screen: newScreen(o.Out, o.NoColour), rep: Report{RPO0: o.RPO0, Seed: o.Seed, Problems: []string{}, FirstConflicts: []ConflictLine{}}}
+	d := &demo{o: o, screen: newScreen(o.Out, o.NoColour), rep: Report{RPO0: o.RPO0, Killed: o.Kill, Seed: o.Seed, Problems: []string{}, FirstConflicts: []ConflictLine{}}}
 	if err := o.check(); err != nil {
 		return nil, err
 	}
@@ -136,7 +143,7 @@ func (d *demo) run(ctx context.Context) error {
 // story is what happens, in order.
 func (d *demo) story(ctx context.Context, g *errgroup.Group) error {
 	for _, step := range []func(context.Context, *errgroup.Group) error{
-		d.startServers, d.fill, d.join, d.bothWrite, d.killA, d.returnA, d.finish,
+		d.startServers, d.fill, d.join, d.startGateways, d.bothWrite, d.killA, d.returnA, d.finish,
 	} {
 		if err := step(ctx, g); err != nil {
 			return errors.Join(err, d.stopLoad())
@@ -176,10 +183,11 @@ func (d *demo) endPhase() {
 // startServers makes both clusters, at the same time, each with its superuser's own random password.
 func (d *demo) startServers(ctx context.Context, _ *errgroup.Group) error {
 	d.begin("servers", "two PostgreSQL %s servers start on ports %d and %d, in %s", d.rep.PostgreSQL, d.ports.postgres[0], d.ports.postgres[1], d.dir)
+	password := rand.Text()
 	for i, name := range siteNames {
 		dir := filepath.Join(d.dir, "pg-"+name)
 		d.state.Clusters = append(d.state.Clusters, dir)
-		d.sites[i] = &site{letter: string(rune('A' + i)), name: name, password: rand.Text()}
+		d.sites[i] = &site{letter: string(rune('A' + i)), name: name, password: password}
 	}
 	if err := d.state.save(d.dir); err != nil {
 		return err
@@ -210,16 +218,25 @@ func (d *demo) startServers(ctx context.Context, _ *errgroup.Group) error {
 // fill makes the database: at A with its content, at B empty.
 func (d *demo) fill(ctx context.Context, _ *errgroup.Group) error {
 	d.begin("data", "database %s at A: %d local governments, their budget, %d payments; at B: empty", database, len(governments()), openingPayments)
+	passwords := [2]string{d.sites[0].password, d.sites[0].password}
 	for i, s := range d.sites {
 		if err := s.cluster.Exec(ctx, "postgres", "CREATE DATABASE "+database); err != nil {
 			return err
 		}
-		content := appSQL(s.password)
+		content := appSQL(s.name, passwords)
 		if i == 0 {
 			content += schemaSQL + seedSQL()
 		}
 		if err := s.cluster.Exec(ctx, database, content); err != nil {
 			return err
+		}
+		// Gateways log in at both sites with what the client proves once, so the verifiers are the same, byte by byte.
+		for n, role := range roles {
+			rows, err := s.cluster.QueryText(ctx, database, "SELECT rolpassword FROM pg_authid WHERE rolname = "+pg.QuoteLiteral(role))
+			if err != nil {
+				return fmt.Errorf("read the verifier of role %s at %s: %w", role, s.label(), err)
+			}
+			passwords[n] = rows[0][0]
 		}
 	}
 	return nil
@@ -251,15 +268,12 @@ func (d *demo) join(ctx context.Context, g *errgroup.Group) error {
 	return d.holdCommits(ctx)
 }
 
-// makeCluster runs what `duri grants` prints and makes what `duri init` makes.
+// makeCluster runs what `duri grants --gateway` prints and makes what `duri init` makes.
 func (d *demo) makeCluster(ctx context.Context) error {
 	spec := config.InitSpec{Name: "demo", Out: filepath.Join(d.dir, "cluster"), Databases: []config.Database{{Name: database}}}
 	for i, s := range d.sites {
-		if err := s.cluster.Exec(ctx, database, grants.SQL(grants.Spec{Role: duriRole, Database: database})); err != nil {
+		if err := s.cluster.Exec(ctx, database, grants.SQL(grants.Spec{Role: duriRole, Database: database, Gateway: true})); err != nil {
 			return fmt.Errorf("run the grants at %s: %w", s.label(), err)
-		}
-		if d.o.RPO0 {
-			s.door = d.ports.door[i]
 		}
 		password := rand.Text()
 		if err := s.cluster.Exec(ctx, database, "ALTER ROLE "+duriRole+" PASSWORD "+pg.QuoteLiteral(password)); err != nil {
@@ -269,7 +283,7 @@ func (d *demo) makeCluster(ctx context.Context) error {
 		spec.Sites = append(spec.Sites, config.InitSite{
 			Name: s.name, Address: address, Listen: address,
 			DSN:      fmt.Sprintf("host=127.0.0.1 port=%d user=%s password=%s sslmode=disable", s.cluster.Port(), duriRole, password),
-			SetupDSN: s.superDSN(), Clients: s.doorAddress(),
+			SetupDSN: s.superDSN(),
 		})
 		file := filepath.Join(spec.Out, s.name, config.FileName)
 		s.spec = agentSpec{program: d.o.Program, command: "agent", config: file, log: filepath.Join(d.dir, "agent-"+s.name+".log"), binDir: d.binDir, detach: d.o.Keep}
@@ -282,7 +296,15 @@ func (d *demo) makeCluster(ctx context.Context) error {
 			spec.Voters = append(spec.Voters, config.Voter{Name: name, Peer: loopback(d.ports.voter[2*i]), Client: loopback(d.ports.voter[2*i+1])})
 		}
 	}
-	return config.InitCluster(spec)
+	if err := config.InitCluster(spec); err != nil {
+		return err
+	}
+	for _, s := range d.sites {
+		if err := inGatewaySection(s.spec.config, "  mode: transaction\n"); err != nil {
+			return err
+		}
+	}
+	return d.makeGateways(spec)
 }
 
 func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
@@ -354,9 +376,9 @@ func (d *demo) note(p *process) error {
 // bothWrite lets the clients write at both sites.
 func (d *demo) bothWrite(ctx context.Context, _ *errgroup.Group) error {
 	d.begin("both write", "%d clients per site write the ledger, a part of it the same rows (seed %d)", d.o.Clients, d.o.Seed)
-	spec := loadSpec{clients: d.o.Clients, rate: d.o.Rate, dir: d.records, seed: d.o.Seed}
-	for i, s := range d.sites {
-		spec.sites[i] = endpoint{name: s.name, dsn: s.clientDSN()}
+	spec := loadSpec{names: siteNames, clients: d.o.Clients, rate: d.o.Rate, dir: d.records, seed: d.o.Seed}
+	for i, g := range d.gateways {
+		spec.dsns[i] = g.dsn(appRole)
 	}
 	l, err := startLoad(ctx, spec)
 	if err != nil {
@@ -368,7 +390,7 @@ func (d *demo) bothWrite(ctx context.Context, _ *errgroup.Group) error {
 	return d.lasts(ctx, bothShare, d.sites[:])
 }
 
-// lasts waits for a share of the duration, and fails when the agent of one of the sites ends meanwhile.
+// lasts waits for a share of the duration, and fails when a gateway or the agent of one of the sites ends meanwhile.
 func (d *demo) lasts(ctx context.Context, share float64, sites []*site) error {
 	deadline := time.NewTimer(time.Duration(share * float64(d.o.Duration)))
 	defer deadline.Stop()
@@ -382,6 +404,11 @@ func (d *demo) lasts(ctx context.Context, share float64, sites []*site) error {
 			return nil
 		case <-tick.C:
 		}
+		for _, g := range d.gateways {
+			if err := g.fault(); err != nil {
+				return err
+			}
+		}
 		for _, s := range sites {
 			if !s.agent.alive() {
 				return fmt.Errorf("the agent of site %s ended (%w): %s", s.label(), s.agent.err, lastLine(s.spec.log))
@@ -393,10 +420,13 @@ func (d *demo) lasts(ctx context.Context, share float64, sites []*site) error {
 // killA kills A and waits until its clients write at B.
 func (d *demo) killA(ctx context.Context, g *errgroup.Group) error {
 	a, b := d.sites[0], d.sites[1]
-	d.begin("A is down", "kill -9: PostgreSQL and agent of A; its clients have to find B by themselves")
-	d.load.ready[0].Store(false)
+	what := map[string]string{KillSite: "PostgreSQL and agent", KillPostgres: "PostgreSQL", KillAgent: "the agent"}[d.o.Kill]
+	d.begin(downPhase, "kill -9: %s of A; its clients keep their connections to the gateway", what)
 	d.rep.KillAt = time.Now().UTC()
-	if err := a.kill(); err != nil {
+	d.mu.Lock()
+	d.killAt = d.rep.KillAt
+	d.mu.Unlock()
+	if err := a.kill(d.o.Kill); err != nil {
 		return err
 	}
 	if err := d.until(ctx, failoverMax, "A's clients write at B", func() bool { _, all := d.load.awayFrom(0); return all }); err != nil {
@@ -404,7 +434,7 @@ func (d *demo) killA(ctx context.Context, g *errgroup.Group) error {
 	}
 	times, _ := d.load.awayFrom(0)
 	d.rep.FailoverMS = slices.MaxFunc(times, time.Time.Compare).Sub(d.rep.KillAt).Milliseconds()
-	d.screen.say("all %d clients of A write at B, %s after the kill", d.o.Clients, ms(d.rep.FailoverMS))
+	d.screen.say("all %d clients of A write at B, %s after the kill; %s", d.o.Clients, ms(d.rep.FailoverMS), d.noticed())
 	if err := d.startTail(ctx, g); err != nil {
 		return err
 	}
@@ -430,14 +460,21 @@ func (d *demo) until(ctx context.Context, timeout time.Duration, what string, co
 // returnA starts A again, waits until both sites have what the other wrote meanwhile, and sends A's clients home.
 func (d *demo) returnA(ctx context.Context, _ *errgroup.Group) error {
 	a, b := d.sites[0], d.sites[1]
-	d.begin("A is back", "A's PostgreSQL starts, with crash recovery, then its agent")
-	if err := a.cluster.Start(ctx); err != nil {
-		return err
+	d.begin("A is back", "what was killed at A starts again: PostgreSQL with crash recovery, then the agent")
+	if d.o.Kill != KillAgent {
+		if err := a.cluster.Start(ctx); err != nil {
+			return err
+		}
 	}
-	if err := d.startAgent(a); err != nil {
-		return err
+	if d.o.Kill != KillPostgres {
+		if err := d.startAgent(a); err != nil {
+			return err
+		}
 	}
 	d.rep.BackAt = time.Now().UTC()
+	d.mu.Lock()
+	d.backAt = d.rep.BackAt
+	d.mu.Unlock()
 	b.watcher.ask(ctx)
 	target := b.watcher.view().status.Journal.End
 	err := a.await(ctx, "has applied what B wrote", catchupMax, func(v view) bool {
@@ -458,8 +495,7 @@ func (d *demo) returnA(ctx context.Context, _ *errgroup.Group) error {
 			return err
 		}
 	}
-	d.screen.say("A's clients go home")
-	d.load.ready[0].Store(true)
+	d.screen.say("the gateway takes A's clients home, when A has been well for a while")
 	if err := d.until(ctx, failoverMax, "A's clients write at A again", func() bool { return d.load.allAt(0) }); err != nil {
 		return err
 	}
@@ -469,7 +505,11 @@ func (d *demo) returnA(ctx context.Context, _ *errgroup.Group) error {
 // finish stops the clients, lets the sites settle, and compares them.
 func (d *demo) finish(ctx context.Context, _ *errgroup.Group) error {
 	d.begin("quiesce", "the clients stop; the sites apply what is under way")
+	l := d.load
 	if err := d.stopLoad(); err != nil {
+		return err
+	}
+	if err := d.countClients(ctx, l); err != nil {
 		return err
 	}
 	var conns [2]*pgconn.PgConn
@@ -487,6 +527,42 @@ func (d *demo) finish(ctx context.Context, _ *errgroup.Group) error {
 	}
 	d.begin("verify", "verify: duri verify, sorted COPY of every table, every single payment")
 	return d.verify(ctx, conns, settled)
+}
+
+// countClients takes into the report what the clients, and the gateways, have counted.
+func (d *demo) countClients(ctx context.Context, l *load) error {
+	r, t := &d.rep, &l.tally
+	r.ClientErrors, r.Retries, r.InDoubtUnknown = int(t.errors.Load()), int(t.retries.Load()), int(t.unknown.Load())
+	r.Problems = append(r.Problems, t.failures()...)
+	stalls := l.stalls(r.KillAt, r.BackAt)
+	r.StallMSP50, r.StallMSP99, r.StallMSMax = percentile(stalls, 0.5).Milliseconds(), percentile(stalls, 0.99).Milliseconds(), percentile(stalls, 1).Milliseconds()
+	for _, g := range d.gateways {
+		n, err := g.counted(ctx)
+		if err != nil {
+			return err
+		}
+		r.Rehomed += n.moves
+		r.GatewayInDoubt += n.committed + n.aborted + n.unknown
+		r.InDoubtResolved += n.committed + n.aborted
+	}
+	return nil
+}
+
+// stallsUntil is when the time ends in which a client's wait counts as a stall: when what was killed is back.
+func (d *demo) stallsUntil(now time.Time) time.Time {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.backAt.IsZero() {
+		return now
+	}
+	return d.backAt
+}
+
+// noticed says what A's death was to the clients so far.
+func (d *demo) noticed() string {
+	t := &d.load.tally
+	stall := percentile(d.load.stalls(d.rep.KillAt, time.Now()), 1)
+	return fmt.Sprintf("client errors %d, transactions made again %d, longest wait %s", t.errors.Load(), t.retries.Load(), term.Duration(stall))
 }
 
 // settle waits until both sites say that they have applied everything and hold the same number of rows. It reports false
@@ -580,16 +656,23 @@ func (d *demo) conflicts(ctx context.Context, conns [2]*pgconn.PgConn) error {
 	return nil
 }
 
-// sayLogs shows the end of the agents' logs, which are about to be removed.
+// sayLogs shows the end of the agents' and gateways' logs, which are about to be removed.
 func (d *demo) sayLogs() {
 	const lines = 10
-	for _, s := range d.sites {
-		if s == nil || s.agent == nil {
-			continue
-		}
-		d.screen.say("the agent of %s said at last:", s.label())
-		for _, l := range lastLines(s.spec.log, lines) {
+	say := func(who, file string) {
+		d.screen.say("%s said at last:", who)
+		for _, l := range lastLines(file, lines) {
 			d.screen.say("  %s", term.Clean(l))
+		}
+	}
+	for _, s := range d.sites {
+		if s != nil && s.agent != nil {
+			say("the agent of "+s.label(), s.spec.log)
+		}
+	}
+	for _, g := range d.gateways {
+		if g != nil && g.process != nil {
+			say("gateway "+g.name, g.spec.log)
 		}
 	}
 }
@@ -607,6 +690,9 @@ func (d *demo) keep() error {
 			s.cluster.SocketDir(), s.cluster.Port(), database, s.cluster.Superuser())))
 		k.Status = append(k.Status, shellCommand(d.o.Program, "status", "-c", s.spec.config))
 	}
+	for _, g := range d.gateways {
+		k.Gateways = append(k.Gateways, shellCommand(psql, g.dsn(appRole)+" dbname="+database), shellCommand(psql, g.dsn(opsRole)+" dbname=duri"))
+	}
 	d.rep.Kept = k
 	return nil
 }
@@ -614,6 +700,11 @@ func (d *demo) keep() error {
 // remove ends every process and removes every file.
 func (d *demo) remove() error {
 	var errs []error
+	for _, g := range d.gateways {
+		if g != nil {
+			errs = append(errs, g.process.kill())
+		}
+	}
 	for _, s := range d.sites {
 		if s == nil {
 			continue

@@ -191,7 +191,8 @@ func TestNothingIsLostWhenASiteDiesAndComesBack(t *testing.T) {
 	if rep.Conflicts == 0 || rep.Conflicts != rep.ConflictsA+rep.ConflictsB || len(rep.FirstConflicts) == 0 {
 		t.Errorf("conflicts %d (A %d, B %d), %d listed: both sites write the same funds", rep.Conflicts, rep.ConflictsA, rep.ConflictsB, len(rep.FirstConflicts))
 	}
-	if len(rep.Tables) != 6 || len(rep.Phases) != 8 || rep.FailoverMS <= 0 || rep.CatchupMS <= 0 || !rep.BackAt.After(rep.KillAt.Add(4*time.Second)) {
+	rep.checkClients(t)
+	if rep.Killed != KillSite || len(rep.Tables) != 6 || len(rep.Phases) != 8 || rep.FailoverMS <= 0 || rep.CatchupMS <= 0 || !rep.BackAt.After(rep.KillAt.Add(4*time.Second)) {
 		t.Errorf("%d tables, %d phases, failover %d ms, catch-up %d ms, killed %v, back %v",
 			len(rep.Tables), len(rep.Phases), rep.FailoverMS, rep.CatchupMS, rep.KillAt, rep.BackAt)
 	}
@@ -244,7 +245,7 @@ func TestKeptDemoCanBeUsedAndStopped(t *testing.T) {
 		t.Fatalf("exit code %d", code)
 	}
 	kept := r.report(t).Kept
-	if kept == nil || len(kept.Connect) != 2 || len(kept.Status) != 2 {
+	if kept == nil || len(kept.Connect) != 2 || len(kept.Status) != 2 || len(kept.Gateways) != 4 {
 		t.Fatalf("kept: %+v", kept)
 	}
 	for i, line := range kept.Connect {
@@ -253,6 +254,15 @@ func TestKeptDemoCanBeUsedAndStopped(t *testing.T) {
 		}
 		if got := shell(t, kept.Status[i]); !strings.Contains(got, "2 sites, all writable") {
 			t.Errorf("site %d: %s", i, got)
+		}
+	}
+	for i, line := range kept.Gateways {
+		sql, want := "SELECT count(*) FROM finance.government", "243"
+		if i%2 == 1 {
+			sql, want = "SHOW STATE", "active|yes"
+		}
+		if got := shell(t, line+" -Atc '"+sql+"'"); !strings.Contains(got, want) {
+			t.Errorf("through a gateway, %s: %s, want %s", sql, got, want)
 		}
 	}
 	kept.checkReplication(t, r.dir)
@@ -316,21 +326,42 @@ func TestPortInUseIsOneSentenceWithAHint(t *testing.T) {
 	r.wantNothingLeft(t)
 }
 
-// TestRPO0LosesNothingThatWasNotAtB: with a witness, all that A had acknowledged is at B when A dies, and A's clients go home
-// when the register has taken A back.
-func TestRPO0LosesNothingThatWasNotAtB(t *testing.T) {
-	r := startDemo(t, "--rpo0", "--duration", "8s", "--json")
-	if code := r.wait(); code != 0 {
-		t.Fatalf("exit code %d", code)
+// checkClients checks that no client noticed anything, and that gateways saw to that.
+func (r Report) checkClients(t *testing.T) {
+	t.Helper()
+	t.Logf("client errors %d, made again %d, unknown %d, stalls %d/%d/%d ms, answers lost %d, of them resolved %d, moves %d",
+		r.ClientErrors, r.Retries, r.InDoubtUnknown, r.StallMSP50, r.StallMSP99, r.StallMSMax, r.GatewayInDoubt, r.InDoubtResolved, r.Rehomed)
+	if r.ClientErrors != 0 || r.RPO0 && (r.InDoubtUnknown != 0 || r.InDoubt != 0 || r.InDoubtResolved != r.GatewayInDoubt) {
+		t.Errorf("clients noticed: %d errors, %d in doubt", r.ClientErrors, r.InDoubt)
 	}
-	var rep Report
-	if err := json.Unmarshal(r.stdout.Bytes(), &rep); err != nil {
-		t.Fatal(err)
+	if r.StallMSP50 <= 0 || r.StallMSP99 < r.StallMSP50 || r.StallMSMax < r.StallMSP99 {
+		t.Errorf("stalls: p50 %d, p99 %d, max %d ms", r.StallMSP50, r.StallMSP99, r.StallMSMax)
 	}
-	if !rep.OK || !rep.RPO0 || rep.NotYetAtB != 0 || rep.Acknowledged == 0 || rep.Lost != 0 {
-		t.Errorf("%+v", rep)
+	if r.Rehomed == 0 {
+		t.Error("no transaction was at another site than the one before, so gateways have not done anything")
 	}
-	if !strings.Contains(r.progress(), "RPO 0") {
-		t.Error("it does not say that commits wait")
+}
+
+// TestRPO0NoClientNotices: with a witness, all that A had acknowledged is at B when A, or its PostgreSQL alone, dies; clients keep
+// their connections and see no error, and A's clients go home when the register has taken A back.
+func TestRPO0NoClientNotices(t *testing.T) {
+	for _, kill := range []string{KillSite, KillPostgres} {
+		t.Run(kill, func(t *testing.T) {
+			r := startDemo(t, "--rpo0", "--kill", kill, "--duration", "8s", "--json")
+			if code := r.wait(); code != 0 {
+				t.Fatalf("exit code %d", code)
+			}
+			rep := r.report(t)
+			rep.checkClients(t)
+			if !rep.OK || !rep.RPO0 || rep.Killed != kill || rep.NotYetAtB != 0 || rep.Acknowledged == 0 || rep.Lost != 0 {
+				t.Errorf("%+v", rep)
+			}
+			for _, text := range []string{"RPO 0", "IS DOWN, no client noticed: 0 errors"} {
+				if !strings.Contains(r.progress(), text) {
+					t.Errorf("it does not say %q", text)
+				}
+			}
+			r.wantNothingLeft(t)
+		})
 	}
 }

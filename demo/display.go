@@ -2,6 +2,7 @@ package demo
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 )
@@ -31,7 +32,7 @@ func (d *demo) display(ctx context.Context) error {
 // glance looks at everything; rates are since the last look. Without a load there is nothing to see.
 func (d *demo) glance(last glance, since time.Duration) (glance, bool) {
 	d.mu.Lock()
-	l, phase := d.load, d.phase
+	l, phase, killAt := d.load, d.phase, d.killAt
 	d.mu.Unlock()
 	if l == nil {
 		return glance{}, false
@@ -50,7 +51,32 @@ func (d *demo) glance(last glance, since time.Duration) (glance, bool) {
 			g.lag[i], g.behind[i], g.conflicts[i] = link.LagS, link.LagBytes, link.Apply.Conflicts
 		}
 	}
+	for i, w := range d.gateways {
+		v := w.watcher.view()
+		one := gatewayGlance{name: w.name, up: v.fresh(), waiting: v.waiting}
+		for site, n := range v.sessions {
+			if at := slices.Index(siteNames[:], site); at >= 0 {
+				one.at[at] += n
+			} else {
+				one.elsewhere += n
+			}
+		}
+		g.gateways[i] = one
+	}
+	g.clients = d.clientGlance(l, phase, killAt)
 	return g, true
+}
+
+func (d *demo) clientGlance(l *load, phase string, killAt time.Time) clientGlance {
+	now := time.Now()
+	c := clientGlance{errors: l.tally.errors.Load(), retries: l.tally.retries.Load(), killed: !killAt.IsZero(), now: l.waitingNow(now)}
+	if c.killed {
+		c.stall = percentile(l.stalls(killAt, d.stallsUntil(now)), 1)
+	}
+	if phase == downPhase {
+		c.dead = d.sites[0].label()
+	}
+	return c
 }
 
 // shellCommand writes a command so that a shell reads it back.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -13,10 +12,11 @@ import (
 
 // loadSpec describes the ledger's clients.
 type loadSpec struct {
-	sites   [2]endpoint
-	clients int    // per site
-	rate    int    // payments per second and site
-	dir     string // of the records
+	names   [2]string // of the sites
+	dsns    [2]string // at which each site's clients connect
+	clients int       // per site
+	rate    int       // payments per second and site
+	dir     string    // of the records
 	seed    uint64
 }
 
@@ -24,7 +24,6 @@ type loadSpec struct {
 type load struct {
 	tally   tally
 	clients []*client
-	ready   [2]atomic.Bool // whether a site takes its clients back
 	stopped chan struct{}
 	group   *errgroup.Group
 }
@@ -35,8 +34,6 @@ func startLoad(ctx context.Context, s loadSpec) (*load, error) {
 		return nil, err
 	}
 	l := &load{stopped: make(chan struct{})}
-	l.ready[0].Store(true)
-	l.ready[1].Store(true)
 	places := governments()
 	for id := 1; id <= 2*s.clients; id++ {
 		record, err := newRecorder(s.dir, id)
@@ -44,11 +41,13 @@ func startLoad(ctx context.Context, s loadSpec) (*load, error) {
 			return nil, errors.Join(err, l.closeRecords())
 		}
 		home := (id - 1) / s.clients
-		l.clients = append(l.clients, &client{
-			id: id, home: home, at: home, sites: s.sites, record: record, tally: &l.tally, homeReady: l.ready[home].Load,
+		c := &client{
+			id: id, home: home, dsn: s.dsns[home], names: s.names, record: record, tally: &l.tally,
 			interval: time.Duration(s.clients) * time.Second / time.Duration(s.rate),
 			rng:      rand.New(rand.NewPCG(s.seed, uint64(id))), places: places,
-		})
+		}
+		c.current.Store(int32(home))
+		l.clients = append(l.clients, c)
 	}
 	l.group, ctx = errgroup.WithContext(ctx)
 	for _, c := range l.clients {
@@ -101,4 +100,24 @@ func (l *load) allAt(home int) bool {
 		}
 	}
 	return true
+}
+
+// stalls are, for each client, the longest time for which it was without an answer around a time of trouble; see stallOf.
+func (l *load) stalls(from, to time.Time) (all []time.Duration) {
+	for _, c := range l.clients {
+		all = append(all, stallOf(c.waits.all(time.Now()), from, to))
+	}
+	return all
+}
+
+// waitingNow is for how long the client has waited that waits longest.
+func (l *load) waitingNow(now time.Time) (longest time.Duration) {
+	for _, c := range l.clients {
+		c.waits.mu.Lock()
+		if !c.waits.since.IsZero() {
+			longest = max(longest, now.Sub(c.waits.since))
+		}
+		c.waits.mu.Unlock()
+	}
+	return longest
 }

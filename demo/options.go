@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,11 +31,13 @@ type Options struct {
 	BinDir string
 	// Program is the duri binary that the agents run; empty: the running program.
 	Program string
-	// PortBase is the first of four consecutive ports on 127.0.0.1: PostgreSQL of A and B, agent of A and B. 0: free ones.
-	// With RPO0 there are twelve: voters of A, B and the witness (two each), doors of A and B.
+	// PortBase is the first of six consecutive ports on 127.0.0.1: PostgreSQL of A and B, agent of A and B, gateways of both
+	// applications. 0: free ones. With RPO0 there are twelve: voters of A, B and the witness (two each).
 	PortBase int
-	// RPO0 adds a witness, and lets commits wait until the other site has them; clients come in through the agents.
+	// RPO0 adds a witness, and lets commits wait until the other site has them.
 	RPO0 bool
+	// Kill is what dies at A: one of the Kill constants; empty: KillSite.
+	Kill string
 	// Clients per site; 0: 4. Rate is payments per second and site; 0: 200.
 	Clients, Rate int
 	// Seed of what the clients do; 0: a random one. The report names it. When clients meet is up to the machine.
@@ -46,6 +49,16 @@ type Options struct {
 	// NoColour switches colour off on a terminal too.
 	NoColour bool
 }
+
+// What may die at A.
+const (
+	KillSite     = "site" // PostgreSQL and agent, at once
+	KillPostgres = "postgres"
+	KillAgent    = "agent"
+)
+
+// Kills lists what may die at A.
+func Kills() []string { return []string{KillSite, KillPostgres, KillAgent} }
 
 // Limits of Options, and what a demo needs.
 const (
@@ -69,6 +82,9 @@ func (o *Options) defaults() {
 	if o.Seed == 0 {
 		o.Seed = 1 + rand.Uint64N(1<<32)
 	}
+	if o.Kill == "" {
+		o.Kill = KillSite
+	}
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
@@ -83,6 +99,8 @@ func (o *Options) check() error {
 		return &Error{Msg: fmt.Sprintf("%d clients per site are not possible", o.Clients), Hint: fmt.Sprintf("give 1 to %d", clientsMax)}
 	case o.Rate < 1 || o.Rate > rateMax:
 		return &Error{Msg: fmt.Sprintf("%d payments per second are not possible", o.Rate), Hint: fmt.Sprintf("give 1 to %d", rateMax)}
+	case !slices.Contains(Kills(), o.Kill):
+		return &Error{Msg: fmt.Sprintf("%q cannot be killed", o.Kill), Hint: "give one of " + strings.Join(Kills(), ", ")}
 	case o.PortBase != 0 && (o.PortBase < 1024 || o.PortBase > 65535-o.portCount()+1):
 		return &Error{Msg: fmt.Sprintf("port base %d is not possible", o.PortBase), Hint: fmt.Sprintf("give 1024 to %d", 65535-o.portCount()+1)}
 	}
@@ -118,9 +136,8 @@ func checkVersion(dir, version string) error {
 
 // ports are the demo's, on 127.0.0.1.
 type ports struct {
-	postgres, agent [2]int
-	voter           [6]int // peer and client of A, B and the witness
-	door            [2]int
+	postgres, agent, gateway [2]int
+	voter                    [6]int // peer and client of A, B and the witness
 }
 
 // portCount is how many of them are used.
@@ -128,13 +145,13 @@ func (o Options) portCount() int {
 	if o.RPO0 {
 		return 12
 	}
-	return 4
+	return 6
 }
 
 func portsFrom(base int) ports {
-	p := ports{postgres: [2]int{base, base + 1}, agent: [2]int{base + 2, base + 3}, door: [2]int{base + 10, base + 11}}
+	p := ports{postgres: [2]int{base, base + 1}, agent: [2]int{base + 2, base + 3}, gateway: [2]int{base + 4, base + 5}}
 	for i := range p.voter {
-		p.voter[i] = base + 4 + i
+		p.voter[i] = base + 6 + i
 	}
 	return p
 }

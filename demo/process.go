@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// process is an agent that this program started.
+// process is an agent, a witness or a gateway that this program started.
 type process struct {
 	cmd  *exec.Cmd
 	done chan struct{}
@@ -24,14 +24,14 @@ type process struct {
 // agentSpec is what an agent is started with.
 type agentSpec struct {
 	program string // the duri binary
-	command string // agent or witness
+	command string // agent, witness or gateway
 	config  string // its duri.yaml
 	log     string // file that its messages are appended to
 	binDir  string // of PostgreSQL's programs, for pg_dump
 	detach  bool   // survive this program
 }
 
-// startAgent starts `duri agent`, or `duri witness`. Unless it is detached it ends with this program, even when that is killed.
+// startAgent starts `duri agent`, or another command that runs on. Unless it is detached it ends with this program, even when that is killed.
 func startAgent(s agentSpec) (*process, error) {
 	log, err := os.OpenFile(s.log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {

@@ -79,7 +79,7 @@ func TestUUIDsAreOfVersion7AndDiffer(t *testing.T) {
 func TestClientsWriteMostlyTheirHalf(t *testing.T) {
 	const seed, n = 3, 4000
 	for home := range 2 {
-		c := &client{home: home, at: home, sites: [2]endpoint{{name: "a"}, {name: "b"}}, rng: rand.New(rand.NewPCG(seed, 1)), places: governments()}
+		c := &client{home: home, rng: rand.New(rand.NewPCG(seed, 1)), places: governments()}
 		foreign, fund := 0, 0
 		for range n {
 			tr := c.choose()
@@ -144,12 +144,13 @@ func TestBadSurroundingsAreNamed(t *testing.T) {
 	}{
 		{"port in use", Options{PortBase: busy}, fmt.Sprintf("port %d is in use", busy), "--port-base"},
 		{"one of the block in use", Options{PortBase: busy - 3}, "is in use", "--port-base"},
-		{"port out of range", Options{PortBase: 65534}, "65534", "65532"},
+		{"port out of range", Options{PortBase: 65534}, "65534", "65530"},
 		{"no PostgreSQL there", Options{BinDir: exists}, "does not hold postgres", "directory"},
 		{"directory exists", Options{Dir: exists}, "exists already", "--stop"},
 		{"no parent", Options{Dir: filepath.Join(exists, "x", "y")}, "no such file", "parent"},
 		{"too short", Options{Duration: time.Second}, "too short", "5s"},
 		{"too many clients", Options{Clients: 100}, "100 clients", "20"},
+		{"nothing that can be killed", Options{Kill: "kernel"}, "\"kernel\" cannot", "site, postgres, agent"},
 		{"too fast", Options{Rate: 1e6}, "1000000", "5000"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -275,6 +276,8 @@ func TestPanelLinesUpWithKoreanNames(t *testing.T) {
 	g := glance{
 		phase: "A is down", names: [2]string{"A (서울)", "B (busan)"}, up: [2]bool{false, true}, linked: [2]bool{false, true}, acknowledged: [2]int64{1234, 99},
 		rate: [2]float64{0, 401.6}, behind: [2]int64{0, 5}, lag: [2]float64{0, 0.25}, conflicts: [2]int64{0, 7}, latest: "경기도 수원시 · x",
+		gateways: [2]gatewayGlance{{name: "gw-서울", up: true, at: [2]int{1, 3}, elsewhere: 1, waiting: 2}, {name: "gw-busan"}},
+		clients:  clientGlance{dead: "A (서울)", retries: 3, killed: true, stall: 310 * time.Millisecond, now: 2 * time.Second},
 	}
 	lines := g.panel()
 	want := []string{
@@ -283,6 +286,11 @@ func TestPanelLinesUpWithKoreanNames(t *testing.T) {
 		"             PAYMENTS/S  ACKNOWLEDGED     LAG  CONFLICTS",
 		"  A (서울)         down         1,234       -          -",
 		"  B (busan)         402            99  0.25 s          7",
+		"",
+		"            SESSIONS  AT A  AT B  WAITING",
+		"  gw-서울          5     1     3        2",
+		"  gw-busan      down     -     -        -",
+		"  A (서울) IS DOWN, no client noticed: 0 errors, 3 made again, longest wait 310 ms, waiting now: 2 s",
 		"  경기도 수원시 · x",
 	}
 	if got := strings.Join(lines, "\n"); got != strings.Join(want, "\n") {
@@ -290,6 +298,14 @@ func TestPanelLinesUpWithKoreanNames(t *testing.T) {
 	}
 	g.up[0] = true
 	if got := g.line(); !strings.Contains(got, "A (서울) 0/s, lag no link | B (busan) 402/s, lag 0.25 s") {
+		t.Errorf("line: %s", got)
+	}
+	g.clients = clientGlance{errors: 2, killed: true}
+	if got := g.line(); !strings.Contains(got, "| CLIENTS NOTICED: 2 errors, 0 made again, longest wait 0 s") {
+		t.Errorf("line: %s", got)
+	}
+	g.clients = clientGlance{}
+	if got := g.line(); !strings.HasSuffix(got, "| client errors 0, 0 made again") {
 		t.Errorf("line: %s", got)
 	}
 	if got, want := clip("경기도 수원시", 5), "경기"; got != want {
@@ -363,9 +379,80 @@ func TestReportPrintsVerdictAndJSONNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name := range strings.FieldsSeq("acknowledged lost doubled conflicts converged kill_at back_at tables_equal in_doubt payments_a payments_b " +
-		"sum_client sum_a sum_b failover_ms catchup_ms seed phases") {
+		"sum_client sum_a sum_b failover_ms catchup_ms seed phases client_errors retries stall_ms_p50 stall_ms_p99 stall_ms_max gateway_in_doubt " +
+		"in_doubt_resolved in_doubt_unknown rehomed killed") {
 		if _, ok := fields[name]; !ok {
 			t.Errorf("the document has no %s", name)
+		}
+	}
+}
+
+func TestStallIsTheLongestWaitThatTroubleTouched(t *testing.T) {
+	t0 := time.Unix(1000, 0)
+	at := func(ms int) time.Time { return t0.Add(time.Duration(ms) * time.Millisecond) }
+	for _, c := range []struct {
+		name  string
+		waits []wait
+		want  time.Duration
+	}{
+		{"none", nil, 0},
+		{"before and behind", []wait{{at(-900), at(-1)}, {at(1000), at(5000)}}, 0},
+		{"begun before it", []wait{{at(-200), at(300)}, {at(310), at(400)}}, 500 * time.Millisecond},
+		{"goes on behind it", []wait{{at(10), at(20)}, {at(900), at(1900)}}, time.Second},
+		{"within", []wait{{at(10), at(20)}, {at(100), at(180)}, {at(200), at(201)}}, 80 * time.Millisecond},
+	} {
+		if got := stallOf(c.waits, t0, at(1000)); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestAWaitEndsWithItsAnswerOnly(t *testing.T) {
+	var w waits
+	w.begin()
+	first := w.since
+	w.begin() // asked again
+	if w.since != first {
+		t.Error("asking again began another wait")
+	}
+	if all := w.all(first.Add(time.Second)); len(all) != 1 || all[0] != (wait{first, first.Add(time.Second)}) {
+		t.Errorf("waits for now: %v", all)
+	}
+	w.end()
+	if all := w.all(first.Add(time.Hour)); len(all) != 1 || all[0].from != first || all[0].to.Equal(first.Add(time.Hour)) {
+		t.Errorf("waits in the end: %v", all)
+	}
+}
+
+func TestPercentileIsOfTheNearestRank(t *testing.T) {
+	values := []time.Duration{40, 10, 30, 20}
+	for share, want := range map[float64]time.Duration{0.5: 20, 0.51: 30, 0.99: 40, 1: 40, 0.01: 10} {
+		if got := percentile(values, share); got != want {
+			t.Errorf("%v: %d, want %d", share, got, want)
+		}
+	}
+	if percentile(nil, 0.5) != 0 || values[0] != 40 {
+		t.Errorf("of nothing: %d; the values became %v", percentile(nil, 0.5), values)
+	}
+}
+
+func TestConcludeNamesWhatClientsNoticed(t *testing.T) {
+	good := Report{VerifyEqual: true, Acknowledged: 1, Tables: []TableCheck{{Name: "t", Equal: true}}}
+	for name, c := range map[string]struct {
+		change func(*Report)
+		want   string
+	}{
+		"nothing":                        {func(*Report) {}, ""},
+		"transactions made again":        {func(r *Report) { r.Retries = 3 }, ""},
+		"an error":                       {func(r *Report) { r.ClientErrors = 1 }, "clients noticed: 1 errors"},
+		"unknown, with a register":       {func(r *Report) { r.RPO0, r.InDoubtUnknown = true, 2 }, "2 COMMITs were answered"},
+		"unknown, which nobody can tell": {func(r *Report) { r.InDoubtUnknown = 2 }, ""},
+	} {
+		r := good
+		c.change(&r)
+		r.conclude(true)
+		if got := strings.Join(r.Problems, "\n"); r.OK != (c.want == "") || !strings.Contains(got, c.want) || (c.want == "") != (got == "") {
+			t.Errorf("%s: ok %v, %q, want %q", name, r.OK, got, c.want)
 		}
 	}
 }

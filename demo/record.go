@@ -35,6 +35,8 @@ type entry struct {
 //	a SEQ ID SITE AMOUNT   attempt: COMMIT is about to be sent
 //	c SEQ | r SEQ | u SEQ  its outcome
 //
+// What was rolled back may be tried again, maybe at another site: its last attempt counts.
+//
 // The attempt is on disk before COMMIT is sent. The outcome is written at once and fsynced with the next attempt: were it
 // lost in a power failure, the payment would count as in doubt, which claims less than is true and never more.
 // Not for concurrent use.
@@ -115,6 +117,11 @@ func parseRecord(client int, text string) ([]entry, error) {
 	}
 }
 
+// triedAgain reports whether a further attempt may be of this payment.
+func (e entry) triedAgain(id, amount string) bool {
+	return e.outcome == rolledBack && e.id == id && strconv.FormatInt(e.amount, 10) == amount
+}
+
 func parseRecordLine(client int, line string, entries *[]entry, at map[int64]int) error {
 	words := bufio.NewScanner(strings.NewReader(line))
 	words.Split(bufio.ScanWords)
@@ -131,10 +138,14 @@ func parseRecordLine(client int, line string, entries *[]entry, at map[int64]int
 	}
 	i, known := at[seq]
 	switch kind := f[0][0]; {
-	case kind == 'a' && len(f) == 5 && !known:
+	case kind == 'a' && len(f) == 5 && (!known || (*entries)[i].triedAgain(f[2], f[4])):
 		amount, err := strconv.ParseInt(f[4], 10, 64)
 		if err != nil {
 			return fmt.Errorf("%q is no entry: %w", line, err)
+		}
+		if known {
+			(*entries)[i].site, (*entries)[i].outcome = f[3], unknown
+			break
 		}
 		at[seq] = len(*entries)
 		*entries = append(*entries, entry{client: client, seq: seq, id: f[2], site: f[3], amount: amount, outcome: unknown})

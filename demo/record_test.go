@@ -71,10 +71,22 @@ func TestTornLastLineDoesNotCount(t *testing.T) {
 
 func TestDamagedRecordIsAnError(t *testing.T) {
 	for _, text := range []string{
+		"a 1 u1 s 1\nc 1\na 1 u1 s 1\n", "a 1 u1 s 1\nr 1\na 1 u2 s 1\n", "a 1 u1 s 1\nr 1\na 1 u1 s 2\n",
 		"c 1\n", "a 1 u1 seoul\n", "a x u1 seoul 1\n", "a 1 u1 seoul x\n", "a 1 u1 seoul 1\na 1 u1 seoul 1\n", "\n", "x 1\n", "a 1 u s 1\nz 1\n",
 	} {
 		if got, err := parseRecord(1, text); err == nil {
 			t.Errorf("%q: %v, want an error", text, got)
 		}
+	}
+}
+
+func TestTheLastAttemptCounts(t *testing.T) {
+	got, err := parseRecord(1, "a 1 u1 seoul 5\nr 1\na 1 u1 busan 5\nc 1\na 2 u2 seoul 6\nr 2\na 2 u2 busan 6\n")
+	want := []entry{
+		{client: 1, seq: 1, id: "u1", site: "busan", amount: 5, outcome: committed},
+		{client: 1, seq: 2, id: "u2", site: "busan", amount: 6, outcome: unknown},
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(entry{})); diff != "" || err != nil {
+		t.Errorf("entries (-want +got):\n%s%v", diff, err)
 	}
 }

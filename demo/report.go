@@ -27,6 +27,21 @@ type Report struct {
 	InDoubtThere int `json:"in_doubt_committed"` // of those: there, at both sites
 	InDoubtSplit int `json:"in_doubt_differs"`   // of those: there at one site only
 
+	// What clients had of it: each has one connection, to a gateway, and makes a transaction again after SQLSTATE 40001 only.
+	ClientErrors int `json:"client_errors"` // answers that are neither success nor 40001 nor 08007, and connections lost or refused
+	Retries      int `json:"retries"`       // transactions made again after 40001
+	// InDoubtUnknown are COMMITs answered by 08007: the gateway could not learn what became of them. The client looks the payment
+	// up; what it does not find counts in in_doubt.
+	InDoubtUnknown int `json:"in_doubt_unknown"`
+	// The longest time that each client was without an answer around A's death, over all clients of both sites; see
+	// docs/reference/json.md.
+	StallMSP50      int64 `json:"stall_ms_p50"`
+	StallMSP99      int64 `json:"stall_ms_p99"`
+	StallMSMax      int64 `json:"stall_ms_max"`
+	GatewayInDoubt  int   `json:"gateway_in_doubt"`  // COMMITs whose answer from PostgreSQL was lost, by the gateways' counters
+	InDoubtResolved int   `json:"in_doubt_resolved"` // of those: the gateways learned what became of them
+	Rehomed         int   `json:"rehomed"`           // transactions at another site than their session's one before
+
 	Converged   bool         `json:"converged"`    // all applied, duri verify says equal, and tables_equal
 	VerifyEqual bool         `json:"verify_equal"` // what duri verify says
 	TablesEqual bool         `json:"tables_equal"` // what the demo's own comparison says
@@ -45,8 +60,9 @@ type Report struct {
 	FirstConflicts []ConflictLine `json:"first_conflicts"`
 	BudgetDrift    int            `json:"budget_lines_with_lost_update"` // by last-writer-wins, see the package comment
 
+	Killed     string    `json:"killed"` // what died at A: site, postgres or agent
 	KillAt     time.Time `json:"kill_at"`
-	BackAt     time.Time `json:"back_at"`     // A's PostgreSQL answered again and its agent was started
+	BackAt     time.Time `json:"back_at"`     // A's PostgreSQL answered again and its agent was started, as far as they were killed
 	FailoverMS int64     `json:"failover_ms"` // from kill_at until every client of A had a payment acknowledged at B
 	CatchupMS  int64     `json:"catchup_ms"`  // from back_at until A had applied what B had, and B had A's last payments
 
@@ -83,7 +99,9 @@ type Kept struct {
 	Dir     string   `json:"dir"`
 	Connect []string `json:"connect"` // psql command lines, A then B
 	Status  []string `json:"status"`
-	Stop    string   `json:"stop"`
+	// Gateways are psql command lines: of each gateway, the ledger and the gateway's own database.
+	Gateways []string `json:"gateways"`
+	Stop     string   `json:"stop"`
 }
 
 // conflictLine shortens a conflict. The winner is the incoming change's site if it won.
@@ -124,6 +142,8 @@ func (r *Report) conclude(settled bool) {
 		{r.Acknowledged == 0, "no payment was acknowledged"},
 		{r.Lost > 0, fmt.Sprintf("%d acknowledged payments are lost", r.Lost)},
 		{r.RPO0 && r.NotYetAtB > 0, fmt.Sprintf("%d acknowledged payments were not at B when A died, with RPO 0", r.NotYetAtB)},
+		{r.ClientErrors > 0, fmt.Sprintf("clients noticed: %d errors that are not 40001", r.ClientErrors)},
+		{r.RPO0 && r.InDoubtUnknown > 0, fmt.Sprintf("%d COMMITs were answered by \"unknown\", with RPO 0", r.InDoubtUnknown)},
 		{r.Doubled > 0, fmt.Sprintf("%d payments are doubled", r.Doubled)},
 		{r.Unexpected > 0, fmt.Sprintf("%d payments are there that nobody committed as they are", r.Unexpected)},
 		{r.InDoubtSplit > 0, fmt.Sprintf("%d payments in doubt are at one site only", r.InDoubtSplit)},
@@ -166,15 +186,18 @@ func (r Report) Print(w io.Writer, style term.Style) error {
 
 func (r Report) rows(t *term.Table) {
 	const clock = "15:04:05.000"
-	t.Row("  A killed (-9)", fmt.Sprintf("%s   PostgreSQL and agent, in the middle of the writing", r.KillAt.Local().Format(clock)))
-	t.Row("  A's clients wrote again", fmt.Sprintf("%s later, at B", ms(r.FailoverMS)))
+	t.Row("  A killed (-9)", fmt.Sprintf("%s   %s, in the middle of the writing", r.KillAt.Local().Format(clock), killedText(r.Killed)))
+	t.Row("  A's clients wrote again", fmt.Sprintf("%s later, at B, over the same connections", ms(r.FailoverMS)))
+	t.Row("  longest wait of a client", fmt.Sprintf("%s   half of the clients: at most %s", ms(r.StallMSMax), ms(r.StallMSP50)))
+	t.Row("  errors that clients saw", fmt.Sprintf("%d   transactions made again (40001): %d", r.ClientErrors, r.Retries))
+	t.Row("  answers lost on the way", fmt.Sprintf("%d   found out by the gateways: %d", r.GatewayInDoubt, r.InDoubtResolved))
 	t.Row("  A back", fmt.Sprintf("%s   after %s", r.BackAt.Local().Format(clock), term.Duration(r.BackAt.Sub(r.KillAt))))
 	t.Row("  caught up, both ways", fmt.Sprintf("%s later", ms(r.CatchupMS)))
 	t.Row("", "")
 	t.Row("  payments acknowledged", term.Count(int64(r.Acknowledged)))
 	t.Row("  lost", term.Count(int64(r.Lost)))
 	t.Row("  doubled", term.Count(int64(r.Doubled)))
-	t.Row("  in doubt", fmt.Sprintf("%d   COMMIT without an answer; %d turned out committed, the same at both sites: %s", r.InDoubt, r.InDoubtThere, yes(r.InDoubtSplit == 0)))
+	t.Row("  in doubt", fmt.Sprintf("%d   COMMIT without a clear answer; %d turned out committed, the same at both sites: %s", r.InDoubt, r.InDoubtThere, yes(r.InDoubtSplit == 0)))
 	t.Row("  not yet at B when A died", r.tail())
 	t.Row("", "")
 	t.Row("  sum by the clients", won(r.SumClient))
@@ -182,6 +205,16 @@ func (r Report) rows(t *term.Table) {
 	t.Row("  sum at B", won(r.SumB))
 	t.Row("  tables equal, row by row", fmt.Sprintf("%s   duri verify: %s   sorted COPY: %s", yes(r.Converged), yes(r.VerifyEqual), yes(r.TablesEqual)))
 	t.Row("  budget totals that lost an update", fmt.Sprintf("%d   last writer wins by row; sums above count payments", r.BudgetDrift))
+}
+
+func killedText(what string) string {
+	switch what {
+	case KillPostgres:
+		return "PostgreSQL alone"
+	case KillAgent:
+		return "the agent alone"
+	}
+	return "PostgreSQL and agent"
 }
 
 func (r Report) tail() string {
@@ -210,7 +243,7 @@ func (r Report) printConflicts(b *strings.Builder, style term.Style) error {
 // verdictLine is the last line of a screenshot.
 func (r Report) verdictLine(style term.Style) string {
 	if r.OK {
-		return style.Good(fmt.Sprintf("✓ PASSED  A died and came back: %s payments acknowledged, 0 lost, 0 doubled, both sites equal",
+		return style.Good(fmt.Sprintf("✓ PASSED  A died and came back: %s payments acknowledged, 0 lost, 0 doubled, 0 client errors, both sites equal",
 			term.Count(int64(r.Acknowledged)))) + style.Dim(fmt.Sprintf("  (%.0f s, PostgreSQL %s, seed %d)", r.Seconds, r.PostgreSQL, r.Seed))
 	}
 	return style.Bad("✗ FAILED") + style.Dim(fmt.Sprintf("  (%.0f s, PostgreSQL %s, seed %d)", r.Seconds, r.PostgreSQL, r.Seed))
@@ -218,7 +251,7 @@ func (r Report) verdictLine(style term.Style) string {
 
 func (k Kept) print(b *strings.Builder) {
 	b.WriteString("\nEverything still runs:\n")
-	for _, line := range slices.Concat(k.Connect, k.Status) {
+	for _, line := range slices.Concat(k.Connect, k.Status, k.Gateways) {
 		b.WriteString("  " + line + "\n")
 	}
 	b.WriteString("End it and remove " + k.Dir + ":\n  " + k.Stop + "\n")

@@ -12,6 +12,7 @@ const (
 	database = "finance"
 	schema   = "finance"
 	appRole  = "finance_app" // whom the ledger's clients connect as
+	opsRole  = "finance_ops" // who may look into the gateways
 	duriRole = "duri"        // whom the agents connect as
 )
 
@@ -83,10 +84,19 @@ WHERE (b.gov_id, b.line) = (p.gov_id, p.line);
 	return b.String()
 }
 
-// appSQL lets the ledger's role read and write. The predefined roles suit both sites alike, whoever copied the tables.
-func appSQL(password string) string {
-	return fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD %s;\nGRANT pg_read_all_data, pg_write_all_data TO %s;\n",
-		pg.QuoteIdent(appRole), pg.QuoteLiteral(password), pg.QuoteIdent(appRole))
+// roles are whom gateways let in, in the order of appSQL's passwords.
+var roles = [2]string{appRole, opsRole}
+
+// appSQL lets the ledger's role read and write, and tells transactions at which site they run. The predefined roles suit both sites
+// alike, whoever copied the tables. passwords may be verifiers.
+func appSQL(site string, passwords [2]string) string {
+	var b strings.Builder
+	for i, role := range roles {
+		fmt.Fprintf(&b, "CREATE ROLE %s LOGIN PASSWORD %s;\n", pg.QuoteIdent(role), pg.QuoteLiteral(passwords[i]))
+	}
+	fmt.Fprintf(&b, "GRANT pg_read_all_data, pg_write_all_data TO %s;\n", pg.QuoteIdent(appRole))
+	fmt.Fprintf(&b, "ALTER DATABASE %s SET %s = %s;\n", database, siteSetting, pg.QuoteLiteral(site))
+	return b.String()
 }
 
 func literals(all []string) string {

@@ -113,6 +113,26 @@ type glance struct {
 	conflicts    [2]int64
 	inDoubt      int64
 	latest       string
+	gateways     [2]gatewayGlance
+	clients      clientGlance
+}
+
+// gatewayGlance is a gateway at one moment.
+type gatewayGlance struct {
+	name      string
+	up        bool   // it answers
+	at        [2]int // sessions, by the site of their latest transaction
+	elsewhere int    // sessions that have had none
+	waiting   int    // sessions that wait for a site
+}
+
+// clientGlance is what the ledger's clients have had of it.
+type clientGlance struct {
+	dead            string // the site that is down; empty: none
+	errors, retries int64
+	killed          bool          // there was a fault
+	stall           time.Duration // the longest wait of a client around it
+	now             time.Duration // for how long a client waits that waits longest just now
 }
 
 // panel draws a glance for a terminal. It is pure.
@@ -128,6 +148,19 @@ func (g glance) panel() []string {
 	var b strings.Builder
 	_ = t.Write(&b, term.Style{}) // a strings.Builder does not fail
 	lines := append([]string{"", "  " + strings.ToUpper(g.phase)}, strings.Split(strings.TrimRight(b.String(), "\n"), "\n")...)
+	lines = append(lines, "")
+	t = term.NewTable("", "SESSIONS", "AT A", "AT B", "WAITING").Right(1, 2, 3, 4)
+	for _, w := range g.gateways {
+		if !w.up {
+			t.Row("  "+w.name, "down", "-", "-", "-")
+			continue
+		}
+		t.Row("  "+w.name, w.at[0]+w.at[1]+w.elsewhere, w.at[0], w.at[1], w.waiting)
+	}
+	b.Reset()
+	_ = t.Write(&b, term.Style{})
+	lines = append(lines, strings.Split(strings.TrimRight(b.String(), "\n"), "\n")...)
+	lines = append(lines, "  "+g.clients.text())
 	if g.latest != "" {
 		lines = append(lines, "  "+term.Clean(g.latest))
 	}
@@ -142,9 +175,36 @@ func (g glance) line() string {
 		}
 		return fmt.Sprintf("%s %.0f/s, lag %s", g.names[i], g.rate[i], g.lagText(i))
 	}
-	return fmt.Sprintf("%s: %s | %s | acknowledged %s, in doubt %d, conflicts %s + %s", g.phase, site(0), site(1),
-		term.Count(g.acknowledged[0]+g.acknowledged[1]), g.inDoubt, term.Count(g.conflicts[0]), term.Count(g.conflicts[1]))
+	return fmt.Sprintf("%s: %s | %s | acknowledged %s, in doubt %d, conflicts %s + %s | %s", g.phase, site(0), site(1),
+		term.Count(g.acknowledged[0]+g.acknowledged[1]), g.inDoubt, term.Count(g.conflicts[0]), term.Count(g.conflicts[1]), g.clients.text())
 }
+
+// text is what an operator wants to know first: is somebody without an answer, and did anybody notice?
+func (c clientGlance) text() string {
+	var b strings.Builder
+	if c.dead != "" {
+		b.WriteString(c.dead + " IS DOWN, ")
+	}
+	switch {
+	case c.errors > 0:
+		fmt.Fprintf(&b, "CLIENTS NOTICED: %s errors", term.Count(c.errors))
+	case c.killed:
+		b.WriteString("no client noticed: 0 errors")
+	default:
+		b.WriteString("client errors 0")
+	}
+	fmt.Fprintf(&b, ", %s made again", term.Count(c.retries))
+	if c.killed {
+		fmt.Fprintf(&b, ", longest wait %s", term.Duration(c.stall))
+	}
+	if c.now >= noteworthy {
+		fmt.Fprintf(&b, ", waiting now: %s", term.Duration(c.now))
+	}
+	return b.String()
+}
+
+// noteworthy is a wait that a person would feel.
+const noteworthy = 200 * time.Millisecond
 
 func (g glance) lagText(i int) string {
 	switch {

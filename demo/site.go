@@ -1,7 +1,6 @@
 package demo
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,25 +28,11 @@ type site struct {
 	spec     agentSpec
 	control  *server.Control
 	watcher  *watcher
-	password string // of the clients' role
-	door     int    // port at which clients come in through the agent; 0: they do not
+	password string // of the gateways' roles, the same at both
 }
 
 // label names the site for people.
 func (s *site) label() string { return s.letter + " (" + s.name + ")" }
-
-// clientDSN is how the ledger's clients connect: over TCP, with a password, as from another machine.
-func (s *site) clientDSN() string {
-	return fmt.Sprintf("host=127.0.0.1 port=%d user=%s password=%s sslmode=disable", cmp.Or(s.door, s.cluster.Port()), appRole, s.password)
-}
-
-// doorAddress is where the agent takes clients; empty: it does not.
-func (s *site) doorAddress() string {
-	if s.door == 0 {
-		return ""
-	}
-	return loopback(s.door)
-}
 
 // superDSN is for what the demo itself does, over the Unix-domain socket; it holds no password.
 func (s *site) superDSN() string {
@@ -120,11 +105,20 @@ func lastLines(path string, n int) []string {
 	return lines[max(0, len(lines)-n):]
 }
 
-// kill ends the site as a power cut would: SIGKILL to the agent and to every process of PostgreSQL, at once.
-func (s *site) kill() error {
+// kill ends the site, or a part of it, as a power cut would: SIGKILL to the agent and to every process of PostgreSQL, at once.
+func (s *site) kill(what string) error {
 	ended := make(chan error, 1)
-	go func() { ended <- s.agent.kill() }()
-	err := s.cluster.Kill()
+	go func() {
+		if what == KillPostgres {
+			ended <- nil
+			return
+		}
+		ended <- s.agent.kill()
+	}()
+	var err error
+	if what != KillAgent {
+		err = s.cluster.Kill()
+	}
 	return errors.Join(err, <-ended)
 }
 

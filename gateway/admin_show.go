@@ -24,7 +24,7 @@ const help = `
 	SHOW HELP|CONFIG|DATABASES|POOLS|CLIENTS|SERVERS|USERS|VERSION|STATE
 	SHOW SOCKETS|ACTIVE_SOCKETS|LISTS|MEM
 	SHOW STATS|STATS_TOTALS|STATS_AVERAGES|TOTALS
-	SHOW duri.sessions|duri.pins|duri.routes
+	SHOW duri.sessions|duri.pins|duri.routes|duri.counters
 	RELOAD
 	PAUSE [<db>]
 	RESUME [<db>]
@@ -89,8 +89,9 @@ func init() { // The functions refer to the map.
 
 		"duri.sessions": {columnsOf(`n:pid user database state site waiting_for_s pinned n:settings n:statements client connect_time request_time
 			application_name`), showSessions},
-		"duri.pins":   {columnsOf("reason n:sessions"), showPins},
-		"duri.routes": {columnsOf("database user site address b:epoch problem"), showRoutes},
+		"duri.pins":     {columnsOf("reason n:sessions"), showPins},
+		"duri.routes":   {columnsOf("database user site address b:epoch problem"), showRoutes},
+		"duri.counters": {columnsOf("name b:value"), showCounters},
 	}
 }
 

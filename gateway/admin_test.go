@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -141,6 +142,11 @@ func TestAdminTables(t *testing.T) {
 	}
 	if moves < 9 {
 		t.Errorf("%d moves between sites were counted", moves)
+	}
+	for name, want := range map[string]uint64{"moves": moves, "logins": 1, "refused": 0, "in_doubt_committed": 0, "in_doubt_aborted": 0, "in_doubt_unknown": 0} {
+		if got := cell(t, a, "SHOW duri.counters", name, "value"); got != strconv.FormatUint(want, 10) {
+			t.Errorf("SHOW duri.counters: %s %s, want %d", got, name, want)
+		}
 	}
 	rows, _, _ = ask(t, a, "SHOW CLIENTS")
 	if len(rows) != 2 || rows[0][17] != "till" || rows[0][14] == "" || rows[1][2] != "duri" {

@@ -344,9 +344,13 @@ func (s *session) query(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	mixed := s.keeps() && s.flight.open().sent // behind messages without a Sync, whose error would let the server pass over it
+	s.mu.Unlock()
 	switch split, err := s.splits(b); {
 	case err != nil:
 		return err
+	case mixed:
 	case split && t.does == writes:
 		return s.commitQuery(b, sql)
 	case split:
@@ -406,6 +410,9 @@ func (s *session) look(sql []byte) text {
 	}
 	s.mu.Unlock()
 	t := readText(sql, escapes)
+	if t.does == reads && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
+		t.does = writes
+	}
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
 		t.probe, t.dirty, t.deallocate = true, true, ""
 	}
@@ -766,7 +773,7 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	}
 	s.note(t)
 	if s.keeps() {
-		s.flight.note(t.does)
+		s.flight.note(t)
 	}
 	return s.b, nil
 }
@@ -824,6 +831,9 @@ func (s *session) attach(b *backend, seq bool) error {
 	b.last = s.id
 	sequences := other && !fresh && b.pool.hasSeq()
 	if err := s.prepareMarks(b); err != nil {
+		return err
+	}
+	if err := s.askTaints(b); err != nil {
 		return err
 	}
 	defer func() {

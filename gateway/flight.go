@@ -52,6 +52,7 @@ type segment struct {
 	sum    uint64 // over its answer
 	ltxid  []byte
 	began  bool // one of its statements is BEGIN
+	count  int  // of its statements
 	wrote  bool // one of its statements may have written
 	split  bool // nothing of it takes effect before committing is set
 	// committing: its transaction was told to commit, and may have done so. unmarked: nobody can be asked whether it has.
@@ -88,10 +89,14 @@ func (f *flight) record(typ byte, body []byte, long bool) {
 	s.ended = typ == pgwire.Query || typ == pgwire.Sync || typ == pgwire.FunctionCall
 }
 
-// note adds what a statement does to the segment that is being sent.
-func (f *flight) note(does deed) {
-	s := f.open()
-	s.wrote, s.began = s.wrote || does >= writes, s.began || does == begins
+// note adds what a text does to the segment that is being sent.
+func (f *flight) note(t text) {
+	s, does := f.open(), t.does
+	s.wrote, s.began = s.wrote || t.wrote || does >= writes, s.began || does == begins
+	s.count += t.statements
+	if t.statements == 0 && does >= writes { // it was too long to be read, or calls a function
+		s.count++
+	}
 	if !s.some {
 		s.does, s.some = does, true
 		return
@@ -212,7 +217,7 @@ func (f *flight) replayable(now time.Time) bool {
 
 // onlyBegun reports that the open transaction has run nothing yet.
 func (f *flight) onlyBegun() bool {
-	return f.status == pgwire.InBlock && f.answered == 1 && f.segments[0].does == begins
+	return f.status == pgwire.InBlock && f.answered == 1 && f.segments[0].does == begins && f.segments[0].count <= 1
 }
 
 // unanswered is what the client has sent and has no ReadyForQuery of.

@@ -142,7 +142,12 @@ func TestGarbageAfterTheLogin(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	c := markable(t)
-	_, addr := serve(t, Config{Mode: TransactionMode, PoolMax: 2, Sites: &knowing{c: c}, HoldMax: 30 * time.Second}, c)
+	_, addr := serve(t, Config{Mode: TransactionMode, PoolMax: 2, Sites: &knowing{c: c}, HoldMax: 10 * time.Second}, c)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(pgtest.Query(t, c, "postgres", "SELECT pid, state, wait_event, query FROM pg_stat_activity WHERE usename = 'app'"))
+		}
+	})
 	neighbour := newUndisturbed(t, addr)
 	good := [][]byte{
 		pgwire.AppendQuery(nil, "SET app.user_id = 'evil'; SET app.evil = 'x'; SET work_mem = '7MB'"), pgwire.AppendQuery(nil, "BEGIN; SET LOCAL work_mem = '8MB'"),

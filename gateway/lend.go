@@ -224,6 +224,9 @@ var planChanged = pgwire.AppendError(nil, &pgwire.Error{
 
 // reportIdle handles what a server says while nobody uses the connection. An error is its last word.
 func (b *backend) reportIdle(typ byte) error {
+	if typ == pgwire.ErrorResponse {
+		return errors.New("the server has raised an error while nobody used the connection")
+	}
 	if typ != pgwire.ParameterStatus {
 		return nil
 	}

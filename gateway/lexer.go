@@ -20,6 +20,8 @@ type text struct {
 	customs    []string // parameters with a dot, which only those who know their names can read
 	deallocate string   // the text is one DEALLOCATE of this name
 	does       deed
+	wrote      bool // one of its statements may write
+	statements int  // how many it has, if it was read
 }
 
 // deed is what becomes of a text when its server is lost. Whatever is not surely something else is an opaque one.
@@ -27,7 +29,7 @@ type deed byte
 
 const (
 	reads     deed = iota // or changes no more than the session: it may run again
-	begins                // one BEGIN
+	begins                // BEGIN, maybe together with others that leave it open
 	commits               // one COMMIT
 	rollsBack             // one ROLLBACK of the whole transaction
 	writes                // one statement that can be made to commit apart from its result
@@ -270,9 +272,11 @@ func readText(sql []byte, escapes bool) text {
 		if last == [4]token{} {
 			return
 		}
+		t.wrote = t.wrote || t.does >= writes
 		if count++; count > 1 {
 			t.does = together(whole, t.does)
 		}
+		t.statements = count
 		whole, t.does = t.does, reads
 	}
 	for {

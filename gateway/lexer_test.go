@@ -142,7 +142,7 @@ var texts = []struct {
 }
 
 // ignoreDeed compares texts but for what TestDeeds looks at.
-var ignoreDeed = cmp.Options{cmp.AllowUnexported(text{}), cmpopts.IgnoreFields(text{}, "does")}
+var ignoreDeed = cmp.Options{cmp.AllowUnexported(text{}), cmpopts.IgnoreFields(text{}, "does", "wrote", "statements")}
 
 func TestDeeds(t *testing.T) {
 	for _, c := range []struct {
@@ -217,6 +217,25 @@ func TestDeeds(t *testing.T) {
 	} {
 		if got := readText([]byte(c.sql), false).does; got != c.want {
 			t.Errorf("%s: %d, want %d", c.sql, got, c.want)
+		}
+	}
+}
+
+// TestStatementsAreCounted: what a text does as a whole does not tell whether something in it writes.
+func TestStatementsAreCounted(t *testing.T) {
+	for sql, want := range map[string]text{
+		"":                                {},
+		"BEGIN":                           {statements: 1},
+		"BEGIN;":                          {statements: 1},
+		"BEGIN; SELECT 1":                 {statements: 2},
+		"BEGIN; INSERT INTO t VALUES (1)": {statements: 2, wrote: true},
+		"INSERT INTO t VALUES (1); BEGIN": {statements: 2, wrote: true},
+		"BEGIN; INSERT INTO t VALUES (1); COMMIT": {statements: 3, wrote: true},
+		"; ; SELECT f()": {statements: 1, wrote: true},
+	} {
+		got := readText([]byte(sql), false)
+		if got.statements != want.statements || got.wrote != want.wrote {
+			t.Errorf("%q: %d statements, wrote %v; want %d, %v", sql, got.statements, got.wrote, want.statements, want.wrote)
 		}
 	}
 }

@@ -1,6 +1,10 @@
 package gateway
 
-import "github.com/duri-io/duri/pgwire"
+import (
+	"slices"
+
+	"github.com/duri-io/duri/pgwire"
+)
 
 // expected is a message that was sent to a server and whose answer is to come. Kinds:
 //
@@ -15,7 +19,8 @@ import "github.com/duri-io/duri/pgwire"
 //	E execute                           CommandComplete, EmptyQueryResponse or PortalSuspended
 //	b bind of our own                   BindComplete, which the client does not see
 //	m execute of our own                DataRow and CommandComplete, which the client does not see
-//	q query or sync of our own          until ReadyForQuery, which the client does not see
+//	q query of our own, before w        until ReadyForQuery, which the client does not see
+//	y sync of our own                   ReadyForQuery, which the client does not see
 //	w query of the client in a block    until ReadyForQuery, which alone the client does not see
 //	  of our own
 //	z query of our own, after w         CommandComplete, which the client does not see, and ReadyForQuery
@@ -47,7 +52,8 @@ const (
 type line struct {
 	sent   []expected
 	first  int  // sent[first:] is the line
-	copyIn bool // the first is an Execute that reads CopyData
+	copyIn bool // the first is an Execute or a Query that reads CopyData
+	data   bool // the server waits for data of a COPY
 	skips  bool // after an error, the server passes over everything up to a Sync that was not sent yet
 }
 
@@ -113,6 +119,7 @@ func (l *line) popAll() {
 // because of an error, the last one first.
 func (l *line) answer(typ byte, undo func(expected)) verdict {
 	head := l.head()
+	l.data = false // it sends nothing while it waits, but notices
 	switch typ {
 	case pgwire.ParseComplete:
 		return l.take(head == 'P' || head == 'p', head == 'p')
@@ -132,13 +139,17 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 			return l.take(true, typ == pgwire.NoData)
 		}
 	case pgwire.CopyInResponse, pgwire.CopyBothResponse:
-		l.copyIn = head == 'E'
+		l.copyIn, l.data = head == 'E' || head == 'Q' || head == 'w', true
 	case pgwire.CommandComplete, pgwire.EmptyQueryResponse, pgwire.PortalSuspended:
 		switch head {
-		case 'Q':
-			l.sent[l.first].done = true
 		case 'E':
 			l.execute()
+		case 'Q', 'w':
+			l.sent[l.first].done = head == 'Q'
+			if l.copyIn {
+				l.ignore('x')
+				l.copyIn = false
+			}
 		case 'm':
 			return l.take(true, true)
 		case 'q', 'z':
@@ -152,7 +163,7 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 			l.drop(undo)
 			head = l.head()
 		}
-		own := head == 'q' || head == 'w'
+		own := head == 'q' || head == 'w' || head == 'y'
 		return l.take(own || head == 'Q' || head == 'F' || head == 'S' || head == 'z', own)
 	}
 	return forward
@@ -185,26 +196,31 @@ func (l *line) execute() {
 
 // fail pops what an error takes with it: in the extended protocol all up to the next Sync, which may be still to come.
 func (l *line) fail(head byte, undo func(expected)) {
-	switch head {
-	case 0, 'Q', 'F', 'S', 'q', 'w', 'z':
-		return
-	}
 	if l.copyIn && l.marked() {
-		// It had read up to some of the data; Syncs before them were ignored.
-		for i := l.first; l.sent[i].kind != 'd' && l.sent[i].kind != 'x'; i++ {
-			if l.sent[i].kind == 'S' {
-				l.sent[i].kind = 'd'
-			}
-		}
+		l.ignore('d', 'x') // It had read up to some of the data.
+	}
+	switch head {
+	case 0, 'Q', 'F', 'S', 'q', 'w', 'y', 'z':
+		l.copyIn = false
+		return
 	}
 	l.drop(undo)
 	l.skips = l.empty()
 }
 
+// ignore notes that the server has ignored the Syncs before the first of some kinds, as it does in a COPY.
+func (l *line) ignore(upTo ...byte) {
+	for i := l.first + 1; i < len(l.sent) && !slices.Contains(upTo, l.sent[i].kind); i++ {
+		if l.sent[i].kind == 'S' {
+			l.sent[i].kind = 'd'
+		}
+	}
+}
+
 // drop pops all up to the next Sync, the client's or our own.
 func (l *line) drop(undo func(expected)) {
 	end := l.first
-	for end < len(l.sent) && l.sent[end].kind != 'S' && l.sent[end].kind != 'q' {
+	for end < len(l.sent) && l.sent[end].kind != 'S' && l.sent[end].kind != 'y' {
 		end++
 	}
 	for i := end - 1; i >= l.first; i-- {

@@ -160,8 +160,9 @@ func TestLineFollowsTheServer(t *testing.T) {
 			case 1:
 				add('F', fails(), false)
 			case 2:
-				add('Q', fails(), true)
-				data(false)
+				failed := fails()
+				add('Q', failed, true)
+				data(!failed && rapid.Bool().Draw(t, "sync first"))
 			case 3:
 				failed := fails()
 				add('B', false, false)

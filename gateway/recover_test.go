@@ -372,10 +372,10 @@ func TestOpenTransactionsAreRunAgain(t *testing.T) {
 				if err := tx.QueryRow(t.Context(), "INSERT INTO ledger VALUES ($1, $2) RETURNING seq", i, seq).Scan(&back); err != nil || back != seq {
 					return fmt.Errorf("%d, want %d: %w", back, seq, err)
 				}
-				switch {
-				case seq%7 == 3:
+				switch seq % 7 {
+				case 3:
 					relay.cut()
-				case seq%7 == 5:
+				case 5:
 					relay.after(int64(seq))
 				}
 			}
@@ -402,6 +402,30 @@ func TestOpenTransactionsAreRunAgain(t *testing.T) {
 		wantCode(t, mode+": what the client has seen would be another time", err, "40001", "site a")
 		if err := tx.Rollback(t.Context()); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// TestReadsThatWrite: what writes behind a view, by row security, an operator or a foreign table is no read.
+func TestReadsThatWrite(t *testing.T) {
+	c := markable(t)
+	pgtest.Exec(t, c, "shop", `CREATE TABLE plain (a int);
+		CREATE FUNCTION note() RETURNS int LANGUAGE sql VOLATILE AS 'INSERT INTO ledger VALUES (7, (SELECT count(*) FROM ledger)) RETURNING 1';
+		CREATE VIEW noting AS SELECT note() AS a; CREATE VIEW outer_one AS SELECT a FROM noting; CREATE VIEW harmless AS SELECT a, now() FROM plain;
+		CREATE TABLE guarded (a int); ALTER TABLE guarded ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON guarded USING (note() = 1);
+		GRANT ALL ON ALL TABLES IN SCHEMA public TO `+appUser)
+	g, addr := serve(t, Config{Mode: TransactionMode, Sites: &knowing{c: c}}, c)
+	if !g.mayWrite("shop", []byte("SELECT a FROM plain"), false) {
+		t.Error("nothing is known of the database yet")
+	}
+	conn := open1(t, dsn(addr, ""))
+	exec1(t, conn, "SELECT 1")
+	for sql, want := range map[string]bool{
+		"SELECT a FROM plain": false, "SELECT a FROM harmless": false, "SELECT 1": false, "SHOW work_mem": false,
+		"SELECT a FROM noting": true, `SELECT a FROM public."noting"`: true, "TABLE outer_one": true, "SELECT count(*) FROM guarded": true,
+	} {
+		if got := g.mayWrite("shop", []byte(sql), false); got != want {
+			t.Errorf("%s: %t", sql, got)
 		}
 	}
 }

@@ -148,6 +148,7 @@ type Server struct {
 	backends    sync.WaitGroup // goroutines of pooled backends
 	lastID      atomic.Uint64  // of sessions
 	clock       atomic.Uint64  // of preparing: counts what clients prepare
+	taints      sync.Map       // by database: *tainted
 	incarnation uint64         // random; part of the marks of transactions
 
 	limits   atomic.Pointer[Limits]

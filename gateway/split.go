@@ -89,13 +89,14 @@ func (s *session) await(b *backend, q *question) error {
 	return nil
 }
 
-// until flushes, and waits until the server has answered enough; false: it is lost.
+// until flushes, and waits until the server has answered enough, or waits itself for data of a COPY or for a Sync; false: it is
+// lost.
 func (s *session) until(b *backend, enough func() bool) bool {
 	_ = b.w.Flush()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.wants = true
-	for s.b == b && !enough() {
+	for s.b == b && !enough() && !b.line.data && !b.line.skips {
 		s.changed.Wait()
 	}
 	s.wants = false
@@ -188,7 +189,7 @@ func (s *session) resume(b *backend) (failed bool) {
 	s.mu.Lock()
 	failed = b.line.skips && s.flight.open().split
 	if failed {
-		b.line.push(expected{kind: 'q'})
+		b.line.push(expected{kind: 'y'})
 		s.sending(b)
 	}
 	s.mu.Unlock()
@@ -286,7 +287,10 @@ func (s *session) splits(b *backend) (bool, error) {
 		return false, nil
 	}
 	status, err := s.standing(b)
-	return status == pgwire.Idle && err == nil, err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// In a COPY the server refuses it, in its own words, and behind an error it passes over it.
+	return status == pgwire.Idle && err == nil && !b.line.data && !b.line.skips, err
 }
 
 // beforeCommit marks the open transaction before a COMMIT, if it may have written.
@@ -302,7 +306,7 @@ func (s *session) beforeCommit(b *backend) error {
 	}
 	s.mu.Lock()
 	wrote := s.flight.wrote()
-	if b.line.skips || s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
+	if b.line.skips || b.line.data || s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
 		s.mu.Unlock()
 		return nil
 	}

@@ -91,7 +91,7 @@ const (
 // What may come, by who sends it and when.
 var (
 	// FromClient is for an authenticated client's messages.
-	FromClient Limits = limits(frontendAllowed, smallMax, "QFBPd")
+	FromClient Limits = bodiless(limits(frontendAllowed, smallMax, "QFBPd"), "SHc")
 	// FromClientLogin is for a client's messages during SASL authentication.
 	FromClientLogin = limitsOf("p", saslMax)
 	// FromServer is for all messages of a server.
@@ -102,6 +102,15 @@ func limits(allowed string, most int32, large string) Limits {
 	l := limitsOf(allowed, most)
 	for i := range len(large) {
 		l[large[i]] = largeMax
+	}
+	return l
+}
+
+// bodiless takes messages that have no body. A server refuses one that has, and in the case of Flush passes over everything up to
+// the next Sync then.
+func bodiless(l *[256]int32, types string) *[256]int32 {
+	for i := range len(types) {
+		l[types[i]] = 0
 	}
 	return l
 }

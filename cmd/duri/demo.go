@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -22,12 +23,14 @@ func newDemoCmd(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show two sites on this machine, one of them killed under load",
-		Long: `Starts two PostgreSQL servers and two agents on this machine and lets clients write a ledger at both sites, partly on
-the same rows. Then it kills one site with kill -9, brings it back, and compares the sites row by row and with what
-the clients know to be acknowledged. It ends by itself in under two minutes and removes everything; so does Ctrl-C.
-Exit code 0: nothing is lost, nothing doubled, the sites are equal; 1: not so, or it could not be run.`,
+		Long: `Starts two PostgreSQL servers, two agents and two gateways on this machine and lets clients write a ledger at both sites,
+partly on the same rows. Each client connects to a gateway, once. Then it kills one site with kill -9, brings it back, and compares
+the sites row by row and with what the clients know to be acknowledged. It ends by itself in under two minutes and removes
+everything; so does Ctrl-C. Exit code 0: nothing is lost, nothing doubled, the sites are equal, and no client saw an error other
+than 40001, after which it makes its transaction again; 1: not so, or it could not be run.`,
 		Example: `  duri demo
   duri demo --rpo0
+  duri demo --rpo0 --kill postgres
   duri demo --keep --dir /tmp/two-sites
   duri demo --duration 20s --json
   duri demo --stop /tmp/two-sites`,
@@ -50,14 +53,16 @@ Exit code 0: nothing is lost, nothing doubled, the sites are equal; 1: not so, o
 	f.DurationVar(&o.Duration, "duration", time.Minute, "how long the clients write, as a `time`")
 	f.StringVar(&o.Dir, "dir", "", "`directory` to make for everything (default: a new one for temporary files)")
 	f.StringVar(&o.BinDir, "pg-bin", "", "`directory` of PostgreSQL's programs (default: DURI_PG_BIN, PATH, then the newest installed)")
-	f.IntVar(&o.PortBase, "port-base", 0, "first of four consecutive `ports` on 127.0.0.1, of twelve with --rpo0 (default: free ones)")
+	f.IntVar(&o.PortBase, "port-base", 0, "first of six consecutive `ports` on 127.0.0.1, of twelve with --rpo0 (default: free ones)")
 	f.IntVar(&o.Clients, "clients", 4, "`number` of clients per site")
 	f.IntVar(&o.Rate, "rate", 200, "payments per second and site, as a `number`")
 	f.Uint64Var(&o.Seed, "seed", 0, "`number` that decides what the clients write (default: a random one)")
 	f.BoolVar(&o.RPO0, "rpo0", false, "commits wait until the other site has them on disk, and a witness decides who goes on")
-	f.BoolVar(&o.Keep, "keep", false, "leave servers and agents running and say how to connect")
+	f.StringVar(&o.Kill, "kill", demo.KillSite, "`what` dies at the first site: "+strings.Join(demo.Kills(), ", "))
+	f.BoolVar(&o.Keep, "keep", false, "leave servers, agents and gateways running and say how to connect")
 	f.StringVar(&stop, "stop", "", "end what --keep left in this `directory`, and remove it")
 	f.BoolVar(&asJSON, "json", false, "the same as -o json")
+	mustComplete(cmd.RegisterFlagCompletionFunc("kill", cobra.FixedCompletions(demo.Kills(), cobra.ShellCompDirectiveNoFileComp)))
 	mustComplete(cmd.MarkFlagDirname("dir"))
 	mustComplete(cmd.MarkFlagDirname("pg-bin"))
 	mustComplete(cmd.MarkFlagDirname("stop"))

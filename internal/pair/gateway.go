@@ -20,12 +20,13 @@ type Gateway struct {
 	ConfigFile string
 	Relay      Relays // through which it connects to the sites' agents, with Options.Relays
 	binary     string
+	more       []string // arguments
 	process    process
 }
 
 // Start starts it; it dies with this process.
 func (g *Gateway) Start() error {
-	if err := g.process.start(g.binary, "gateway", "-c", g.ConfigFile); err != nil {
+	if err := g.process.start(g.binary, append([]string{"gateway", "-c", g.ConfigFile}, g.more...)...); err != nil {
 		return fmt.Errorf("start the gateway: %w", err)
 	}
 	return nil
@@ -53,6 +54,19 @@ func (g *Gateway) Log() string { return g.process.log() }
 // DSN is how a role of AddClient connects through it.
 func (g *Gateway) DSN(database, role, password string) string {
 	return fmt.Sprintf("postgres://%s:%s@%s/%s?sslmode=disable", role, password, g.Address, database)
+}
+
+// GatewayAt makes a further one, of the same file, whose home is another site. It is not started, and ends with the pair. Not for
+// concurrent use.
+func (p *Pair) GatewayAt(home string) (*Gateway, error) {
+	address, err := p.freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	g := &Gateway{Address: address, ConfigFile: p.Gateway.ConfigFile, Relay: p.Gateway.Relay, binary: p.opts.Binary, more: []string{"--home", home, "--listen", address}}
+	g.process.logFile = filepath.Join(filepath.Dir(g.ConfigFile), "gateway-"+home+".log")
+	p.gateways = append(p.gateways, g)
+	return g, p.release()
 }
 
 // addDoors asks for doors at the sites.

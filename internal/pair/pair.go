@@ -67,6 +67,7 @@ type Pair struct {
 	Database string
 	dir      string
 	opts     Options
+	gateways []*Gateway     // of GatewayAt
 	held     []net.Listener // see freeAddress
 }
 
@@ -403,6 +404,9 @@ func (p *Pair) logs() string {
 	if p.Gateway != nil {
 		fmt.Fprintf(&b, "\ngateway: %s", p.Gateway.Log())
 	}
+	for _, g := range p.gateways {
+		fmt.Fprintf(&b, "\ngateway %s: %s", g.Address, g.Log())
+	}
 	return b.String()
 }
 
@@ -487,6 +491,9 @@ func (p *Pair) Close() error {
 		errs = append(errs, p.Witness.Signal(syscall.SIGKILL))
 	}
 	errs = append(errs, p.Gateway.close())
+	for _, g := range p.gateways {
+		errs = append(errs, g.Signal(syscall.SIGKILL))
+	}
 	for _, s := range p.Sites {
 		if s.Disk != nil {
 			_ = s.Disk.Thaw() // it fails when nothing hangs; a process that hangs would not end

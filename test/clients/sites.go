@@ -80,6 +80,9 @@ func Start(ctx context.Context, two bool, clients int, withTLS bool) (_ *Sites, 
 
 func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }
 
+// quoted is a value in a connection string.
+func quoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `\'`) + "'" }
+
 // server makes a PostgreSQL that asks for passwords over TCP, and starts it.
 func server(ctx context.Context) (_ *pgcluster.Cluster, err error) {
 	c, err := pgcluster.Create(ctx, pgcluster.Options{Settings: map[string]string{

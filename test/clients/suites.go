@@ -35,7 +35,7 @@ var Suites = []Suite{
 		Name: "pgx", Module: "github.com/jackc/pgx/v5", Version: "v5.12.0", Packages: []string{".", "./pgconn", "./pgtype", "./pgxpool", "./stdlib"},
 		Setup: "CREATE EXTENSION hstore; CREATE EXTENSION ltree; CREATE DOMAIN uint64 AS numeric(20, 0)",
 		Env: func(w way, database string) []string {
-			conn := fmt.Sprintf("host=%s port=%s user=%s password='%s' dbname=%s sslmode=disable", w.host, w.port, bossRole, strings.ReplaceAll(password, "'", `\'`), database)
+			conn := fmt.Sprintf("host=%s port=%s user=%s password=%s dbname=%s sslmode=disable", w.host, w.port, bossRole, quoted(password), database)
 			return []string{"PGX_TEST_DATABASE=" + conn, "PGX_TEST_TCP_CONN_STRING=" + conn}
 		},
 		Not: pgxNot,

@@ -30,8 +30,10 @@ type Options struct {
 	// Receipts is durability.receipts: how many other sites a commit waits for; default 1.
 	Receipts int
 	Rearm    time.Duration
-	Out      io.Writer
-	Keep     bool // keep everything on disk when a round fails
+	// Gateway lets the clients go through gateways that run alone, one beside the clients of each site.
+	Gateway bool
+	Out     io.Writer
+	Keep    bool // keep everything on disk when a round fails
 }
 
 // Round is what one round showed.
@@ -41,8 +43,11 @@ type Round struct {
 	Fault string
 	// Stall is the longest time that the site which went on did not acknowledge a transaction, from the fault on; 0 when
 	// both went on.
-	Stall      time.Duration
-	Recovered  time.Duration // from the end of the fault until all is as before
+	Stall     time.Duration
+	Recovered time.Duration // from the end of the fault until all is as before
+	// Waits are, with Options.Gateway, the longest time of each client from the fault on until a transaction was acknowledged.
+	Waits      []time.Duration
+	Again      int // with Options.Gateway: transactions that were rolled back with 40001
 	Violations []string
 }
 
@@ -51,6 +56,7 @@ type Result struct {
 	Seed                   uint64
 	Rounds                 []Round
 	Acked, Refused, Unsure int
+	Codes                  map[string]int // with Options.Gateway: the errors that clients saw
 }
 
 // Failed reports whether a round had a violation.
@@ -75,7 +81,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	if o.Out == nil {
 		o.Out = io.Discard
 	}
-	res = &Result{Seed: o.Seed}
+	res = &Result{Seed: o.Seed, Codes: map[string]int{}}
 	var disk int64
 	if o.Faults, err = permitted(o.Faults); err != nil {
 		return res, err
@@ -84,7 +90,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		disk = diskBytes
 	}
 	p, err := pair.Start(ctx, pair.Options{
-		Binary: o.Binary, Names: o.Sites, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: o.config,
+		Binary: o.Binary, Names: o.Sites, Relays: true, Sync: true, Rearm: o.Rearm, DiskBytes: disk, Config: o.config, Gateway: o.Gateway,
 		Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) },
 	})
 	if err != nil {
@@ -99,10 +105,8 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		}
 		err = errors.Join(err, p.Close())
 	}()
-	for _, s := range p.Sites {
-		if err := s.Cluster.Exec(ctx, "postgres", "CREATE ROLE "+role+" LOGIN; GRANT pg_read_all_data, pg_write_all_data TO "+role); err != nil {
-			return res, err
-		}
+	if err := p.AddClient(ctx, role, secret); err != nil {
+		return res, err
 	}
 	ready, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -114,6 +118,14 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	}
 	if err := p.HoldCommits(ready); err != nil {
 		return res, err
+	}
+	for _, s := range p.Sites {
+		c.dsns = append(c.dsns, fmt.Sprintf("postgres://%s:%s@%s/%s?sslmode=disable", role, secret, s.Door, s.Database))
+	}
+	if o.Gateway {
+		if c.dsns, err = startGateways(ready, p); err != nil {
+			return res, err
+		}
 	}
 	for n := range o.Rounds {
 		r, err := c.round(ctx, n+1)
@@ -154,6 +166,9 @@ func (o Options) config(_, text string) string {
 
 func (r Round) String() string {
 	lines := []string{fmt.Sprintf("%s; without service %s, as before %s after it", r.Fault, r.Stall.Round(time.Millisecond), r.Recovered.Round(time.Millisecond))}
+	if len(r.Waits) > 0 {
+		lines[0] += fmt.Sprintf("; clients waited up to %s, %d transactions were rolled back", r.Waits[len(r.Waits)-1].Round(time.Millisecond), r.Again)
+	}
 	for _, v := range r.Violations {
 		lines = append(lines, "  VIOLATION: "+v)
 	}
@@ -166,6 +181,8 @@ type campaign struct {
 	res *Result
 	l   *ledger
 	rng *rand.Rand
+	// dsns are how the clients of each site connect.
+	dsns []string
 }
 
 // settleMax bounds how long the sites may take until all is as it was before a fault.
@@ -183,12 +200,14 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	defer wg.Wait()
 	defer stop()
 	first := len(c.l.all())
-	for _, s := range c.p.Sites {
+	var clients []*client
+	for at, s := range c.p.Sites {
 		for i := range c.o.Clients {
 			cl := &client{
+				gateway: c.o.Gateway, dsn: c.dsns[at],
 				site: s.Name, name: fmt.Sprintf("%d-%d", n, i), l: c.l, filler: filler, pause: time.Duration(1+c.rng.IntN(10)) * time.Millisecond,
-				dsn: fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", role, s.Door, s.Database),
 			}
+			clients = append(clients, cl)
 			wg.Go(func() { cl.run(clientsCtx) })
 		}
 	}
@@ -208,6 +227,15 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	stop()
 	wg.Wait()
 	r.Stall = stall(c.l.all()[first:], at)
+	if c.o.Gateway {
+		r.Waits = longestWaits(c.l.all()[first:], at)
+		for _, cl := range clients {
+			r.Again += cl.seen.again
+			for code, n := range cl.seen.codes {
+				c.res.Codes[code] += n
+			}
+		}
+	}
 	if err := c.p.WaitApplied(wait); err != nil {
 		return r, fmt.Errorf("round %d, seed %d: after %s: %w", n, c.o.Seed, f, err)
 	}
@@ -232,7 +260,7 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 			c.res.Unsure++
 		}
 	}
-	r.Violations = judge(all, names, sites)
+	r.Violations = append(judge(all, names, sites), unfit(clients, r.faults())...)
 	return r, nil
 }
 
@@ -241,6 +269,14 @@ const (
 	twoFaults = "a second fault during the repair"
 	twoAtOnce = "two sites at once"
 )
+
+// faults is how many struck in the round.
+func (r *Round) faults() int {
+	if r.Kind == twoFaults || r.Kind == twoAtOnce {
+		return 2
+	}
+	return 1
+}
 
 // strike makes a fault, in some rounds followed by a second one; with three sites, that often strikes another one meanwhile.
 func (c *campaign) strike(ctx context.Context, n int, f *fault, r *Round) error {
@@ -368,6 +404,41 @@ func (r *Result) Report() string {
 		slices.Sort(d)
 		at := func(q float64) time.Duration { return d[min(len(d)-1, int(q*float64(len(d))))].Round(time.Millisecond) }
 		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s |\n", k, len(d), at(0.5), at(0.99), d[len(d)-1].Round(time.Millisecond))
+	}
+	b.WriteString(r.reportGateways(kinds))
+	return b.String()
+}
+
+// reportGateways is what clients of gateways have had of each kind of fault.
+func (r *Result) reportGateways(kinds []string) string {
+	waits, again := map[string][]time.Duration{}, map[string]int{}
+	for _, one := range r.Rounds {
+		waits[one.Kind] = append(waits[one.Kind], one.Waits...)
+		again[one.Kind] += one.Again
+	}
+	var b strings.Builder
+	for _, k := range kinds {
+		d := waits[k]
+		if len(d) == 0 {
+			continue
+		}
+		if b.Len() == 0 {
+			fmt.Fprintf(&b, "\nErrors that clients of gateways saw, by SQLSTATE: %v\n\n", r.Codes)
+			b.WriteString("| fault | clients | waited p50 | p99 | max | goal | longer than that | rolled back (40001) |\n|---|---|---|---|---|---|---|---|\n")
+		}
+		slices.Sort(d)
+		at := func(q float64) time.Duration { return d[min(len(d)-1, int(q*float64(len(d))))].Round(time.Millisecond) }
+		most, over := goal(k), 0
+		for _, one := range d {
+			if most > 0 && one > most {
+				over++
+			}
+		}
+		aim, beyond := "-", "-"
+		if most > 0 {
+			aim, beyond = most.String(), fmt.Sprint(over)
+		}
+		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s | %s | %s | %d |\n", k, len(d), at(0.5), at(0.99), d[len(d)-1].Round(time.Millisecond), aim, beyond, again[k])
 	}
 	return b.String()
 }

@@ -74,6 +74,8 @@ type client struct {
 	filler          string // for log: more of it fills the journals sooner
 	n               int
 	warned          bool // the server has said that the transaction may not be where it should
+	gateway         bool // it goes through one, and keeps its connection
+	seen            notices
 }
 
 // answerMax bounds how long a client waits for one answer: longer than any fault lasts.
@@ -84,10 +86,13 @@ func (c *client) run(ctx context.Context) {
 	defer func() { pg.Close(conn) }()
 	for ctx.Err() == nil {
 		if conn == nil || conn.IsClosed() {
-			dial, cancel := context.WithTimeout(ctx, 2*time.Second)
+			dial, cancel := context.WithTimeout(ctx, c.dialMax())
 			next, err := c.connect(dial)
 			cancel()
 			if err != nil {
+				if ctx.Err() == nil {
+					c.notice("connect", err)
+				}
 				sleep(ctx, 20*time.Millisecond)
 				continue
 			}
@@ -128,7 +133,7 @@ func (c *client) one(conn *pgconn.PgConn) error {
 		UPDATE shared SET by = '%[1]s/%[2]s/%[3]d' WHERE id = %[4]d`, c.site, c.name, c.n, 1+c.n%20, c.filler)
 	if _, err := conn.Exec(ctx, sql).ReadAll(); err != nil {
 		c.l.end(i, refused)
-		return err
+		return c.stay(ctx, conn, "before COMMIT", err)
 	}
 	c.warned = false
 	res, err := conn.Exec(ctx, "COMMIT").ReadAll()
@@ -145,8 +150,10 @@ func (c *client) one(conn *pgconn.PgConn) error {
 		return nil
 	case errors.As(err, &told) && told.Severity == "ERROR": // the server said that it did not commit
 		c.l.end(i, refused)
+		c.notice("COMMIT", err)
 		return nil
 	}
 	c.l.end(i, unknown)
+	c.notice("COMMIT", err)
 	return err
 }

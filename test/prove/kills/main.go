@@ -36,6 +36,7 @@ func main() {
 	flag.DurationVar(&o.Rearm, "rearm", time.Second, "durability.rearm: how long a link must be stable before a site is taken back")
 	flag.StringVar(&faults, "faults", "", "kinds of faults to choose from, separated by commas; default all: "+strings.Join(kills.Kinds(), ", "))
 	flag.Float64Var(&o.Twice, "twice", 0.1, "share of rounds in which a second fault comes while the first one is being repaired")
+	flag.BoolVar(&o.Gateway, "gateway", false, "clients go through gateways that run alone, and keep their connections")
 	flag.BoolVar(&o.Keep, "keep", true, "keep everything on disk when a round fails")
 	flag.Parse()
 	if faults != "" {

@@ -82,6 +82,10 @@ func corpus() []*script {
 			until('T', parse("", "SELECT seq FROM ledger WHERE client = $1::bigint"), describeStatement(""), flush), one(bind("", "", "$c"), execute(""), sync_),
 			until('C', append(put(1), flush)...), one(append(put(2), sync_)...),
 		}},
+		{name: "flush-fails", may: []string{failed, unknown}, bursts: []burst{
+			until('2', parse("", "INSERT INTO ledger VALUES ($1::bigint, 'x'::text::int)"), bind("", "", "$c"), flush), one(describePortal(""), execute(""), sync_),
+			until('C', append(unnamed("INSERT INTO ledger VALUES ($1::bigint, 1/0)", "$c"), flush)...), one(append(put(2), sync_)...), one(append(put(3), sync_)...),
+		}},
 		{name: "syncs-only", bursts: []burst{one(sync_), one(sync_, sync_), one(flush, sync_)}},
 
 		// Prepared statements.

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/duri-io/duri/internal/pgcluster"
@@ -29,7 +30,7 @@ type Options struct {
 	Cluster *pgcluster.Cluster
 	Seed    uint64
 	Cases   int    // how many cases to choose by the seed; 0: all
-	Only    string // the name of a case to run, or of a script, instead of all
+	Only    string // the names of cases to run, separated by commas, or of a script, instead of all
 	Workers int    // default 4
 	// Sites lets the gateway ask what became of transactions; without, each loss may end a session.
 	Sites bool
@@ -38,7 +39,8 @@ type Options struct {
 	Lie    Lie
 	Double bool
 	Out    io.Writer
-	Report int // how many violations are printed with everything that passed; default 3
+	Until  func(Finding) bool // ends the run at a violation; nil: it goes on
+	Report int                // how many violations are printed with everything that passed; default 3
 }
 
 // Place is which connection is cut.
@@ -154,6 +156,8 @@ type run struct {
 	scripts map[string]*script
 	benches []*bench
 
+	enough atomic.Bool // no further case begins
+
 	mu  sync.Mutex // guards res
 	res *Result
 }
@@ -168,14 +172,18 @@ func (r *run) close() error {
 
 func (r *run) all(ctx context.Context) error {
 	if strings.Contains(r.o.Only, "/") {
-		c, err := ParseCase(r.o.Only)
-		if err != nil {
-			return err
+		var cases []Case
+		for name := range strings.SplitSeq(r.o.Only, ",") {
+			c, err := ParseCase(name)
+			if err != nil {
+				return err
+			}
+			if r.scripts[c.Script] == nil {
+				return fmt.Errorf("there is no script %q", c.Script)
+			}
+			cases = append(cases, c)
 		}
-		if r.scripts[c.Script] == nil {
-			return fmt.Errorf("there is no script %q", c.Script)
-		}
-		return r.each(ctx, []Case{c}, r.one)
+		return r.each(ctx, cases, r.one)
 	}
 	var whole []Case
 	for _, name := range sorted(r.scripts) {
@@ -256,6 +264,9 @@ func (r *run) each(ctx context.Context, cases []Case, f func(ctx context.Context
 	for i := range r.benches {
 		wg.Go(func() {
 			for c := range next {
+				if r.enough.Load() {
+					continue
+				}
 				one, done := context.WithTimeout(ctx, caseMax)
 				err := f(one, r.benches[i], c)
 				done()
@@ -477,6 +488,9 @@ func (r *run) record(c Case, struck bool, v verdict, number string, trace []even
 		f.Trace = append(f.Trace, e.String())
 	}
 	r.res.Findings = append(r.res.Findings, f)
+	if r.o.Until != nil && r.o.Until(f) {
+		r.enough.Store(true)
+	}
 	if len(r.res.Findings) <= r.o.Report {
 		fmt.Fprint(r.o.Out, f.String(r.o.Sites))
 	}

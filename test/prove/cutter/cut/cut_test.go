@@ -50,11 +50,42 @@ func start(t *testing.T, o Options) *Result {
 // TestClientsOfASessionThatEndsLoseNothing is the short form of `make prove CASE=cutter` for a gateway that may not ask the
 // sites: each loss may end the session, but not without a word, and the ledger is right.
 func TestClientsOfASessionThatEndsLoseNothing(t *testing.T) {
-	res := start(t, Options{Cases: 400})
+	sound(t, start(t, Options{Cases: 150}))
+}
+
+// TestSessionsOutliveTheirServers is the short form of `make prove CASE=cutter`.
+func TestSessionsOutliveTheirServers(t *testing.T) {
+	sound(t, start(t, Options{Cases: 300, Sites: true}))
+}
+
+// TestWhatTheCutterFound are cases in which the gateway once lied, hung or left something behind. The numbers of messages follow from
+// what the gateway sends of its own, so that they may come to mean something else; they stay cases of their scripts.
+func TestWhatTheCutterFound(t *testing.T) {
+	sound(t, start(t, Options{Sites: true, Only: strings.Join([]string{
+		"write-with/sticky/server/to-client/6/mute",               // 40001 for what was committed: the session's first transaction
+		"block-read/sticky/server/to-client/9/half",               // half an answer to the gateway's own question: no word to the client
+		"write-upsert/sticky/server/to-client/12/lost",            // a statement that runs again waited for the lock of its own orphan
+		"advisory-block/sticky/server/to-client/15/reset-before",  // COMMIT answered twice
+		"copy-in-block/sticky/server/to-server/8/late",            // a failed COMMIT left the client in a transaction
+		"pipeline-queries/alternate/server/to-client/19/mute",     // what stood behind a resolved commit was waited for for ever
+		"pipeline-five-syncs/alternate/client/to-server/17/half",  // run again for ever, for a client that had gone
+		"write-fails/alternate/client/to-server/8/late",           // a mark behind an error, which no server answers
+		"flush-fails/sticky/server/to-client/999/lost",            // likewise, and nothing was cut
+		"write-deferred-fails/sticky/server/to-client/999/lost",   // a tag for what could not be committed
+		"prepared/sticky/server/to-client/999/lost",               // a statement's name that is no client's
+		"block-empty/sticky/server/to-server/11/late",             // a backend left in a transaction that had only read
+		"settings-function/alternate/server/to-server/10/silence", // a backend left while it was prepared for a session
+		"pgx-block/sticky/server/to-server/31/silence",            // as an application sees it
+	}, ",")}))
+}
+
+// sound looks at a run that must have gone well.
+func sound(t *testing.T, res *Result) {
+	t.Helper()
 	if res.Failed() {
 		t.Errorf("seed %d: %d violations", res.Seed, len(res.Findings))
 	}
-	if res.Missed > res.Cases/20 {
+	if res.Of > 0 && res.Missed > res.Cases/20 {
 		t.Errorf("seed %d: in %d of %d cases the message did not come: the count is not reproducible", res.Seed, res.Missed, res.Cases)
 	}
 }
@@ -67,17 +98,22 @@ func TestMutantsAreNoticed(t *testing.T) {
 		says string // somewhere in what is found
 	}{
 		{"messages are repeated", Options{Double: true, Only: "write-simple"}, "the ledger has"},
-		{"messages of a pipeline are repeated", Options{Double: true, Only: "pipeline-one-sync"}, "which may not be"},
+		{"messages of a transaction are repeated", Options{Double: true, Sites: true, Only: "block-simple"}, "segment"},
+		{"messages of a pipeline are repeated", Options{Double: true, Only: "pipeline-one-sync"}, "segment"},
+		{"what was committed is said not to be", Options{Lie: AllAborted, Sites: true, Only: "write-simple"}, "the ledger has"},
+		{"what was not committed is said to be", Options{Lie: AllCommitted, Sites: true, Only: "block-simple"}, "the ledger has"},
+		{"what runs yet is said to have aborted", Options{Lie: TooSoon, Sites: true, Only: "write-simple"}, "the ledger has"},
+		{"backends are not ended", Options{Lie: NoEnd, Sites: true, Only: "block-read", Cases: 60}, "left at the server"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			c.o.Report = 1
-			res := start(t, c.o)
-			for _, f := range res.Findings {
-				if strings.Contains(strings.Join(f.Wrong, "\n"), c.says) {
-					return
-				}
+			noticed := false
+			c.o.Report, c.o.Until = 1, func(f Finding) bool {
+				noticed = noticed || strings.Contains(strings.Join(f.Wrong, "\n"), c.says)
+				return noticed
 			}
-			t.Errorf("%d findings in %d cases, none with %q", len(res.Findings), res.Cases, c.says)
+			if res := start(t, c.o); !noticed {
+				t.Errorf("%d findings in %d cases, none with %q", len(res.Findings), res.Cases, c.says)
+			}
 		})
 	}
 }
@@ -109,7 +145,7 @@ func TestRelayCutsAsItSays(t *testing.T) {
 		{plan{ToServer, 1, Late}, 0, 1, 0},
 		{plan{ToServer, 1, SiteResetEnd}, -1, -1, 0}, // the server may be too late to see that its client is gone, or not
 		{plan{ToServer, 1, FinAfter}, -1, 1, 0},
-		{plan{ToServer, 1, Double}, 2, 2, 1},
+		{plan{ToServer, 1, Double}, -1, 2, 1},
 		{plan{ToClient, 1, ResetBefore}, 1, 1, 0},
 		{plan{ToClient, 1, FinBefore}, 1, 1, 0},
 		{plan{ToClient, 1, Half}, 1, 1, 0},
@@ -143,6 +179,9 @@ func TestRelayCutsAsItSays(t *testing.T) {
 				t.Errorf("left: %s, %v", left, err)
 			}
 			later, err := b.ledger(ctx, number)
+			for err == nil && len(later) < c.later { // the second of two messages, which nobody waits for
+				later, err = b.ledger(ctx, number)
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

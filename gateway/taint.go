@@ -1,0 +1,85 @@
+package gateway
+
+import (
+	"time"
+
+	"github.com/duri-io/duri/pgwire"
+)
+
+// A SELECT may write without showing it: views, rules, row security and foreign tables may call what does. What of a database is
+// like that is asked of its catalogs, and a text that names it is no read (design: gateway, section 5.2).
+
+// tainted are the relations of a database whose reading may write.
+type tainted struct {
+	asked time.Time
+	names map[string]bool
+	all   bool // anything may: an operator or a cast does
+}
+
+// taintFor is how long an answer counts. What was created since then is not seen.
+const taintFor = time.Minute
+
+// taintSQL gives names of relations that depend on functions which may write, also by other views, and * for operators and casts.
+const taintSQL = `WITH RECURSIVE writes AS (
+ SELECT oid FROM pg_catalog.pg_proc WHERE provolatile = 'v' AND (oid >= 16384
+  OR proname IN ('setval', 'pg_logical_emit_message', 'lo_creat', 'lo_create', 'lo_import', 'lo_unlink', 'lo_put', 'lowrite', 'lo_from_bytea', 'lo_truncate'))
+), bad AS (
+ SELECT r.ev_class AS rel FROM writes w JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_proc'::regclass AND d.refobjid = w.oid
+  AND d.classid = 'pg_catalog.pg_rewrite'::regclass JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
+ UNION SELECT p.polrelid FROM writes w JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_proc'::regclass AND d.refobjid = w.oid
+  AND d.classid = 'pg_catalog.pg_policy'::regclass JOIN pg_catalog.pg_policy p ON p.oid = d.objid
+ UNION SELECT r.ev_class FROM pg_catalog.pg_rewrite r WHERE r.ev_type = '1' AND NOT r.is_instead
+ UNION SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind = 'f'
+ UNION SELECT r.ev_class FROM bad b JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = b.rel
+  AND d.classid = 'pg_catalog.pg_rewrite'::regclass JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
+)
+SELECT c.relname FROM bad b JOIN pg_catalog.pg_class c ON c.oid = b.rel
+UNION SELECT '*' FROM writes w WHERE EXISTS (SELECT FROM pg_catalog.pg_operator o WHERE o.oprcode = w.oid)
+ OR EXISTS (SELECT FROM pg_catalog.pg_cast t WHERE t.castfunc = w.oid)`
+
+// askTaints asks for a database's tainted relations if that was not done of late. mu is held.
+func (s *session) askTaints(b *backend) error {
+	if !s.keeps() {
+		return nil
+	}
+	now := time.Now()
+	if t, ok := s.g.taints.Load(s.who.Database); ok && now.Sub(t.(*tainted).asked) < taintFor {
+		return nil
+	}
+	q := &question{setup: true}
+	b.ask(q)
+	s.scratch = pgwire.AppendQuery(s.scratch[:0], taintSQL)
+	if err := s.await(b, q); err != nil {
+		return err
+	}
+	t := &tainted{asked: now, names: map[string]bool{}, all: q.err != nil}
+	for _, row := range q.rows {
+		t.all = t.all || row[0] == "*"
+		t.names[row[0]] = true
+	}
+	s.g.taints.Store(s.who.Database, t)
+	return nil
+}
+
+// mayWrite reports that a text which looks like a read may write all the same. As long as nothing is known of the database, all
+// that reads a table may.
+func (g *Server) mayWrite(database string, sql []byte, escapes bool) bool {
+	var t *tainted
+	if v, ok := g.taints.Load(database); ok {
+		t = v.(*tainted)
+	}
+	if t != nil && !t.all && len(t.names) == 0 {
+		return false
+	}
+	l := lexer{src: sql, escapes: escapes}
+	for tok := l.next(); tok.kind != tokEnd; tok = l.next() {
+		if tok.kind != tokWord && tok.kind != tokName {
+			continue
+		}
+		w := string(l.word(tok))
+		if t != nil && t.names[w] || (t == nil || t.all) && (w == "select" || w == "table" || w == "values") {
+			return true
+		}
+	}
+	return false
+}
