@@ -373,7 +373,6 @@ func (b *backend) settle(s *session, typ byte) error {
 	}
 	if typ == pgwire.CommandComplete {
 		s.flight.tag = s.w.Total()
-		b.line.complete()
 	}
 	// Under mu, because what is behind the last answer may be flushed by the session's goroutine (flushHeld).
 	return b.r.Forward(s.w)

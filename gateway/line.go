@@ -89,13 +89,6 @@ func (l *line) next() expected {
 	return l.sent[l.first]
 }
 
-// complete notes the CommandComplete of a Query.
-func (l *line) complete() {
-	if l.head() == 'Q' {
-		l.sent[l.first].done = true
-	}
-}
-
 func (l *line) pop() expected {
 	e := l.sent[l.first]
 	l.sent[l.first] = expected{}

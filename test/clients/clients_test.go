@@ -44,6 +44,39 @@ func TestProgramsSayTheSame(t *testing.T) {
 	}
 }
 
+// TestCopyIsBoundedInMemory, and the next one, are short forms as well.
+func TestCopyIsBoundedInMemory(t *testing.T) {
+	testdata, err := filepath.Abs("testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := Copy(t.Context(), 60, Dirs{Testdata: testdata})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(said)
+}
+
+func TestIdleClientsCostLittle(t *testing.T) {
+	for name, withTLS := range map[string]bool{"plain": false, "TLS": true} {
+		t.Run(name, func(t *testing.T) {
+			said, err := Idle(t.Context(), 600, withTLS)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Log(said)
+		})
+	}
+}
+
+func TestTwoServers(t *testing.T) {
+	said, err := TwoServers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(said)
+}
+
 func start(t *testing.T, two bool) *Sites {
 	t.Helper()
 	s, err := Start(t.Context(), two, 0, false)

@@ -31,7 +31,7 @@ func Copy(ctx context.Context, megabytes int, dirs Dirs) (string, error) {
 		begin := time.Now()
 		// 100 bytes a line.
 		out, err := run(fmt.Sprintf(`
-			lines() { seq -f '%%015.0f	0123456789012345678901234567890123456789012345678901234567890123456789012345678901234' 1 %d; }
+			lines() { seq -f '%%015.0f	01234567890123456789012345678901234567890123456789012345678901234567890123456789012' 1 %d; }
 			lines | sha256sum
 			lines | wc -c
 			lines | psql -Xqc '\copy big FROM STDIN'
