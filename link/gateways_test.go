@@ -47,8 +47,6 @@ func (h *hosted) Facts(context.Context) ([]byte, error)                      { r
 
 func (h *hosted) End(_ context.Context, q FateQuestion) error { return fmt.Errorf("pid %d", q.PID) }
 
-func (h *hosted) Facts(context.Context) ([]byte, error) { return nil, errors.New("not asked here") }
-
 func (h *hosted) Position(_ context.Context, database string) ([]SitePosition, error) {
 	return []SitePosition{{database, 7}, {"busan", 8}}, nil
 }
