@@ -4,7 +4,7 @@ SHELL       := /bin/bash
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo check test-fast test console bench prove generate vuln release
+.PHONY: help deps programs build demo check test-fast test console bench prove generate vuln release
 
 # Products never use CGO; RACE=1 is for tests, and needs a C compiler.
 export CGO_ENABLED := 0
@@ -45,6 +45,20 @@ deps: ## install what build and test need: PostgreSQL (apt-get), Go modules
 	fi
 	go mod download
 
+programs: ## install the client programs that tests run through the gateway: drivers for Node.js, Python, Java (apt-get)
+	@lacking=()
+	lacks() { [ -e "$$1" ] || command -v "$$1" >/dev/null || lacking+=("$$2"); }
+	python=/usr/lib/python3/dist-packages
+	lacks /usr/bin/python3 python3; lacks node nodejs; lacks npm npm; lacks javac default-jdk-headless
+	lacks $$python/psycopg python3-psycopg; lacks $$python/psycopg2 python3-psycopg2; lacks $$python/asyncpg python3-asyncpg
+	lacks $$python/sqlalchemy python3-sqlalchemy; lacks /usr/share/java/postgresql.jar libpostgresql-jdbc-java
+	lacks /usr/share/java/HikariCP.jar libhikaricp-java
+	if [ $${#lacking[@]} -gt 0 ]; then
+		command -v apt-get >/dev/null || { echo "make programs: there is no apt-get here; test/clients needs $${lacking[*]} as Debian has them" >&2; exit 1; }
+		root=''; [ "$$(id -u)" = 0 ] || root='sudo'
+		$$root apt-get update -q && $$root env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$${lacking[@]}"
+	fi
+
 build: ## build bin/duri, static
 	@$(GOBUILD) -o bin/duri ./cmd/duri
 	bin/duri version
@@ -74,7 +88,7 @@ check: ## format, vet, lint when installed, import rules, generated files, sizes
 test-fast: ## the tests that need no PostgreSQL, within a minute
 	@go test -short -timeout 2m $$($(pure_packages))
 
-test: deps build ## all tests, with real PostgreSQL servers; RACE=1 adds the race detector
+test: deps programs build ## all tests, with real PostgreSQL servers; RACE=1 adds the race detector
 	@if [ -n '$(RACEENV)' ] && ! command -v "$${CC:-gcc}" >/dev/null; then
 		echo 'make test: RACE=1 needs a C compiler (apt-get install gcc libc6-dev)' >&2; exit 1
 	fi

@@ -48,6 +48,14 @@ func Cases(testdata string) (all []Case) {
 		Case{"copy of 1 GB", func(ctx context.Context) (string, error) { return Copy(ctx, 1000, Dirs{Testdata: testdata}) }},
 		Case{"two servers", TwoServers},
 		Case{"5000 idle clients", func(ctx context.Context) (string, error) { return Idle(ctx, 5000, false) }},
+		Case{"PgBouncer beside it", func(ctx context.Context) (string, error) {
+			dirs := Dirs{Testdata: testdata}
+			var err error
+			if dirs.Node, err = InstallNode(ctx, testdata); err != nil {
+				return "", err
+			}
+			return Bouncer(ctx, dirs)
+		}},
 		Case{"5000 idle clients, TLS", func(ctx context.Context) (string, error) { return Idle(ctx, 5000, true) }},
 	)
 	return all
