@@ -34,7 +34,8 @@ var fundNames = [funds]string{
 }
 
 // schemaSQL makes the ledger's tables. The audit log has no key on purpose: nothing but exactly-once apply keeps a row
-// of it from being there twice (replication.md rule 18).
+// of it from being there twice (replication.md rule 18). It has a replica identity so that what a site committed and does not count
+// can be deleted there when the site is back.
 const schemaSQL = `
 CREATE SCHEMA finance;
 CREATE TABLE finance.government (
@@ -55,6 +56,7 @@ CREATE TABLE finance.fund (
 CREATE TABLE finance.audit (
 	at timestamptz NOT NULL DEFAULT clock_timestamp(), site text NOT NULL, client int NOT NULL, seq bigint NOT NULL,
 	payment uuid NOT NULL, amount numeric(15) NOT NULL, note text);
+ALTER TABLE finance.audit REPLICA IDENTITY FULL;
 `
 
 // seedSQL fills the tables with what the database held before duri. It is deterministic.

@@ -715,6 +715,7 @@ func (s *session) copyIn(typ byte) error {
 	s.mu.Lock()
 	b := s.b
 	if s.loss != nil {
+		s.flight.torn = true // These data are not sent again: a client need not wait until it is asked for them.
 		s.mu.Unlock()
 		return errLoss
 	}

@@ -126,6 +126,9 @@ func (b *backend) report(s *session, q *question, typ byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
+	case typ == pgwire.NoticeResponse && s.keeps() && s.flight.isCommitting() && errorOf(b.r).Routine == syncWait:
+		b.lastWord = "The wait of its commit for another site was disturbed."
+		return errUnproven
 	case typ == pgwire.ParameterStatus:
 		p, err := b.noteParam()
 		if err != nil {
@@ -174,6 +177,13 @@ func (b *backend) report(s *session, q *question, typ byte) error {
 
 // holds reports that answers are held back until all of a segment's are there, so that it can be run again.
 func (s *session) holds() bool { return s.keeps() && !s.eager.Load() }
+
+// syncWait is the routine in PostgreSQL (src/backend/replication/syncrep.c) that warns when a commit no longer waits to be durable
+// elsewhere; it is reported as a success all the same.
+const syncWait = "SyncRepWaitForLSN"
+
+// errUnproven makes a commit one in doubt.
+var errUnproven = errors.New("a commit is not known to be durable at another site")
 
 // failed takes note of an error and gives what sends it to the client.
 func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {

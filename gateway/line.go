@@ -55,6 +55,7 @@ type line struct {
 	copyIn bool // the first is an Execute or a Query that reads CopyData
 	data   bool // the server waits for data of a COPY
 	skips  bool // after an error, the server passes over everything up to a Sync that was not sent yet
+	passes bool // up to one that was
 }
 
 func (l *line) empty() bool { return l.first == len(l.sent) }
@@ -72,6 +73,9 @@ func (l *line) push(e expected) {
 		l.sent, l.first = l.sent[:n], 0
 	}
 	l.sent = append(l.sent, e)
+	if l.skips && (e.kind == 'S' || e.kind == 'y') {
+		l.skips, l.passes = false, true
+	}
 }
 
 func (l *line) head() byte {
@@ -151,8 +155,8 @@ func (l *line) answer(typ byte, undo func(expected)) verdict {
 	case pgwire.ErrorResponse:
 		l.fail(head, undo)
 	case pgwire.ReadyForQuery:
-		if l.skips {
-			l.skips = false
+		if l.skips || l.passes {
+			l.skips, l.passes = false, false
 			l.drop(undo)
 			head = l.head()
 		}

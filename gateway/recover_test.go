@@ -429,3 +429,43 @@ func TestReadsThatWrite(t *testing.T) {
 		}
 	}
 }
+
+// TestCommitWhoseWaitWasDisturbed: PostgreSQL reports such a commit with a warning only; here it is in doubt.
+func TestCommitWhoseWaitWasDisturbed(t *testing.T) {
+	c := markable(t)
+	k := &knowing{c: c}
+	_, addr := serve(t, Config{Mode: TransactionMode, Sites: k}, c)
+	conn := open1(t, dsn(addr, ""))
+	exec1(t, conn, "SELECT 1")
+	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
+	for i, say := range []Fate{Committed, Unknown} {
+		k.mu.Lock()
+		k.say = &say
+		k.mu.Unlock()
+		done := make(chan error, 1)
+		go func() {
+			_, err := conn.Exec(context.Background(), "INSERT INTO ledger VALUES (8, $1)", i)
+			done <- err
+		}()
+		for cancelled := false; !cancelled; {
+			rows, err := c.QueryText(t.Context(), "postgres", "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+			if err != nil {
+				t.Fatal(err)
+			}
+			cancelled = len(rows) > 0
+		}
+		err := <-done
+		switch say {
+		case Committed:
+			if err != nil {
+				t.Error(err)
+			}
+		default:
+			wantCode(t, "nobody can tell", err, "08007", "nobody can say")
+		}
+		if n := len(k.doubts()); n != i+1 {
+			t.Errorf("asked %d times", n)
+		}
+	}
+}

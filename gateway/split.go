@@ -289,6 +289,9 @@ func (s *session) splits(b *backend) (bool, error) {
 	status, err := s.standing(b)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if b.line.skips {
+		s.flight.open().split = true // Nothing of it takes effect.
+	}
 	// In a COPY the server refuses it, in its own words, and behind an error it passes over it.
 	return status == pgwire.Idle && err == nil && !b.line.data && !b.line.skips, err
 }

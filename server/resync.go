@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/link"
 	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
@@ -341,7 +342,11 @@ func unequal(rep verify.RepairReport) error {
 	if rep.Left > 0 && rep.Done == 0 {
 		for _, x := range rep.Rows {
 			if x.State == verify.RepairLeft {
-				return fmt.Errorf("%d rows cannot be written just now, the first with key (%s) in %s.%s: %s", rep.Left, strings.Join(x.Key, ", "), x.Schema, x.Table, x.Reason)
+				text := fmt.Sprintf("%d rows cannot be written just now, the first with key (%s) in %s.%s: %s", rep.Left, strings.Join(x.Key, ", "), x.Schema, x.Table, x.Reason)
+				if strings.Contains(x.Reason, "replica identity") {
+					return &hinted{text, fmt.Sprintf("here, and at the other sites as well: ALTER TABLE %s.%s REPLICA IDENTITY FULL; it goes on by itself then", pg.QuoteIdent(x.Schema), pg.QuoteIdent(x.Table))}
+				}
+				return errors.New(text)
 			}
 		}
 	}

@@ -60,9 +60,11 @@ func (l *ledger) all() []attempt {
 }
 
 // schema is what the clients write: a row of the ledger by key, the same without a key, which shows what is applied
-// twice, and rows that all clients of both sites update.
+// twice, and rows that all clients of both sites update. The log has a replica identity so that what does not count can be
+// deleted from it: PostgreSQL refuses that else.
 const schema = `CREATE TABLE ledger (site text, client text, seq int, PRIMARY KEY (site, client, seq));
 CREATE TABLE log (entry text, filler text);
+ALTER TABLE log REPLICA IDENTITY FULL;
 CREATE TABLE shared (id int PRIMARY KEY, by text);
 INSERT INTO shared SELECT n, 'seed' FROM generate_series(1, 20) AS n`
 

@@ -29,8 +29,16 @@ func main() {
 	flag.IntVar(&o.Workers, "workers", 4, "cases under way at once")
 	flag.IntVar(&o.Report, "report", 3, "how many violations to print with all that passed")
 	flag.BoolVar(&o.Sites, "ask", true, "let the gateway ask the sites what became of transactions; else each loss may end a session")
+	sites := flag.Int("sites", 1, "2: the whole product, whose site is killed at the message; takes seconds a case (-n, default 20)")
 	flag.Parse()
-	if err := run(ctx, o); err != nil {
+	how := cut.Run
+	if *sites == 2 {
+		how = cut.RunProduct
+		if o.Cases == 0 {
+			o.Cases = 20
+		}
+	}
+	if err := run(ctx, o, how); err != nil {
 		fmt.Fprintln(os.Stderr, "prove cutter:", err)
 		if hint := pgcluster.HintOf(err); hint != "" {
 			fmt.Fprintln(os.Stderr, "hint:", hint)
@@ -42,9 +50,9 @@ func main() {
 // errViolated says that a case went wrong; how, is printed.
 var errViolated = errors.New("the contract was broken")
 
-func run(ctx context.Context, o cut.Options) error {
+func run(ctx context.Context, o cut.Options, how func(context.Context, cut.Options) (*cut.Result, error)) error {
 	fmt.Printf("seed %d\n", o.Seed)
-	res, err := cut.Run(ctx, o)
+	res, err := how(ctx, o)
 	if res != nil {
 		fmt.Print("\n", res.Report())
 	}

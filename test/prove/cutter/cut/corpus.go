@@ -104,6 +104,10 @@ func corpus() []*script {
 		// COPY.
 		{name: "copy-in", may: []string{failed, unknown}, bursts: []burst{until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n$c\t2\t\\N\n"), copyData("$c\t3\ty\n"), copyDone), one(query("SELECT count(*) FROM ledger WHERE client = $c"))}},
 		{name: "copy-in-extended", may: []string{failed, unknown}, bursts: []burst{until('G', parse("", "COPY ledger (client, seq) FROM STDIN"), bind("", ""), execute(""), flush), one(copyData("$c\t1\n"), copyDone, sync_)}},
+		{name: "copy-in-eager", may: []string{failed, unknown}, bursts: []burst{
+			one(query("COPY ledger FROM STDIN"), copyData("$c\t1\tx\n"), copyData("$c\t2\ty\n"), copyDone),
+			one(query(insert(3)), query("COPY ledger FROM STDIN"), copyData("$c\t4\tx\n"), copyData("$c\t5\ty\n"), copyDone),
+		}},
 		{name: "copy-in-fails", may: []string{failed, unknown}, bursts: []burst{
 			until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n"), copyData("$c\tno\n"), copyDone),
 			until('G', query("COPY ledger FROM STDIN")), one(copyData("$c\t1\tx\n"), copyFail("the client does not want it")),

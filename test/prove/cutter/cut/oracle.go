@@ -96,8 +96,9 @@ func (o *oracle) play(ctx context.Context, b *bench, s *script, v variant) (*exp
 		// The bursts of the segment: the last one ends it, except for a COPY, whose Query has been answered only after its data.
 		n := 1
 		for ended := false; ; n++ {
-			last := parts[n-1].send
-			ended = ended || len(last) == 0 || last[len(last)-1].ends()
+			for _, m := range parts[n-1].send {
+				ended = m.ends() || ended && m.copies()
+			}
 			if ended && (n == len(parts) || len(parts[n].send) == 0 || !parts[n].send[0].copies()) {
 				break
 			}

@@ -118,6 +118,12 @@ func (p *place) number() string { return strconv.FormatInt(p.clients.Add(1), 10)
 func secrets() (*scram.Verifier, *scram.Keys) {
 	const iterations = 64
 	salt := []byte("cutter's salt...")
+	keys := keysOf(salt, iterations)
+	return &scram.Verifier{Salt: salt, Iterations: iterations, StoredKey: sha256.Sum256(keys.ClientKey[:]), ServerKey: keys.ServerKey}, keys
+}
+
+// keysOf are the keys that follow from the password.
+func keysOf(salt []byte, iterations int) *scram.Keys {
 	salted, err := pbkdf2.Key(sha256.New, appPassword, salt, iterations, sha256.Size)
 	if err != nil {
 		panic(err) // only for lengths that are not these
@@ -128,8 +134,7 @@ func secrets() (*scram.Verifier, *scram.Keys) {
 		copy(k[:], h.Sum(nil))
 		return k
 	}
-	keys := &scram.Keys{ClientKey: mac("Client Key"), ServerKey: mac("Server Key"), Salt: salt, Iterations: iterations}
-	return &scram.Verifier{Salt: salt, Iterations: iterations, StoredKey: sha256.Sum256(keys.ClientKey[:]), ServerKey: keys.ServerKey}, keys
+	return &scram.Keys{ClientKey: mac("Client Key"), ServerKey: mac("Server Key"), Salt: salt, Iterations: iterations}
 }
 
 // Verifier is what the gateway asks.

@@ -157,7 +157,7 @@ func split(b []burst) (all []burst) {
 	for _, b := range b {
 		from := 0
 		for i, m := range b.send {
-			if m.ends() && i < len(b.send)-1 {
+			if m.ends() && i < len(b.send)-1 && !b.send[i+1].copies() {
 				all = append(all, one(b.send[from:i+1]...))
 				from = i + 1
 			}

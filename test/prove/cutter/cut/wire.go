@@ -45,6 +45,12 @@ const (
 	SiteResetEnd Kind = "site-reset-after" // reset-after, likewise
 )
 
+// Kinds of the form with two sites: the site's PostgreSQL and agent are killed (-9) at the message.
+const (
+	KillBefore Kind = "kill-before" // the message is lost
+	KillAfter  Kind = "kill-after"  // the message comes through first
+)
+
 // kinds that there are for a message of a direction.
 var kinds = [2][]Kind{
 	ToServer: {ResetBefore, ResetAfter, FinAfter, Half, Silence, Late, SiteResetEnd},
@@ -88,7 +94,8 @@ func (e event) String() string {
 // wire is what the relays of one worker have in common: the count of messages since begin, and the plan. Its methods may be
 // called at the same time.
 type wire struct {
-	silence time.Duration // after which the near end of a silent connection is reset, as TCP_USER_TIMEOUT would
+	kill    func(site string) // kills a site
+	silence time.Duration     // after which the near end of a silent connection is reset, as TCP_USER_TIMEOUT would
 
 	mu       sync.Mutex // guards the rest
 	counting bool
@@ -209,6 +216,12 @@ func (w *wire) strike(l *link) action {
 		l.mode = [2]action{drop, drop}
 		w.down(l)
 		return strikeBefore
+	case KillBefore:
+		l.mode = [2]action{drop, drop}
+		return strikeBefore
+	case KillAfter:
+		l.mode = [2]action{drop, drop}
+		return strikeAfter
 	case SiteResetEnd:
 		l.mode = [2]action{drop, drop}
 		w.down(l)
@@ -308,6 +321,7 @@ type link struct {
 	near, far *net.TCPConn
 	pid       atomic.Uint32 // of the server's process
 	ready     atomic.Bool   // the login is over: messages count
+	other     atomic.Bool   // it is not a client's: they do not
 	done      chan struct{} // all has ended
 
 	mode [2]action // of messages; guarded by wire.mu
@@ -357,10 +371,16 @@ func (r *relay) serve(near *net.TCPConn) {
 // toServer hands on what comes from the near end.
 func (l *link) toServer() {
 	start, err := pgwire.ReadStartup(l.near)
+	for err == nil && (start.Kind == pgwire.StartupSSL || start.Kind == pgwire.StartupGSS) {
+		if _, err = l.near.Write([]byte{'N'}); err == nil {
+			start, err = pgwire.ReadStartup(l.near)
+		}
+	}
 	if err != nil {
 		_ = l.far.Close()
 		return
 	}
+	l.other.Store(start.Get("user") != appUser)
 	packet := pgwire.AppendStartup(nil, start.Params)
 	if start.Kind == pgwire.StartupCancel {
 		packet = pgwire.AppendCancel(nil, start.PID, start.Secret)
@@ -393,14 +413,14 @@ func (l *link) pump(dir Direction, from, to *net.TCPConn) {
 			return
 		}
 		act := pass
-		if l.ready.Load() {
+		if l.ready.Load() && !l.other.Load() {
 			head, err := r.Peek(min(r.Left(), 160))
 			if err != nil {
 				l.ended(dir, to, err)
 				return
 			}
 			act = l.wire.weigh(l, dir, describe(dir, typ, head))
-		} else if dir == ToClient {
+		} else if dir == ToClient && !l.ready.Load() {
 			if err := l.login(typ, r); err != nil {
 				l.ended(dir, to, err)
 				return
@@ -485,6 +505,8 @@ func (l *link) end(w *pgwire.Writer) bool {
 	case Lost:
 		reset(l.near)
 		return true
+	case KillBefore, KillAfter:
+		l.wire.kill(l.relay.name)
 	}
 	reset(l.near)
 	reset(l.far)
