@@ -170,9 +170,9 @@ var temporary = regexp.MustCompile(`/tmp/\w+/`)
 
 // goTest runs the tests and gives what became of each, by package and name.
 func goTest(ctx context.Context, su Suite, dir string, w way, database string) (map[string]outcome, error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, time.Hour)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-json", "-count=1", "-p=1", "-timeout=8m", "-mod=mod", "-buildvcs=false"}, su.Packages...)...)
+	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-json", "-count=1", "-p=1", "-timeout=20m", "-mod=mod", "-buildvcs=false"}, su.Packages...)...)
 	cmd.Dir = dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }

@@ -18,6 +18,7 @@ var pgxNot = map[string]string{
 	"pgconn.TestConnCheckConn":                                          pidIsVirtual,
 	"pgconn.TestConnPing":                                               pidIsVirtual,
 	"pgxpool.TestPoolAcquireChecksIdleConns":                            pidIsVirtual,
+	"pgxpool.TestConnDestroyedWhenBeginFailsFatally":                    outlives,
 	"stdlib.TestCheckIdleConn":                                          pidIsVirtual,
 	"stdlib.TestConnMultiplePrepareAndDeallocate":                       namesAreShared,
 }
