@@ -382,7 +382,11 @@ func TestStrangersKeepNobodyOut(t *testing.T) {
 	memoryBefore, goroutines := memory(), runtime.NumGoroutine()
 	var strangers []net.Conn
 	for i := range 2000 {
-		s := raw(t, addr)
+		s, err := net.Dial("tcp", addr) // not by raw, whose cleanup would keep it in memory
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
 		if i%2 == 0 {
 			_, _ = s.Write(startup(appUser)) // and then nothing
 		}
@@ -394,14 +398,16 @@ func TestStrangersKeepNobodyOut(t *testing.T) {
 		}
 	}
 	until(t, "the oldest are gone", func() bool { _, n, _ := g.Status(); return n <= most+10 })
-	for _, s := range strangers {
-		s.Close()
+	for i := range strangers {
+		strangers[i].Close()
 	}
 	until(t, "all are gone", func() bool { _, n, _ := g.Status(); return n == 5 }) // the clients
 	until(t, "their goroutines as well", func() bool { return runtime.NumGoroutine() <= goroutines+20 })
-	if used := memory() - memoryBefore; used > 8<<20 {
+	used := memory() - memoryBefore
+	if used > 12<<20 { // a buffer and a stack of each would be 40 MB
 		t.Errorf("%.0f bytes are left of them", used)
 	}
+	t.Logf("%.0f bytes are left of %d strangers, this test's own included", used, len(strangers))
 }
 
 // TestHalfOpenConnections: clients that vanish in the middle leave nothing behind, at the server neither.
