@@ -72,7 +72,16 @@ func TestEveryFieldIsDocumented(t *testing.T) {
 			t.Errorf("docs/reference/json.md does not tell of field %q", name)
 		}
 	}
-	show := duri(t, "config", "show", "-o", "json", "-c", example(t))
+	file := example(t)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := strings.NewReplacer("mode: door ", "mode: transaction ", "routes: [] ", "routes: [{database: app, role: app, application_name: web, site: seoul}] ").Replace(string(text))
+	if err := os.WriteFile(file, []byte(full), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	show := duri(t, "config", "show", "-o", "json", "-c", file)
 	keys := map[string]bool{}
 	fields(reflect.TypeFor[config.Config](), keys)
 	for key := range keys {

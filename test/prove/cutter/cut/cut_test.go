@@ -50,12 +50,12 @@ func start(t *testing.T, o Options) *Result {
 // TestClientsOfASessionThatEndsLoseNothing is the short form of `make prove CASE=cutter` for a gateway that may not ask the
 // sites: each loss may end the session, but not without a word, and the ledger is right.
 func TestClientsOfASessionThatEndsLoseNothing(t *testing.T) {
-	sound(t, start(t, Options{Cases: 150}))
+	sound(t, start(t, Options{Cases: 100}))
 }
 
 // TestSessionsOutliveTheirServers is the short form of `make prove CASE=cutter`.
 func TestSessionsOutliveTheirServers(t *testing.T) {
-	sound(t, start(t, Options{Cases: 300, Sites: true}))
+	sound(t, start(t, Options{Cases: 200, Sites: true}))
 }
 
 // TestWhatTheCutterFound are cases in which the gateway once lied, hung or left something behind. The numbers of messages follow from
