@@ -935,6 +935,7 @@ func (s *session) probed(b *backend, q *question) {
 		s.heldReady = false
 		_ = s.w.Write(readyFor(pgwire.Idle)) // the next read tells if the client has gone
 		_ = s.w.Flush()
+		s.reruns = 0
 		s.answered(pgwire.Idle)
 	}
 	if q.err != nil {

@@ -473,6 +473,7 @@ func (b *backend) ready(s *session) error {
 		return nil
 	}
 	if s.flight.hidden == 0 {
+		s.reruns = 0
 		if err := s.w.Write(readyFor(status)); err != nil {
 			return err
 		}

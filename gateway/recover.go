@@ -42,6 +42,8 @@ type recovery struct {
 	replays bool        // the role's transactions may be run again as a whole
 	eager   atomic.Bool // answers are not held back: the client waits for them
 
+	reruns int // of what is under way
+
 	// Of the session's goroutine.
 	salt, marked uint64         // of its marks
 	client       *pgwire.Reader // r while nothing is handled again
@@ -186,6 +188,9 @@ func (s *session) recover(ctx context.Context) error {
 	if l.pinned != "" && how != unknown {
 		return lost(l.target, l.pinned, l.cause)
 	}
+	if how == again && (block || l.under) && !s.mayRunAgain() {
+		how = fails
+	}
 	switch how {
 	case again:
 		return s.runAgain()
@@ -250,7 +255,7 @@ func (s *session) resolve(ctx context.Context, l *loss, d Doubt) error {
 		if l.pinned != "" {
 			return lost(l.target, l.pinned, why+" Its transaction was rolled back.")
 		}
-		if (status == pgwire.Idle || replay) && !delivered && !torn {
+		if (status == pgwire.Idle || replay) && !delivered && !torn && s.mayRunAgain() {
 			return s.runAgain()
 		}
 		return s.enterLimbo(errRolledBack(l.target, why), false)
@@ -298,6 +303,17 @@ func (s *session) flushed() error {
 		return errGone
 	}
 	return nil
+}
+
+// rerunsMax is how often the same is run again. What takes its server down with it must not take all of them down.
+const rerunsMax = 2
+
+// mayRunAgain counts.
+func (s *session) mayRunAgain() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reruns++
+	return s.reruns <= rerunsMax
 }
 
 // runAgain lets all that the client has sent since its transaction began be handled again. The client does not see the answers

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -253,5 +254,28 @@ func TestAMarkThatFails(t *testing.T) {
 	}
 	if value[int](t, conn, "SELECT 1") != 1 {
 		t.Error("no answer")
+	}
+}
+
+// TestAStatementThatEndsItsServerIsNotRunForEver: one that looks harmless and takes its server down with it would take them all
+// down, one after the other, and the client would never hear of it.
+func TestAStatementThatEndsItsServerIsNotRunForEver(t *testing.T) {
+	c := markable(t)
+	pgtest.Exec(t, c, "postgres", "CREATE SEQUENCE runs; GRANT ALL ON SEQUENCE runs TO app; ALTER ROLE app SUPERUSER")
+	pgtest.Exec(t, c, "shop", "CREATE SEQUENCE runs; GRANT ALL ON SEQUENCE runs TO app")
+	_, addr := serve(t, Config{Mode: TransactionMode, Sites: &knowing{c: c}}, c)
+	for _, mode := range []string{"simple_protocol", "exec"} {
+		conn := open1(t, dsn(addr, "default_query_exec_mode="+mode))
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		_, err := conn.Exec(ctx, "SELECT nextval('runs'), pg_terminate_backend(pg_backend_pid()), pg_sleep(5)")
+		wantCode(t, mode, err, "40001", "was lost")
+		if n := pgtest.Query(t, c, "shop", "SELECT last_value FROM runs")[0][0]; n != fmt.Sprint(1+rerunsMax) {
+			t.Errorf("%s: it ran %s times", mode, n)
+		}
+		pgtest.Exec(t, c, "shop", "ALTER SEQUENCE runs RESTART")
+		if value[int](t, conn, "SELECT 1") != 1 {
+			t.Error("no answer")
+		}
 	}
 }
