@@ -1,6 +1,7 @@
 """psycopg 3: prepared statements (also by itself, from the fifth use on), pipeline mode, server-side cursors, COPY, notifications, two-phase."""
 import asyncio
 import datetime
+import logging
 import threading
 import time
 
@@ -8,6 +9,10 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
+
+
+# What it logs when a pipeline has failed depends on when the error arrives.
+logging.getLogger("psycopg").setLevel(logging.CRITICAL)
 
 
 def say(what, v):
