@@ -70,10 +70,11 @@ const (
 
 // likeness is what a gateway knows of how alike the sites are.
 type likeness struct {
-	mu       sync.Mutex // guards facts; found is stored under it
-	facts    map[string]siteFacts
-	found    atomic.Pointer[[]parity.Finding]
-	compared atomic.Pointer[map[string]bool] // sites that were asked, whether or not they have answered
+	mu        sync.Mutex // guards facts and suspected; the others are stored under it
+	facts     map[string]siteFacts
+	suspected []suspicion
+	found     atomic.Pointer[[]parity.Finding]
+	compared  atomic.Pointer[map[string]bool] // sites that were asked, whether or not they have answered
 }
 
 // blocks reports whether anything was found that keeps sessions from going on elsewhere.
@@ -107,7 +108,8 @@ func (k *likeness) writeMetrics(w io.Writer) {
 type siteFacts struct {
 	known bool
 	facts []parity.Facts
-	err   error // since then
+	at    time.Time // when it was asked for them
+	err   error     // since then
 }
 
 // compareAll asks one site again and again, and compares it with the others, until ctx ends.
@@ -127,6 +129,7 @@ func (s *sites) compareAll(ctx context.Context, l *siteLink) {
 		select {
 		case <-ctx.Done():
 		case <-news:
+		case <-l.compare:
 		case <-t.C:
 		}
 		t.Stop()
@@ -145,8 +148,9 @@ func (s *sites) heard(site string) bool {
 	return false
 }
 
-// compareSite asks a site, and compares.
+// compareSite asks a site, compares, and has those sites asked again whose answers are too old for that.
 func (s *sites) compareSite(ctx context.Context, l *siteLink) error {
+	asked := time.Now()
 	one, cancel := context.WithTimeout(ctx, factsMax)
 	defer cancel()
 	b, err := l.asked.Facts(one)
@@ -157,12 +161,25 @@ func (s *sites) compareSite(ctx context.Context, l *siteLink) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	s.like.learn(l.target.Site, f, err, s)
-	return err
+	stale := s.like.learn(l.target.Site, asked, f, err, s)
+	if err != nil {
+		return err // asking the others would not help
+	}
+	for _, o := range s.links {
+		if slices.Contains(stale, o.target.Site) {
+			select {
+			case o.compare <- struct{}{}:
+			default: // it will be asked already
+			}
+		}
+	}
+	return nil
 }
 
-// learn takes what a site has told, or that it could not be asked, which leaves what it told before in force.
-func (k *likeness) learn(site string, f []parity.Facts, err error, s *sites) {
+// learn takes what a site has told when it was asked at some time, or that it could not be asked, which leaves what it told before
+// in force. It returns the sites whose answers are too old to say whether something newly differs: what was made at both sites since
+// they were asked is no difference.
+func (k *likeness) learn(site string, at time.Time, f []parity.Facts, err error, s *sites) (stale []string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.facts == nil {
@@ -171,7 +188,7 @@ func (k *likeness) learn(site string, f []parity.Facts, err error, s *sites) {
 	now := k.facts[site]
 	failed := err != nil && now.err == nil
 	if now.err = err; err == nil {
-		now.known, now.facts = true, f
+		now.known, now.facts, now.at = true, f, at
 	}
 	k.facts[site] = now
 	if failed {
@@ -180,27 +197,70 @@ func (k *likeness) learn(site string, f []parity.Facts, err error, s *sites) {
 	found := []parity.Finding{}
 	names := slices.Sorted(maps.Keys(k.facts))
 	compared := map[string]bool{}
+	var old []parity.Finding
+	if p := k.found.Load(); p != nil {
+		old = *p
+	}
+	var suspected []suspicion
 	for i, a := range names {
 		compared[a] = true
 		for _, b := range names[i+1:] {
-			found = append(found, compareFacts(k.facts[a].facts, k.facts[b].facts)...)
-		}
-	}
-	old := k.found.Load()
-	k.found.Store(&found)
-	k.compared.Store(&compared)
-	for _, f := range found {
-		if f.Grade != parity.Warning && (old == nil || !slices.ContainsFunc(*old, func(o parity.Finding) bool { return same(o, f) })) {
-			s.log.Warn("open sessions do not go on at another site", "sites", f.Sites[0]+", "+f.Sites[1], "database", f.Database, "role", f.Role, "why", f.String(), "hint", f.Hint)
-		}
-	}
-	if old != nil {
-		for _, o := range *old {
-			if o.Grade != parity.Warning && !slices.ContainsFunc(found, func(f parity.Finding) bool { return same(o, f) }) {
-				s.log.Info("what kept open sessions from going on at another site is gone", "sites", o.Sites[0]+", "+o.Sites[1], "line", o.Line)
+			pair, doubtful, again := findings(k.facts[a], k.facts[b], old, k.suspected)
+			suspected = append(suspected, doubtful...)
+			if found = append(found, pair...); again < 0 {
+				stale = append(stale, a)
+			} else if again > 0 {
+				stale = append(stale, b)
 			}
 		}
 	}
+	k.found.Store(&found)
+	k.suspected = suspected
+	k.compared.Store(&compared)
+	for _, f := range found {
+		if f.Grade != parity.Warning && !slices.ContainsFunc(old, func(o parity.Finding) bool { return same(o, f) }) {
+			s.log.Warn("open sessions do not go on at another site", "sites", f.Sites[0]+", "+f.Sites[1], "database", f.Database, "role", f.Role, "why", f.String(), "hint", f.Hint)
+		}
+	}
+	for _, o := range old {
+		if o.Grade != parity.Warning && !slices.ContainsFunc(found, func(f parity.Finding) bool { return same(o, f) }) {
+			s.log.Info("what kept open sessions from going on at another site is gone", "sites", o.Sites[0]+", "+o.Sites[1], "line", o.Line)
+		}
+	}
+	return stale
+}
+
+// suspicion is a difference that was not there before, and when the later of the two sites was asked for what shows it.
+type suspicion struct {
+	found parity.Finding
+	since time.Time
+}
+
+// findings compares two sites. What keeps sessions from going on counts once both were asked at or after the time when it was first
+// seen, or if it counted before; else it is doubtful, and the one that was asked earlier, the first (-1) or the second (1), is to be
+// asked again.
+func findings(a, b siteFacts, before []parity.Finding, suspected []suspicion) (found []parity.Finding, doubtful []suspicion, again int) {
+	earlier, later := a.at, b.at
+	if earlier.After(later) {
+		earlier, later = later, earlier
+	}
+	for _, f := range compareFacts(a.facts, b.facts) {
+		if f.Grade == parity.Warning || slices.ContainsFunc(before, func(o parity.Finding) bool { return same(o, f) }) {
+			found = append(found, f)
+			continue
+		}
+		since := later
+		if i := slices.IndexFunc(suspected, func(o suspicion) bool { return same(o.found, f) }); i >= 0 {
+			since = suspected[i].since
+		}
+		if !earlier.Before(since) {
+			found = append(found, f)
+			continue
+		}
+		doubtful = append(doubtful, suspicion{f, since})
+		again = a.at.Compare(b.at)
+	}
+	return found, doubtful, again
 }
 
 // same reports whether two findings say the same.

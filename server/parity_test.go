@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
@@ -29,22 +30,23 @@ func TestSessionsWaitForTheComparison(t *testing.T) {
 	facts := func(site, verifier string) []parity.Facts {
 		return []parity.Facts{{Site: site, Database: "app", Roles: map[string]parity.Role{"clerk": {Verifier: verifier}, "till": {}}}}
 	}
+	at := time.Now()
 	want("nothing known, new session", "", "", "a")
 	want("nothing known", "not been compared", "a", "b")
-	k.learn("a", facts("a", "x"), nil, s)
+	k.learn("a", at, facts("a", "x"), nil, s)
 	want("b is not known", "not been compared", "a", "b")
 	want("back home", "", "a", "a")
-	k.learn("b", nil, errors.New("no answer"), s)
+	k.learn("b", at, nil, errors.New("no answer"), s)
 	want("b cannot be asked", "", "a", "b")
 	for range 3 {
-		k.learn("b", facts("b", "y"), nil, s)
+		k.learn("b", at, facts("b", "y"), nil, s)
 	}
 	want("other verifier", "SCRAM verifier of role clerk", "a", "b")
 	want("other verifier, back", "SCRAM verifier of role clerk", "b", "a")
 	if got := k.parts(&gateway.Login{Database: "app", User: "till"}, gateway.Wish{Last: "a"}, "b"); got != "" {
 		t.Errorf("another role: %q", got)
 	}
-	k.learn("b", nil, errors.New("no answer"), s)
+	k.learn("b", at, nil, errors.New("no answer"), s)
 	want("b is as it was", "SCRAM verifier of role clerk", "a", "b")
 	if !k.blocks() {
 		t.Error("nothing blocks")
@@ -54,7 +56,7 @@ func TestSessionsWaitForTheComparison(t *testing.T) {
 	if !strings.Contains(out.String(), `duri_gateway_site_differences{database="app",grade="blocks_role",site="a",other="b"} 1`) {
 		t.Errorf("%s", out.String())
 	}
-	k.learn("b", facts("b", "x"), nil, s)
+	k.learn("b", at, facts("b", "x"), nil, s)
 	want("equal", "", "a", "b")
 	if n := log.count("open sessions do not go on"); n != 1 {
 		t.Errorf("logged %d times", n)
@@ -62,6 +64,41 @@ func TestSessionsWaitForTheComparison(t *testing.T) {
 	if log.count("is gone") != 1 || log.count("could not be compared") != 2 {
 		t.Error("the log does not tell what is gone, or who did not answer")
 	}
+}
+
+// TestDifferencesAreOfOneMoment: what was made at both sites after one of them was asked last keeps nobody from going on, not even
+// when that site cannot be asked any more.
+func TestDifferencesAreOfOneMoment(t *testing.T) {
+	s := &sites{log: slog.New(slog.DiscardHandler)}
+	k := &s.like
+	facts := func(site string, roles ...string) []parity.Facts {
+		f := parity.Facts{Site: site, Database: "app", Roles: map[string]parity.Role{}}
+		for _, r := range roles {
+			f.Roles[r] = parity.Role{}
+		}
+		return []parity.Facts{f}
+	}
+	start := time.Now()
+	step := func(what, site string, after time.Duration, f []parity.Facts, err error, stale string, blocks bool) {
+		t.Helper()
+		got := k.learn(site, start.Add(after), f, err, s)
+		if strings.Join(got, " ") != stale || k.blocks() != blocks {
+			t.Errorf("%s: asks %q, blocks %v; want %q, %v", what, got, k.blocks(), stale, blocks)
+		}
+	}
+	gone := errors.New("no answer")
+	step("first", "a", 0, facts("a"), nil, "", false)
+	step("first", "b", time.Second, facts("b"), nil, "", false)
+	step("made at both at once, b is asked", "b", 1500*time.Millisecond, facts("b", "teller"), nil, "a", false)
+	step("a has it too", "a", 1501*time.Millisecond, facts("a", "teller"), nil, "", false)
+	step("gone at both, and another is made, b is asked", "b", 40*time.Second, facts("b", "clerk"), nil, "a", false)
+	step("a has ended", "a", 41*time.Second, nil, gone, "a", false)
+	step("a is back", "a", 60*time.Second, facts("a", "clerk"), nil, "", false)
+	step("made at a", "a", 100*time.Second, facts("a", "clerk", "till"), nil, "b", false)
+	step("b has it not", "b", 101*time.Second, facts("b", "clerk"), nil, "", true)
+	step("nor has it after a while", "b", 106*time.Second, facts("b", "clerk"), nil, "", true)
+	step("a has ended", "a", 107*time.Second, nil, gone, "", true)
+	step("made at b", "b", 111*time.Second, facts("b", "clerk", "till"), nil, "", false)
 }
 
 func TestChangedKeysAreToldApart(t *testing.T) {

@@ -42,6 +42,8 @@ type siteLink struct {
 	dial   func(ctx context.Context) (net.Conn, error)
 	target gateway.Target
 
+	compare chan struct{} // one value: what it has told of is to be asked again
+
 	mu    sync.Mutex             // guards the rest
 	conns map[*tunneled]struct{} // to be cut when the site is lost
 }
@@ -51,7 +53,7 @@ func newSites(cfg *config.Config, home string, own *host, clients map[string]*li
 	s := &sites{cfg: cfg.Gateway, home: home, own: own, log: log, retire: func(string) {}}
 	p := &picture{}
 	for _, site := range cfg.Sites {
-		l := &siteLink{conns: map[*tunneled]struct{}{}}
+		l := &siteLink{compare: make(chan struct{}, 1), conns: map[*tunneled]struct{}{}}
 		if own != nil && site.Name == own.a.self.Name {
 			l.asked, l.dial = own, own.entry.dialOwn
 			l.target = gateway.Target{Site: site.Name, Network: own.entry.network, Address: own.entry.address}
