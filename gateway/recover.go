@@ -32,7 +32,7 @@ type recovery struct {
 	limbo  *limbo // answers in the place of a server
 	parked bool   // the session's goroutine waits for the client
 	poked  bool   // and was woken by a deadline
-	wants  bool   // it waits for answers
+	wants  want   // what the session's goroutine waits for
 	// heldReady: the server is ready, which the client is told when the session's state is read.
 	heldReady bool
 	last      string   // site of the latest transaction
@@ -134,8 +134,8 @@ func (s *session) answered(status byte) {
 	if len(s.flight.outstanding()) == 0 {
 		s.eager.Store(false)
 	}
-	if s.wants {
-		s.changed.Broadcast()
+	if s.b != nil {
+		s.tell(s.b)
 	}
 }
 

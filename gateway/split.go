@@ -1,10 +1,7 @@
 package gateway
 
 import (
-	"crypto/rand"
 	"encoding/binary"
-	"strconv"
-	"time"
 
 	"github.com/duri-io/duri/pgwire"
 )
@@ -12,68 +9,6 @@ import (
 // A writing statement outside a transaction does not commit before the gateway holds its result, and each transaction that may
 // have written carries a mark in its WAL when it commits (duri.mark). When the answer to the commit is lost, there is one bit
 // left to learn, and the mark is what to ask for (design: gateway, sections 5.1 and 8).
-
-// markStatement is one of the gateway's own that a backend has prepared: it marks a transaction that has written, and gives its id.
-const (
-	markStatement = "duri_mark"
-	startedSQL    = "SELECT extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()"
-	markSQL       = "SELECT pg_catalog.pg_current_xact_id_if_assigned(), duri.mark($1)"
-)
-
-// marking is whether a backend can mark transactions.
-type marking byte
-
-const (
-	untried marking = iota
-	marks
-	marksNot // the database has no function duri.mark: a lost answer to a commit stays open
-)
-
-// ltxidLen is the length of a mark: hour, incarnation of the gateway, session and random bits of it, transaction.
-const ltxidLen = 4 + 8 + 8 + 8 + 8
-
-// newLTXID names a transaction. The random bits keep clients from forging another's; nothing compares the hour with a clock: it
-// is there for partitions by time.
-func (s *session) newLTXID() []byte {
-	id := make([]byte, 0, ltxidLen)
-	id = binary.BigEndian.AppendUint32(id, uint32(time.Now().Unix()/3600))
-	id = binary.BigEndian.AppendUint64(id, s.g.incarnation)
-	id = binary.BigEndian.AppendUint64(id, s.id)
-	if s.salt == 0 {
-		var b [8]byte
-		_, _ = rand.Read(b[:]) // It does not fail (crypto/rand).
-		s.salt = binary.BigEndian.Uint64(b[:]) | 1
-	}
-	id = binary.BigEndian.AppendUint64(id, s.salt)
-	s.marked++
-	return binary.BigEndian.AppendUint64(id, s.marked)
-}
-
-// prepareMarks has a backend prepare what marking needs, once. mu is held.
-func (s *session) prepareMarks(b *backend) error {
-	if !s.keeps() || b.marking != untried {
-		return nil
-	}
-	q := &question{setup: true}
-	b.ask(q)
-	m := pgwire.AppendParse(s.scratch[:0], markStatement, []byte(markSQL), []byte{0, 1, 0, 0, 0, 17}) // bytea
-	m = pgwire.AppendHeader(m, pgwire.Sync, 0)                                                        // whether that went well or not
-	m = pgwire.AppendParse(m, "", []byte(startedSQL), []byte{0, 0})
-	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(m, "", nil)), pgwire.Sync, 0)
-	q.more = 1
-	if err := s.await(b, q); err != nil {
-		return err
-	}
-	b.marking = marks
-	if len(q.rows) == 1 {
-		b.started = q.rows[0][0]
-	}
-	if q.err != nil {
-		b.marking = marksNot
-		s.g.cfg.Log.Warn("transactions cannot be marked, so that a lost answer to COMMIT stays open", "site", b.target.name(), "database", s.who.Database, "error", q.err.Message)
-	}
-	return nil
-}
 
 // await sends scratch, whose answer q takes, and waits for it. mu is held.
 func (s *session) await(b *backend, q *question) error {
@@ -89,18 +24,39 @@ func (s *session) await(b *backend, q *question) error {
 	return nil
 }
 
-// until flushes, and waits until the server has answered enough, or waits itself for data of a COPY or for a Sync; false: it is
-// lost.
-func (s *session) until(b *backend, enough func() bool) bool {
+// until flushes, and waits until the server has answered all that it was sent (unanswered), or all that came before the segment at
+// hand (unsettled), or waits itself for data of a COPY or for a Sync; false: it is lost.
+func (s *session) until(b *backend, w want) bool {
 	_ = b.w.Flush()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.wants = true
-	for s.b == b && !enough() && !b.line.data && !b.line.skips {
+	s.wants = w
+	for s.b == b && !s.satisfied(b) {
 		s.changed.Wait()
 	}
-	s.wants = false
+	s.wants = nothing
 	return s.b == b
+}
+
+// want is what the session's goroutine waits for.
+type want byte
+
+const (
+	nothing want = iota
+	unanswered
+	unsettled
+)
+
+// satisfied reports that what the session's goroutine waits for is there. mu is held.
+func (s *session) satisfied(b *backend) bool {
+	return b.line.data || b.line.skips || s.wants == unanswered && b.line.empty() || s.wants == unsettled && s.flight.settled()
+}
+
+// tell wakes the session's goroutine when what it waits for is there: not with each answer on the way there. mu is held.
+func (s *session) tell(b *backend) {
+	if s.wants != nothing && s.satisfied(b) {
+		s.changed.Broadcast()
+	}
 }
 
 // standing gives the status in which the next statement will run, and waits for answers if it depends on them.
@@ -111,7 +67,7 @@ func (s *session) standing(b *backend) (status byte, err error) {
 	if ok {
 		return status, nil
 	}
-	if !s.until(b, s.flight.settled) {
+	if !s.until(b, unsettled) {
 		return 0, s.goneOr()
 	}
 	s.mu.Lock()
@@ -129,20 +85,20 @@ func (s *session) goneOr() error {
 	return errGone
 }
 
-// appendBind appends the Bind of an unnamed portal to a statement of the gateway's own.
-func appendBind(dst []byte, statement string, binary []byte) []byte {
-	n := 1 + len(statement) + 1 + 2 + 2 + 2
-	if binary != nil {
-		n += 2 + 4 + len(binary)
+// appendBind appends the Bind of an unnamed portal to a statement of the gateway's own. Its parameters are in binary format.
+func appendBind(dst []byte, statement string, params ...[]byte) []byte {
+	n := 1 + len(statement) + 1 + 2 + 2 + 2 + 2
+	for _, p := range params {
+		n += 4 + len(p)
 	}
 	dst = pgwire.AppendHeader(dst, pgwire.Bind, n)
 	dst = append(append(append(dst, 0), statement...), 0)
-	if binary == nil {
-		return append(dst, 0, 0, 0, 0, 0, 0)
+	dst = append(dst, 0, 1, 0, 1) // all of them are binary
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(params)))
+	for _, p := range params {
+		dst = append(binary.BigEndian.AppendUint32(dst, uint32(len(p))), p...)
 	}
-	dst = append(dst, 0, 1, 0, 1, 0, 1)
-	dst = append(dst, byte(len(binary)>>24), byte(len(binary)>>16), byte(len(binary)>>8), byte(len(binary)))
-	return append(append(dst, binary...), 0, 0)
+	return append(dst, 0, 0)
 }
 
 // appendExecute appends the Execute of the unnamed portal.
@@ -164,10 +120,10 @@ func (s *session) mark(b *backend, first []byte) error {
 	b.line.push(expected{kind: 'b'})
 	b.line.push(expected{kind: 'm'})
 	s.sending(b)
-	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(first, markStatement, id)), pgwire.Flush, 0)
+	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(first, markStatement, id, []byte(b.standbys))), pgwire.Flush, 0)
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
-	if !s.until(b, b.line.empty) {
+	if !s.until(b, unanswered) {
 		return s.goneOr()
 	}
 	s.mu.Lock()
@@ -219,22 +175,9 @@ func (s *session) commitQuery(b *backend, sql []byte) error {
 		b.line.push(expected{kind: kind})
 	}
 	m := pgwire.AppendParse(s.scratch[:0], "", sql, []byte{0, 0})
-	m = appendExecute(pgwire.AppendTarget(appendBind(m, "", nil), pgwire.Describe, 'P', ""))
+	m = appendExecute(pgwire.AppendTarget(appendBind(m, ""), pgwire.Describe, 'P', ""))
 	s.mu.Unlock()
 	return s.commitSync(b, m)
-}
-
-// xidOf reads the answer to a mark.
-func xidOf(row []byte) uint64 {
-	columns, err := pgwire.ParseRow(row)
-	if err != nil || len(columns) == 0 {
-		return 0
-	}
-	xid, err := strconv.ParseUint(string(columns[0]), 10, 64)
-	if err != nil {
-		return 0 // null: there is none
-	}
-	return xid
 }
 
 // commitWrapped sends a Query of several statements, or of one that the extended protocol would show in another way, outside a
@@ -251,7 +194,7 @@ func (s *session) commitWrapped(b *backend, body []byte) error {
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
 	_ = b.w.Write(body)
-	if !s.until(b, b.line.empty) {
+	if !s.until(b, unanswered) {
 		return s.goneOr()
 	}
 	s.mu.Lock()
@@ -304,7 +247,7 @@ func (s *session) beforeCommit(b *backend) error {
 	s.mu.Lock()
 	settled := s.flight.settled()
 	s.mu.Unlock()
-	if !settled && !s.until(b, s.flight.settled) {
+	if !settled && !s.until(b, unsettled) {
 		return s.goneOr()
 	}
 	s.mu.Lock()
