@@ -102,7 +102,7 @@ func (s *session) prepareMarks(b *backend) error {
 		return err
 	}
 	b.marking = marks
-	if len(q.rows) == 1 {
+	if len(q.rows) == 1 && len(q.rows[0]) == 2 {
 		b.started, b.standbys = q.rows[0][0], ""
 		if names := q.rows[0][1]; s.g.cfg.Standby != nil && waitsFor(names, s.g.cfg.Standby(s.who.Database)) {
 			b.standbys = names
