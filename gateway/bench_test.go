@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"net"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -184,8 +185,11 @@ func memory() float64 {
 // BenchmarkExchange is one statement from client to server and back over loopback: 4 messages forwarded for a simple one, 7
 // for a prepared one. Client and server run in the same process and allocate nothing. "direct" is without a gateway.
 func BenchmarkExchange(b *testing.B) {
-	simple := pgwire.AppendQuery(nil, "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = 4711")
-	parse := pgwire.AppendMessage(pgwire.AppendParse(nil, "p", []byte("UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = $1"), []byte{0, 0}), pgwire.Sync, nil)
+	const reading, writing = "SELECT abalance FROM pgbench_accounts WHERE aid = $1", "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = $1"
+	simple := func(sql string) []byte { return pgwire.AppendQuery(nil, strings.ReplaceAll(sql, "$1", "4711")) }
+	parse := func(sql string) []byte {
+		return pgwire.AppendMessage(pgwire.AppendParse(nil, "p", []byte(sql), []byte{0, 0}), pgwire.Sync, nil)
+	}
 	var prepared []byte
 	for _, m := range []pgproto3.FrontendMessage{&pgproto3.Bind{PreparedStatement: "p", Parameters: [][]byte{[]byte("4711")}}, &pgproto3.Execute{}, &pgproto3.Sync{}} {
 		var err error
@@ -209,15 +213,19 @@ func BenchmarkExchange(b *testing.B) {
 				break
 			}
 		}
-		exchange(b, c, simple)
+		exchange(b, c, simple(reading))
 	})
-	for name, config := range map[string]Config{
-		"session": {Mode: SessionMode}, "transaction": {Mode: TransactionMode}, "sites": {Mode: TransactionMode, Sites: &knowing{}},
+	for _, way := range []struct {
+		name, sql string
+		config    Config
+	}{
+		{"session", reading, Config{Mode: SessionMode}}, {"transaction", reading, Config{Mode: TransactionMode}},
+		{"sites", reading, Config{Mode: TransactionMode, Sites: &knowing{}}}, {"sites-writing", writing, Config{Mode: TransactionMode, Sites: &knowing{}}},
 	} {
-		b.Run("simple/"+name, func(b *testing.B) { exchange(b, connected(b, config), simple) })
-		b.Run("prepared/"+name, func(b *testing.B) {
-			c := connected(b, config)
-			if _, err := c.Write(parse); err != nil {
+		b.Run("simple/"+way.name, func(b *testing.B) { exchange(b, connected(b, way.config), simple(way.sql)) })
+		b.Run("prepared/"+way.name, func(b *testing.B) {
+			c := connected(b, way.config)
+			if _, err := c.Write(parse(way.sql)); err != nil {
 				b.Fatal(err)
 			}
 			for r := pgwire.NewReader(c); ; {

@@ -292,7 +292,7 @@ func (s *session) executes(what deed) bool {
 	if len(portal) > 0 {
 		st = s.portals[string(portal)]
 	}
-	return st != nil && st.effects.does == what
+	return st != nil && s.effectsOf(st).does == what
 }
 
 // pass forwards the current message; what is wrong with the client's side of it shows.
@@ -410,7 +410,8 @@ func (s *session) look(sql []byte) text {
 	}
 	s.mu.Unlock()
 	t := readText(sql, escapes)
-	if t.does == reads && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
+	t.seems, t.escapes = t.does == reads, escapes
+	if t.seems && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
 		t.does = writes
 	}
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
@@ -621,7 +622,7 @@ func (s *session) bind(ctx context.Context) error {
 	s.mu.Unlock()
 	var t text
 	if st != nil {
-		t = st.effects
+		t = s.effectsOf(st)
 	}
 	b, err := s.borrow(ctx, t)
 	if err != nil {
