@@ -87,6 +87,7 @@ func (s *session) runBorrowing(ctx context.Context) {
 		})
 		defer stop()
 		err = s.sendAll(ctx)
+		s.finish() // what it has sent is carried out, whether or not it is there still
 	}
 	s.ending.Store(true)
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
@@ -226,6 +227,7 @@ var errGone = errors.New("the session has ended")
 // handle sends one message to the server. The connection to a server that breaks is the concern of the backend's
 // goroutine, so errors of writing to it are not looked at here.
 func (s *session) handle(ctx context.Context, typ byte) error {
+	s.finish()
 	if s.limbo != nil {
 		return s.inLimbo(typ)
 	}
@@ -304,6 +306,11 @@ func (s *session) pass(b *backend) error {
 func (s *session) push(b *backend, e ...expected) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.pushed(b, e...)
+}
+
+// pushed is push for those who hold mu.
+func (s *session) pushed(b *backend, e ...expected) {
 	for _, e := range e {
 		b.line.push(e)
 	}
@@ -358,11 +365,15 @@ func (s *session) query(ctx context.Context) error {
 	}
 	e := expected{kind: 'Q', commits: t.does == commits}
 	if t.does == commits {
-		if err := s.beforeCommit(b); err != nil {
+		mark, err := s.readyToCommit(b)
+		if err != nil {
 			return err
 		}
-		if s.resume(b) {
-			e = expected{kind: 'z'} // The client has the error of the mark, and no use for the tag of a ROLLBACK.
+		if mark {
+			s.mu.Lock()
+			s.forgetUnnamed(b)
+			s.mu.Unlock()
+			return s.mark(b, s.scratch[:0], e, append(pgwire.AppendHeader(nil, pgwire.Query, len(body)), body...))
 		}
 	}
 	var first []byte // what is sent in the place of the Query
@@ -629,7 +640,11 @@ func (s *session) bind(ctx context.Context) error {
 		return err
 	}
 	if t.does == commits {
-		if err := s.beforeCommit(b); err != nil {
+		mark, err := s.readyToCommit(b)
+		if mark {
+			err = s.mark(b, s.scratch[:0], expected{}, nil)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -898,6 +913,7 @@ func (s *session) endBurst() {
 	s.writing = false
 	if s.b != nil {
 		s.took(s.b)
+		s.carryOn(s.b)
 		s.rest(s.b)
 	}
 }
@@ -958,7 +974,7 @@ func (s *session) lose(b *backend, cause error) {
 	if s.b != b {
 		return
 	}
-	s.b = nil
+	s.b, s.due = nil, commitment{}
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
 		if s.keeps() && q != nil && q.setup && !b.dropped {

@@ -82,8 +82,8 @@ func (s *session) newLTXID() []byte {
 		s.salt = binary.BigEndian.Uint64(b[:]) | 1
 	}
 	id = binary.BigEndian.AppendUint64(id, s.salt)
-	s.marked++
-	return binary.BigEndian.AppendUint64(id, s.marked)
+	s.marks++
+	return binary.BigEndian.AppendUint64(id, s.marks)
 }
 
 // prepareMarks has a backend prepare what marking needs, once. mu is held.

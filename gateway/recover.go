@@ -33,6 +33,7 @@ type recovery struct {
 	parked bool   // the session's goroutine waits for the client
 	poked  bool   // and was woken by a deadline
 	wants  want   // what the session's goroutine waits for
+	due    commitment
 	// heldReady: the server is ready, which the client is told when the session's state is read.
 	heldReady bool
 	last      string   // site of the latest transaction
@@ -45,9 +46,10 @@ type recovery struct {
 	reruns int // of what is under way
 
 	// Of the session's goroutine.
-	salt, marked uint64         // of its marks
-	client       *pgwire.Reader // r while nothing is handled again
-	rerun        *bytes.Reader  // what is handled again, behind r
+	salt, marks uint64         // of its marks
+	left        bool           // something was left to the backend's goroutine (due)
+	client      *pgwire.Reader // r while nothing is handled again
+	rerun       *bytes.Reader  // what is handled again, behind r
 }
 
 // survivable reports that the loss of the session's backend b is for the session's goroutine to see to. A client that takes nothing

@@ -52,11 +52,64 @@ func (s *session) satisfied(b *backend) bool {
 	return b.line.data || b.line.skips || s.wants == unanswered && b.line.empty() || s.wants == unsettled && s.flight.settled()
 }
 
-// tell wakes the session's goroutine when what it waits for is there: not with each answer on the way there. mu is held.
+// tell wakes the session's goroutine when what it waits for is there: not with each answer on the way there. mu is held, by the
+// backend's goroutine.
 func (s *session) tell(b *backend) {
 	if s.wants != nothing && s.satisfied(b) {
 		s.changed.Broadcast()
 	}
+	s.carryOn(b)
+}
+
+// commitment is what is sent as soon as a mark is answered. When the client has nothing more to say meanwhile, the session's goroutine
+// leaves that to the backend's, which need not wake it.
+type commitment struct {
+	id      []byte // of the mark; none: nothing was left
+	e       expected
+	message []byte
+}
+
+// carryOn does what was left to do once the mark is answered. mu is held.
+func (s *session) carryOn(b *backend) {
+	if s.due.id == nil || s.writing || s.b != b || !b.line.empty() && !b.line.data && !b.line.skips {
+		return
+	}
+	due := s.due
+	s.due = commitment{}
+	s.commit(b, due)
+	_ = b.w.Flush() // its goroutine sees what is wrong with the connection
+	s.changed.Broadcast()
+}
+
+// commit sends what commits a transaction whose mark is answered, or ends it if that went wrong. mu is held.
+func (s *session) commit(b *backend, c commitment) {
+	s.marked(c.id)
+	if c.message == nil {
+		return
+	}
+	if b.line.skips && c.e.kind != 'S' { // No Sync of the client is to come.
+		b.line.push(expected{kind: 'y'})
+		_ = b.w.Write(syncMessage)
+		c.e = expected{kind: 'z'} // The client has the error of the mark, and no use for the tag of a ROLLBACK.
+	}
+	s.pushed(b, c.e)
+	_ = b.w.Write(c.message)
+}
+
+var syncMessage = pgwire.AppendHeader(nil, pgwire.Sync, 0)
+
+// finish waits until what was left to the backend's goroutine is done, or the backend is lost.
+func (s *session) finish() {
+	if !s.left {
+		return
+	}
+	s.endBurst()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.due.id != nil && s.b != nil {
+		s.changed.Wait()
+	}
+	s.due, s.left = commitment{}, false
 }
 
 // standing gives the status in which the next statement will run, and waits for answers if it depends on them.
@@ -106,63 +159,57 @@ func appendExecute(dst []byte) []byte {
 	return append(pgwire.AppendHeader(dst, pgwire.Execute, 5), 0, 0, 0, 0, 0)
 }
 
-// mark has the server mark the transaction, if it has written, as the last thing before it commits, and waits for the answers to
-// all that was sent; first is what comes before the mark. Behind it only the commit is sent.
-func (s *session) mark(b *backend, first []byte) error {
+// mark has the server mark the transaction, if it has written, as the last thing before it commits, and then commits it by a message
+// whose answer is e; without one the caller does, and the mark is answered when mark returns. first is what comes before the mark.
+func (s *session) mark(b *backend, first []byte, e expected, message []byte) error {
 	s.mu.Lock()
 	if b.line.skips { // It would pass over the mark as well. Nothing is committed.
+		if message != nil {
+			s.pushed(b, e)
+		}
 		s.mu.Unlock()
-		_ = b.w.Write(first)
+		_ = b.w.Write(append(first, message...))
 		return nil
 	}
-	id := s.newLTXID()
+	c := commitment{s.newLTXID(), e, message}
 	s.flight.xid, s.flight.failed = 0, false
 	b.line.push(expected{kind: 'b'})
 	b.line.push(expected{kind: 'm'})
 	s.sending(b)
-	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(first, markStatement, id, []byte(b.standbys))), pgwire.Flush, 0)
+	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(first, markStatement, c.id, []byte(b.standbys))), pgwire.Flush, 0)
+	if s.left = message != nil && s.rerun == nil && !s.r.Complete(); s.left {
+		s.due = c // before the server can answer
+	}
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
+	if s.left {
+		return nil
+	}
 	if !s.until(b, unanswered) {
 		return s.goneOr()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.commit(b, c)
+	return nil
+}
+
+// marked takes note of the answer to a mark. mu is held.
+func (s *session) marked(id []byte) {
 	seg := s.flight.open()
 	seg.split = true
 	if s.flight.failed {
-		return nil // The server commits nothing.
+		return // The server commits nothing.
 	}
 	seg.committing = true
 	if s.flight.xid != 0 { // else there is nothing to commit
 		seg.ltxid = id
 	}
-	return nil
-}
-
-// resume lets a server go on that passes over everything because a mark has failed, where no Sync of the client is to come.
-func (s *session) resume(b *backend) (failed bool) {
-	s.mu.Lock()
-	failed = b.line.skips && s.flight.open().split
-	if failed {
-		b.line.push(expected{kind: 'y'})
-		s.sending(b)
-	}
-	s.mu.Unlock()
-	if failed {
-		_ = b.w.Write(pgwire.AppendHeader(s.scratch[:0], pgwire.Sync, 0))
-	}
-	return failed
 }
 
 // commitSync sends the Sync of a segment that writes outside a transaction, once its results are there.
 func (s *session) commitSync(b *backend, first []byte) error {
-	if err := s.mark(b, first); err != nil {
-		return err
-	}
-	s.push(b, expected{kind: 'S'})
-	_ = b.w.Write(pgwire.AppendHeader(s.scratch[:0], pgwire.Sync, 0))
-	return nil
+	return s.mark(b, first, expected{kind: 'S'}, syncMessage)
 }
 
 // commitQuery sends a Query of one writing statement outside a transaction as messages of the extended protocol, which let it
@@ -200,19 +247,15 @@ func (s *session) commitWrapped(b *backend, body []byte) error {
 	s.mu.Lock()
 	failed := b.status == pgwire.InFailed
 	s.mu.Unlock()
-	end := "ROLLBACK"
-	if !failed {
-		if err := s.mark(b, s.scratch[:0]); err != nil {
-			return err
-		}
-		s.resume(b)
-		end = "COMMIT" // which is a ROLLBACK if the mark has failed
+	if failed {
+		s.push(b, expected{kind: 'z'})
+		_ = b.w.Write(rollbackMessage)
+		return nil
 	}
-	s.push(b, expected{kind: 'z'})
-	s.scratch = pgwire.AppendQuery(s.scratch[:0], end)
-	_ = b.w.Write(s.scratch)
-	return nil
+	return s.mark(b, nil, expected{kind: 'z'}, commitMessage)
 }
+
+var commitMessage, rollbackMessage = pgwire.AppendQuery(nil, "COMMIT"), pgwire.AppendQuery(nil, "ROLLBACK")
 
 // forgetUnnamed: a Query takes the unnamed statement away. mu is held.
 func (s *session) forgetUnnamed(b *backend) {
@@ -239,29 +282,28 @@ func (s *session) splits(b *backend) (bool, error) {
 	return status == pgwire.Idle && err == nil && !b.line.data && !b.line.skips, err
 }
 
-// beforeCommit marks the open transaction before a COMMIT, if it may have written.
-func (s *session) beforeCommit(b *backend) error {
+// readyToCommit waits for the answers to all that comes before a COMMIT, and says whether the open transaction is to be marked: it may
+// have written.
+func (s *session) readyToCommit(b *backend) (marked bool, err error) {
 	if !s.keeps() {
-		return nil
+		return false, nil
 	}
 	s.mu.Lock()
 	settled := s.flight.settled()
 	s.mu.Unlock()
 	if !settled && !s.until(b, unsettled) {
-		return s.goneOr()
+		return false, s.goneOr()
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	wrote := s.flight.wrote()
 	if b.line.skips || b.line.data || s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
-		s.mu.Unlock()
-		return nil
+		return false, nil
 	}
 	if !wrote || b.marking != marks {
 		seg := s.flight.open()
 		seg.committing, seg.unmarked = true, wrote
-		s.mu.Unlock()
-		return nil
+		return false, nil
 	}
-	s.mu.Unlock()
-	return s.mark(b, s.scratch[:0])
+	return true, nil
 }
