@@ -219,8 +219,10 @@ func BenchmarkExchange(b *testing.B) {
 		name, sql string
 		config    Config
 	}{
-		{"session", reading, Config{Mode: SessionMode}}, {"transaction", reading, Config{Mode: TransactionMode}},
-		{"sites", reading, Config{Mode: TransactionMode, Sites: &knowing{}}}, {"sites-writing", writing, Config{Mode: TransactionMode, Sites: &knowing{}}},
+		{"session", reading, Config{Mode: SessionMode}},
+		{"transaction", reading, Config{Mode: TransactionMode}},
+		{"sites", reading, Config{Mode: TransactionMode, Sites: &knowing{}}},
+		{"sites-writing", writing, Config{Mode: TransactionMode, Sites: &knowing{}}},
 	} {
 		b.Run("simple/"+way.name, func(b *testing.B) { exchange(b, connected(b, way.config), simple(way.sql)) })
 		b.Run("prepared/"+way.name, func(b *testing.B) {
