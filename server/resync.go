@@ -272,10 +272,14 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 		why = fmt.Sprintf("what %s wrote behind the gap is not here yet", p.site.Name)
 	}
 	p.mu.Lock()
+	news := p.mending.waits != why
 	p.mending.waits = why
 	refused := p.mending.refused
 	p.mu.Unlock()
 	if why != "" {
+		if news {
+			p.log.Info("re-synchronising waits", "from", p.site.Name, "why", why)
+		}
 		return nil
 	}
 	if err := p.n.withSQL(ctx, func(c *pgconn.PgConn) error { return catalog.UnparkForGap(ctx, c, g.ID) }); err != nil {

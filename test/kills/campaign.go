@@ -5,13 +5,17 @@ package kills
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/duri-io/duri/internal/pair"
@@ -100,6 +104,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	defer func() {
 		if o.Keep && (err != nil || res.Failed()) {
 			fmt.Fprintln(o.Out, "kept:", p.Dir())
+			c.picture()
 			err = errors.Join(err, p.Leave())
 			return
 		}
@@ -136,6 +141,30 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		}
 	}
 	return res, nil
+}
+
+// picture keeps what the agents know when something has gone wrong: each one's status, beside the data, and what it is doing, in its log.
+func (c *campaign) picture() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for _, s := range c.p.Sites {
+		doc, err := s.Control.Status(ctx)
+		if err == nil {
+			var b []byte
+			if b, err = json.MarshalIndent(doc, "", "  "); err == nil {
+				err = os.WriteFile(filepath.Join(c.p.Dir(), "status-"+s.Name+".json"), b, 0o600)
+			}
+		}
+		if err == nil {
+			err = s.SignalAgent(syscall.SIGQUIT)
+		}
+		if err == nil {
+			_, err = s.AgentEnd(ctx)
+		}
+		if err != nil {
+			fmt.Fprintf(c.o.Out, "site %s: %v\n", s.Name, err)
+		}
+	}
 }
 
 // permitted are the faults to choose from. Those that need a disk of its own take the rights to mount one; when they were
