@@ -183,7 +183,7 @@ func (s *session) sendAll(ctx context.Context) error {
 			err = s.handle(ctx, typ)
 		}
 		if errors.Is(err, errLoss) {
-			err = s.recover(ctx)
+			err = s.wake(ctx)
 		}
 		if errors.Is(err, errGone) {
 			return nil
@@ -918,6 +918,7 @@ func (s *session) rest(b *backend) {
 		b.pool.mu.Lock()
 		b.pool.gather(b)
 		b.pool.mu.Unlock()
+		s.beckon()
 		return
 	}
 	s.unsettled = false
@@ -927,6 +928,7 @@ func (s *session) rest(b *backend) {
 	s.b = nil
 	b.owner.Store(nil)
 	b.pool.put(b)
+	s.beckon()
 }
 
 // probed takes the answer to a probe.

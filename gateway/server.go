@@ -160,6 +160,7 @@ type Server struct {
 	periods  periods
 	began    time.Time
 	ops
+	departures
 
 	// Guarded by mu.
 	clients map[*session]struct{} // that have logged in
