@@ -241,10 +241,9 @@ func (c *Control) Fence(ctx context.Context, req FenceRequest) (DurabilityStatus
 	return out, c.post(ctx, "/v1/fence", req, &out)
 }
 
-// Drain lets gateways begin no new transactions at a site, or lets them again.
-func (c *Control) Drain(ctx context.Context, req DrainRequest) error {
-	var out struct{}
-	return c.post(ctx, "/v1/drain", req, &out)
+// Drain lets gateways begin no new transactions at a site, or lets them again, and tells what is left there.
+func (c *Control) Drain(ctx context.Context, req DrainRequest) (out DrainReport, err error) {
+	return out, c.post(ctx, "/v1/drain", req, &out)
 }
 
 func (c *Control) post(ctx context.Context, path string, body, v any) error {

@@ -120,7 +120,7 @@ func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gatew
 	}
 	server, err := gateway.NewServer(g)
 	if err == nil {
-		s.retire = server.Retire
+		s.retire, s.leave, s.stay = server.Retire, server.AskToLeave, server.Staying
 	}
 	return server, err
 }
