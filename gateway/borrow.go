@@ -73,8 +73,11 @@ func (g *Server) Pins() map[string]int {
 
 // runBorrowing serves the client with backends that it borrows.
 func (s *session) runBorrowing(ctx context.Context) {
-	s.statements, s.pinsTold, s.portals = map[string]*statement{}, map[string]bool{}, map[string]*statement{}
-	err := s.introduce(ctx)
+	var err error
+	if s.statements == nil { // else it has begun in another process
+		s.statements, s.pinsTold, s.portals = map[string]*statement{}, map[string]bool{}, map[string]*statement{}
+		err = s.introduce(ctx)
+	}
 	if err == nil {
 		stop := context.AfterFunc(ctx, func() { // This goroutine may wait for a server, or a server's for the client.
 			s.ending.Store(true)
@@ -86,7 +89,9 @@ func (s *session) runBorrowing(ctx context.Context) {
 			}
 		})
 		defer stop()
-		err = s.sendAll(ctx)
+		if err = s.sendAll(ctx); errors.Is(err, errMoved) {
+			return // The connection is another process's.
+		}
 	}
 	s.ending.Store(true)
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
@@ -187,6 +192,9 @@ func (s *session) sendAll(ctx context.Context) error {
 		}
 		if errors.Is(err, errGone) {
 			return nil
+		}
+		if errors.Is(err, errMoved) {
+			return err
 		}
 		if err != nil {
 			return s.readError(err)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"net"
+	"os"
 	"slices"
 	"sync/atomic"
 	"syscall"
@@ -72,13 +73,21 @@ const (
 type parting struct {
 	asked1 asked1 // guarded by mu
 	linger bool   // its client is to hear why it was sent away; of the session's goroutine
-	fixed  string // why it was not taken over; of the session's goroutine
+
+	// Why its client was not taken over, and by whom; of the session's goroutine.
+	fixed    string
+	fixedFor *handing
 }
 
 // departures is what a Server has for it.
 type departures struct {
 	emptied atomic.Pointer[map[string]bool]
 	handing atomic.Pointer[handing]
+	taking  atomic.Pointer[Takeover] // in the new process
+
+	// Guarded by the Server's mu.
+	preparing *handing   // handing, also before it begins and while it ends
+	lives     []*os.File // end with this process
 }
 
 func (g *Server) orders() orders {
@@ -172,9 +181,9 @@ func (s *session) beckon() {
 
 // footing tells where the session stands while its goroutine, which calls it, waits for the client. mu is held.
 func (s *session) footing() footing {
-	f := footing{heard: s.r.Buffered() > 0 || s.r.Left() > 0, fixed: s.fixed}
-	if f.fixed == "" {
-		f.fixed = fixedIn(s.conn)
+	f := footing{heard: s.r.Buffered() > 0 || s.r.Left() > 0, fixed: fixedIn(s.conn)}
+	if s.fixed != "" && s.fixedFor == s.g.handing.Load() {
+		f.fixed = s.fixed
 	}
 	if s.b != nil {
 		f.site, f.keeps = s.b.target.Site, s.keepsFor()
@@ -183,8 +192,8 @@ func (s *session) footing() footing {
 	case s.who.Database == AdminDatabase:
 		f.keeps = keepsConsole
 	case s.b == nil:
-		f.busy = s.lost || s.loss != nil || s.limbo != nil || s.rerun != nil || s.writing || s.probe || len(s.flight.segments) > 0 || s.flight.status != pgwire.Idle ||
-			s.w.Buffered() > 0
+		f.busy = s.lost || s.loss != nil || s.limbo != nil || s.rerun != nil || s.writing || s.probe ||
+			s.w.Buffered() > 0 || s.keeps() && (len(s.flight.segments) > 0 || s.flight.status != pgwire.Idle)
 	case s.b.pool == nil:
 		f.busy = !s.asked1.idle()
 	default:
@@ -246,19 +255,14 @@ func unread(c net.Conn) bool {
 	return there
 }
 
-// see does what the session's goroutine was woken for, or did not begin to wait for the client for.
-func (s *session) see() error {
+// see tells what the session's goroutine was woken for, or did not begin to wait for the client for. An error is what the client is
+// told before its session ends.
+func (s *session) see() (e errand, err error) {
 	s.mu.Lock()
-	e, err := s.summoned()
-	s.mu.Unlock()
-	switch e {
-	case handOver:
-		return s.moveOut()
-	case askedOut:
-		s.linger = true
-		return err
-	}
-	return nil
+	defer s.mu.Unlock()
+	e, err = s.summoned()
+	s.linger = e == askedOut
+	return e, err
 }
 
 // wake sees to what the session's goroutine was woken for: the loss of its server, or orders. An error ends the session.
@@ -269,7 +273,11 @@ func (s *session) wake(ctx context.Context) error {
 	if lost {
 		return s.recover(ctx)
 	}
-	return s.see()
+	e, err := s.see()
+	if e == handOver {
+		return s.moveOut(ctx)
+	}
+	return err
 }
 
 // lingerMax bounds how long it is waited for a client to take its last words.
@@ -349,7 +357,7 @@ func (s *session) readyAlone(status byte) {
 func (s *session) nextAlone() (byte, error) {
 	for {
 		if !s.park() {
-			if err := s.see(); err != nil {
+			if _, err := s.see(); err != nil {
 				return 0, err
 			}
 			continue
@@ -363,8 +371,3 @@ func (s *session) nextAlone() (byte, error) {
 
 // errMoved means that another process has the client now.
 var errMoved = errors.New("the session was handed over")
-
-// handing is a hand-over to another process.
-type handing struct{}
-
-func (s *session) moveOut() error { return nil }

@@ -24,8 +24,10 @@ type Control struct {
 }
 
 // NewControl makes a client for the agent of a data directory; it connects with each call.
-func NewControl(dataDir string) *Control {
-	socket := ControlSocket(dataDir)
+func NewControl(dataDir string) *Control { return NewControlAt(ControlSocket(dataDir)) }
+
+// NewControlAt makes a client for the agent, or gateway, that has a control socket.
+func NewControlAt(socket string) *Control {
 	var d net.Dialer
 	return &Control{socket: socket, http: &http.Client{Transport: &http.Transport{
 		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },

@@ -143,11 +143,11 @@ func (s *served) Status() (shut string, now int, total int64) {
 }
 
 func (s *served) Serve(ctx context.Context, l net.Listener) error {
-	return serveGateway(ctx, s.Server, s.sites, l)
+	return serveGateway(ctx, s.Server, s.sites, l, func() {})
 }
 
-// serveGateway takes clients until ctx ends.
-func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listener) error {
+// serveGateway takes clients until ctx ends. ready is called when it begins to.
+func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listener, ready func()) error {
 	watching, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { s.run(watching) })
@@ -155,6 +155,7 @@ func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listen
 	defer stop()
 	s.awaitFirst(ctx)
 	g.Open()
+	ready()
 	return g.Serve(ctx, l)
 }
 

@@ -63,7 +63,9 @@ func (p *Pair) GatewayAt(home string) (*Gateway, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &Gateway{Address: address, ConfigFile: p.Gateway.ConfigFile, Relay: p.Gateway.Relay, binary: p.opts.Binary, more: []string{"--home", home, "--listen", address}}
+	control := filepath.Join(filepath.Dir(p.Gateway.ConfigFile), home+".sock")
+	more := []string{"--home", home, "--listen", address, "--control", control}
+	g := &Gateway{Address: address, ConfigFile: p.Gateway.ConfigFile, Relay: p.Gateway.Relay, binary: p.opts.Binary, more: more}
 	g.process.logFile = filepath.Join(filepath.Dir(g.ConfigFile), "gateway-"+home+".log")
 	p.gateways = append(p.gateways, g)
 	return g, p.release()
