@@ -107,15 +107,30 @@ func (g *Server) HandOver(ctx context.Context, c *net.UnixConn, o HandOver) erro
 }
 
 func (g *Server) beginHanding(h *handing) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	err := g.mayHandOver()
+	if err == nil {
+		g.preparing = h
+	}
+	return err
+}
+
+// MayHandOver says why HandOver would be refused now; nil: it would not.
+func (g *Server) MayHandOver() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.mayHandOver()
+}
+
+// mayHandOver is MayHandOver. g.mu is held.
+func (g *Server) mayHandOver() error {
 	if t := g.taking.Load(); t != nil && !t.over() {
 		return fmt.Errorf("%w: this gateway still takes clients over itself", errHanding)
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	if g.preparing != nil {
 		return errHanding
 	}
-	g.preparing = h
 	return nil
 }
 

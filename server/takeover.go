@@ -235,6 +235,11 @@ func (g *Gateway) postTakeover(w http.ResponseWriter, r *http.Request, s *socket
 	if err == nil {
 		err = req.against(g.takeoverRequest(0))
 	}
+	if err == nil {
+		if busy := g.server.MayHandOver(); busy != nil {
+			err = &hinted{"the running gateway is not taken over: " + busy.Error(), "wait until that is through: `duri gateway status` tells"}
+		}
+	}
 	if err != nil {
 		writeError(w, http.StatusConflict, err)
 		return

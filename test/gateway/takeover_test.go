@@ -1,0 +1,282 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/server"
+)
+
+// localPort is by what a client is known to the system.
+func localPort(c *pgx.Conn) string { return c.PgConn().Conn().LocalAddr().String() }
+
+// secured lets the gateway, which is started anew, offer TLS.
+func (t *trial) secured() {
+	t.Helper()
+	err := errors.Join(t.p.Gateway.Signal(syscall.SIGTERM), t.p.Gateway.EditConfig(func(text string) string {
+		return strings.Replace(text, "\ngateway:\n", "\ngateway:\n  cert: gateway.crt\n  key: gateway.key\n", 1)
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.startGateway()
+}
+
+// report is what the gateway that has the control socket tells.
+func (t *trial) report(g *pair.Gateway) (r server.GatewayReport) {
+	t.Helper()
+	t.within(time.Minute, func(ctx context.Context) (err error) {
+		r, err = g.Control().StandaloneGateway(ctx)
+		return err
+	})
+	return r
+}
+
+// succeeds starts a new process and waits until the old one has ended, with the exit code 0.
+func (t *trial) succeeds(old *pair.Gateway, more ...string) *pair.Gateway {
+	t.Helper()
+	before := t.report(old).PID
+	next := t.p.Successor(old, more...)
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.ends(old, 0)
+	if r := t.report(next); r.PID == before || r.Shut != "" {
+		t.Errorf("after the takeover: %+v", r)
+	}
+	return next
+}
+
+func (t *trial) ends(g *pair.Gateway, want int) {
+	t.Helper()
+	t.within(time.Minute, func(ctx context.Context) error {
+		code, err := g.End(ctx)
+		if err == nil && code != want {
+			err = fmt.Errorf("the gateway has ended with %d, not %d: %s", code, want, g.Log())
+		}
+		return err
+	})
+}
+
+// TestGatewayIsRestartedUnderItsClients: clients write without a pause, one gateway after the other takes over, and nobody sees it:
+// the same connections, settings, prepared statements, keys to cancel. Who cannot go along is asked to leave when idle.
+func TestGatewayIsRestartedUnderItsClients(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	tr.secured()
+	all := tr.clients(16)
+	tr.waitAt("a", all)
+	ports := map[*client]string{}
+	for _, c := range all {
+		ports[c] = localPort(c.conn)
+	}
+	quiet := tr.one()
+	quietPort := localPort(quiet)
+	tr.run(quiet, "SET work_mem = '7MB'; SET app.me = 'me'")
+	if _, err := quiet.Prepare(t.Context(), "mine", "SELECT $1::int + 1"); err != nil {
+		t.Fatal(err)
+	}
+	g := tr.p.Gateway
+	const rounds = 4
+	again, longest := tr.writeDuring(all, func(run *run) {
+		for round := range rounds {
+			pinned, busy := tr.one(), tr.one()
+			tr.run(pinned, "LISTEN x")
+			tr.run(busy, "BEGIN")
+			tr.run(busy, fmt.Sprintf("INSERT INTO t VALUES (99, %d)", round+1))
+			encrypted, err := pgx.Connect(t.Context(), fmt.Sprintf("postgres://client:secret@%s/app?sslmode=require", tr.address))
+			if err != nil {
+				t.Fatal(err)
+			}
+			next := tr.p.Successor(g)
+			if err := next.Start(); err != nil {
+				t.Fatal(err)
+			}
+			tr.askedToLeave(pinned, "the gateway is restarted", "LISTEN")
+			tr.askedToLeave(encrypted, "the gateway is restarted", "TLS")
+			tr.within(time.Minute, func(ctx context.Context) error {
+				return tr.p.Wait(ctx, "one client is left to the old process", func(ctx context.Context) (bool, error) {
+					r, err := next.Control().StandaloneGateway(ctx)
+					return r.Predecessor != nil && r.Predecessor.Clients == 1 && r.Clients >= len(all), errors.Join(err, fmt.Errorf("%+v", r.Predecessor))
+				})
+			})
+			// A third process waits for its turn.
+			third := tr.p.Successor(g)
+			if err := third.Start(); err != nil {
+				t.Fatal(err)
+			}
+			tr.ends(third, 5)
+			if !strings.Contains(third.Log(), "under way") {
+				t.Errorf("the third process: %s", third.Log())
+			}
+			for _, c := range all {
+				c.at.Store(nil)
+			}
+			run.waitAt("a")
+			var settings string
+			var sum int
+			if err := errors.Join(
+				quiet.QueryRow(t.Context(), "SELECT current_setting('work_mem') || current_setting('app.me')").Scan(&settings),
+				quiet.QueryRow(t.Context(), "mine", 41).Scan(&sum),
+			); err != nil || settings != "7MBme" || sum != 42 {
+				t.Errorf("%q, %d, %v", settings, sum, err)
+			}
+			tr.run(busy, "COMMIT")
+			tr.ends(g, 0)
+			tr.run(busy, "SELECT 1")
+			// New clients come in, and a request to cancel finds them and those that were handed over.
+			fresh := tr.one()
+			for _, conn := range []*pgx.Conn{fresh, quiet} {
+				tr.cancels(conn)
+			}
+			for _, conn := range []*pgx.Conn{fresh, busy} {
+				_ = conn.Close(t.Context())
+			}
+			g = next
+		}
+	})
+	if again != 0 {
+		t.Errorf("%d transactions were rolled back", again)
+	}
+	t.Logf("%d takeovers; the longest transaction took %v", rounds, longest)
+	for _, c := range all {
+		if now := localPort(c.conn); now != ports[c] {
+			t.Errorf("client %d came from %s and comes from %s", c.n, ports[c], now)
+		}
+	}
+	if localPort(quiet) != quietPort {
+		t.Error("the client that was quiet has another connection")
+	}
+	rows, err := tr.a.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FROM t WHERE client = 99")
+	if err != nil || rows[0][0] != fmt.Sprint(rounds) {
+		t.Errorf("%v of %d rows of transactions that were open, %v", rows, rounds, err)
+	}
+	tr.audit(all)
+	// The last process is a gateway as the first one was: it ends, and its socket with it.
+	if err := g.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(filepath.Dir(g.ConfigFile), "data", "control.sock")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the control socket is left: %v", err)
+	}
+	// With nobody there, --takeover is a start.
+	if err := tr.p.Successor(g).Start(); err != nil {
+		t.Fatal(err)
+	}
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return tr.p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
+			c, err := tr.connect(ctx)
+			if err != nil {
+				return false, err
+			}
+			return true, c.Close(ctx)
+		})
+	})
+}
+
+// cancels checks that a client can cancel its query.
+func (t *trial) cancels(c *pgx.Conn) {
+	t.Helper()
+	name := fmt.Sprintf("cancel %d", rand.Uint32())
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.Exec(t.Context(), "SELECT pg_sleep(60) /* "+name+" */")
+		done <- err
+	}()
+	t.within(time.Minute, func(ctx context.Context) error {
+		return t.p.Wait(ctx, "the query runs", func(ctx context.Context) (bool, error) {
+			rows, err := t.a.Cluster.QueryText(ctx, "app", "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%/* "+name+" */'")
+			return err == nil && rows[0][0] == "1", err
+		})
+	})
+	if err := c.PgConn().CancelRequest(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var e *pgconn.PgError
+	if err := <-done; !errors.As(err, &e) || e.Code != "57014" {
+		t.Errorf("a query that was cancelled: %v", err)
+	}
+}
+
+// TestTheNewProcessIsKilled: at any moment of a takeover. The old one goes on with all clients that it has not given away, takes new
+// ones, and can be taken over the next time. Those that the new one had lose their connection, and nothing else.
+func TestTheNewProcessIsKilled(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	g := tr.p.Gateway
+	seed := uint64(time.Now().UnixNano())
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	t.Logf("seed %d", seed)
+	stays := tr.one() // in a transaction, so that it is never given away
+	tr.run(stays, "BEGIN")
+	n, rows, kept, lost := 0, 0, 0, 0
+	for round := range 8 {
+		var all []*pgx.Conn
+		for range 20 {
+			all = append(all, tr.one())
+		}
+		next := tr.p.Successor(g)
+		if err := next.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if round%2 == 0 {
+			tr.within(time.Minute, func(ctx context.Context) error {
+				return tr.p.Wait(ctx, "the new process has the socket", func(ctx context.Context) (bool, error) {
+					r, err := next.Control().StandaloneGateway(ctx)
+					return r.Predecessor != nil, err
+				})
+			})
+		} else {
+			time.Sleep(time.Duration(rnd.Int64N(int64(60 * time.Millisecond)))) // any moment
+		}
+		if err := next.Signal(syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range all {
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			n++
+			_, err := c.Exec(ctx, "INSERT INTO t VALUES (1, $1)", n)
+			late := ctx.Err()
+			cancel()
+			var e *pgconn.PgError
+			switch {
+			case err == nil:
+				rows++
+				kept++
+			case errors.As(err, &e), late != nil:
+				t.Errorf("round %d: a client that was neither kept nor cut: %v", round, err)
+			default:
+				lost++ // its connection was the new process's
+			}
+			_ = c.Close(t.Context())
+		}
+		fresh := tr.one()
+		n++
+		rows++
+		tr.run(fresh, fmt.Sprintf("INSERT INTO t VALUES (1, %d)", n))
+		_ = fresh.Close(t.Context())
+		tr.run(stays, "SELECT 1")
+	}
+	t.Logf("%d clients were kept, %d had been given away", kept, lost)
+	tr.run(stays, "COMMIT")
+	got, err := tr.a.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FROM t WHERE client = 1")
+	if err != nil || got[0][0] != fmt.Sprint(rows) {
+		t.Errorf("%v rows, %v; clients were told of %d", got, err, rows)
+	}
+	port := localPort(stays)
+	tr.succeeds(g)
+	tr.run(stays, "SELECT 1")
+	if localPort(stays) != port {
+		t.Error("the client has another connection")
+	}
+}
