@@ -39,7 +39,7 @@ type orders struct {
 type errand byte
 
 const (
-	carryOn errand = iota
+	noErrand errand = iota
 	handOver
 	askedOut
 )
@@ -57,7 +57,7 @@ func (f footing) errand(o orders) (e errand, why string) {
 	case f.keeps != "" && o.emptied[f.site]:
 		return askedOut, f.keeps
 	}
-	return carryOn, ""
+	return noErrand, ""
 }
 
 // Reasons to keep a connection that are not what a session has in it.
@@ -192,13 +192,13 @@ func (s *session) footing() footing {
 	case s.who.Database == AdminDatabase:
 		f.keeps = keepsConsole
 	case s.b == nil:
-		f.busy = s.lost || s.loss != nil || s.limbo != nil || s.rerun != nil || s.writing || s.probe ||
+		f.busy = s.lost || s.loss != nil || s.limbo != nil || s.rerun != nil || s.due.id != nil || s.writing || s.probe ||
 			s.w.Buffered() > 0 || s.keeps() && (len(s.flight.segments) > 0 || s.flight.status != pgwire.Idle)
 	case s.b.pool == nil:
 		f.busy = !s.asked1.idle()
 	default:
 		b := s.b
-		f.busy = f.keeps == "" || s.loss != nil || s.limbo != nil || s.rerun != nil || s.writing || !b.atRest || !b.line.empty() || b.asking.Load() != nil || b.cancelling > 0
+		f.busy = f.keeps == "" || s.loss != nil || s.limbo != nil || s.rerun != nil || s.due.id != nil || s.writing || !b.atRest || !b.line.empty() || b.asking.Load() != nil || b.cancelling > 0
 	}
 	return f
 }
@@ -219,7 +219,7 @@ func fixedIn(c net.Conn) string {
 func (s *session) summoned() (e errand, err error) {
 	o := s.g.orders()
 	if !o.handing && len(o.emptied) == 0 {
-		return carryOn, nil
+		return noErrand, nil
 	}
 	f := s.footing()
 	e, why := f.errand(o)
@@ -227,7 +227,7 @@ func (s *session) summoned() (e errand, err error) {
 	case e != askedOut:
 		return e, nil
 	case unread(s.conn):
-		return carryOn, nil // The client has asked for something: that first.
+		return noErrand, nil // The client has asked for something: that first.
 	case o.handing:
 		err = fatalError(codeShutdown, "terminating connection: the gateway is restarted", "The session could not be handed over: "+why+".", "connect again")
 	default:

@@ -163,7 +163,7 @@ func (b *packer) statement(st *statement) {
 	b.number(st.shape.columns)
 	e := &st.effects
 	var flags uint64
-	for i, on := range []bool{e.probe, e.dirty, e.unpin, e.seq, e.local, e.unprepared, e.wrote} {
+	for i, on := range []bool{e.probe, e.dirty, e.unpin, e.seq, e.local, e.unprepared, e.wrote, e.seems, e.escapes} {
 		if on {
 			flags |= 1 << i
 		}
@@ -249,8 +249,8 @@ func (u *unpacker) params() (all []pgwire.Param) {
 func (u *unpacker) statement() *statement {
 	st := &statement{name: u.text(), key: u.text(), sql: u.bytes(), oids: u.bytes(), shape: shape{u.number(), u.number()}}
 	e := &st.effects
-	flags := u.upTo(1<<7 - 1)
-	for i, on := range []*bool{&e.probe, &e.dirty, &e.unpin, &e.seq, &e.local, &e.unprepared, &e.wrote} {
+	flags := u.upTo(1<<9 - 1)
+	for i, on := range []*bool{&e.probe, &e.dirty, &e.unpin, &e.seq, &e.local, &e.unprepared, &e.wrote, &e.seems, &e.escapes} {
 		*on = flags&(1<<i) != 0
 	}
 	e.pin, e.customs, e.deallocate = u.text(), u.texts(), u.text()
