@@ -315,6 +315,7 @@ func TestATakeoverThatBreaks(t *testing.T) {
 		goesOn(t, name+": a new one", fresh)
 		_ = fresh.Close(t.Context())
 	}
+	until(t, "those that have left are gone", func() bool { n, _ := r.g.here(); return n == 2 })
 	// What cannot be taken for another reason stays, and is asked to leave in the end.
 	a, b := unixPair(t)
 	ended := make(chan error, 1)

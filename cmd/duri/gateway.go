@@ -70,10 +70,7 @@ func (a *app) gatewayControl(socket string) (*server.Control, error) {
 	if err != nil {
 		return nil, err
 	}
-	if socket == "" {
-		socket = server.ControlSocket(cfg.DataDir)
-	}
-	return server.NewControlAt(socket), nil
+	return server.NewGatewayControl(cfg, socket), nil
 }
 
 func newGatewayStatusCmd(a *app, socket *string) *cobra.Command {

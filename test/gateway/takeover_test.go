@@ -280,3 +280,91 @@ func TestTheNewProcessIsKilled(t *testing.T) {
 		t.Error("the client has another connection")
 	}
 }
+
+// TestTheOldProcessIsKilled: what it had given away goes on, what it had left loses its connection, and the new one is a gateway that
+// can be taken over itself.
+func TestTheOldProcessIsKilled(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	all := tr.clients(8)
+	tr.waitAt("a", all)
+	stays := tr.one()
+	tr.run(stays, "BEGIN")
+	g := tr.p.Gateway
+	next := tr.p.Successor(g)
+	again, _ := tr.writeDuring(all, func(run *run) {
+		if err := next.Start(); err != nil {
+			t.Fatal(err)
+		}
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "all clients but one are handed over", func(ctx context.Context) (bool, error) {
+				r, err := next.Control().StandaloneGateway(ctx)
+				return r.Predecessor != nil && r.Predecessor.Clients == 1 && r.Clients == len(all), err
+			})
+		})
+		if err := g.Signal(syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		var e *pgconn.PgError
+		if _, err := stays.Exec(t.Context(), "COMMIT"); err == nil || errors.As(err, &e) {
+			t.Errorf("a client of the process that was killed: %v", err)
+		}
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "the new process is alone", func(ctx context.Context) (bool, error) {
+				r, err := next.Control().StandaloneGateway(ctx)
+				return err == nil && r.Predecessor == nil, err
+			})
+		})
+		for _, c := range all {
+			c.at.Store(nil)
+		}
+		run.waitAt("a")
+		next = tr.succeeds(next)
+	})
+	if again != 0 {
+		t.Errorf("%d transactions were rolled back", again)
+	}
+	tr.run(tr.one(), "SELECT 1")
+	tr.audit(all)
+}
+
+// TestTheNewProcessHangs: the old one gives it up, and goes on with the clients that it has. When it wakes, it ends.
+func TestTheNewProcessHangs(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	g, idle, stays := tr.p.Gateway, tr.one(), tr.one()
+	tr.run(stays, "BEGIN")
+	next := tr.p.Successor(g)
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return tr.p.Wait(ctx, "a client is handed over", func(ctx context.Context) (bool, error) {
+			r, err := next.Control().StandaloneGateway(ctx)
+			return r.Predecessor != nil && r.Clients == 1, err
+		})
+	})
+	if err := next.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	tr.run(stays, "COMMIT") // and now it is to be handed over
+	begun := time.Now()
+	tr.run(stays, "SELECT 1")
+	fresh := tr.one()
+	t.Logf("a new client was served after %v", time.Since(begun).Round(time.Millisecond))
+	tr.run(fresh, "SELECT 1")
+	if r := tr.report(g); r.Clients != 2 {
+		t.Errorf("the old process has %d clients", r.Clients)
+	}
+	if err := next.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	tr.ends(next, 1)
+	if !strings.Contains(next.Log(), "has taken the gateway back") {
+		t.Errorf("the new process: %s", next.Log())
+	}
+	tr.askedToLeave(idle, "the gateway is shutting down", "")
+	tr.run(stays, "SELECT 1")
+	tr.run(tr.one(), "SELECT 1")
+	tr.succeeds(g)
+	tr.run(stays, "SELECT 1")
+	tr.run(fresh, "SELECT 1")
+}
