@@ -5,6 +5,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -102,11 +103,13 @@ func printGateway(w io.Writer, r server.GatewayReport) error {
 	text := fmt.Sprintf("gateway %s %s: process %d, version %s, mode %s, listens on %s, home %s, up for %s\n%d clients, %d logins\n",
 		r.Name, takes, r.PID, r.Version, r.Mode, r.Listen, r.Home, term.Duration(time.Duration(r.UptimeS*float64(time.Second))), r.Clients, r.Logins)
 	if p := r.Predecessor; p != nil {
-		text += fmt.Sprintf("it takes over from another process, which has %d clients left", p.Clients)
-		sep := ": "
+		var whys []string
 		for _, why := range slices.Sorted(maps.Keys(p.Why)) {
-			text += fmt.Sprintf("%s%d: %s", sep, p.Why[why], why)
-			sep = "; "
+			whys = append(whys, fmt.Sprintf("%d: %s", p.Why[why], why))
+		}
+		text += fmt.Sprintf("it takes over from another process, which has %d clients left", p.Clients)
+		if len(whys) > 0 {
+			text += ": " + strings.Join(whys, "; ")
 		}
 		text += "\n"
 	}

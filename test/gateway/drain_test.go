@@ -48,7 +48,7 @@ func (t *trial) askedToLeave(c *pgx.Conn, why, reason string) {
 		err := c.PgConn().WaitForNotification(ctx)
 		var e *pgconn.PgError
 		if !errors.As(err, &e) || e.Severity != "FATAL" || e.Code != "57P01" || !strings.Contains(e.Message, why) || !strings.Contains(e.Detail, reason) || e.Hint != "connect again" {
-			return fmt.Errorf("the client was told %w (%+v), not that %s: %s", err, e, why, reason)
+			return fmt.Errorf("the client was told %w, not that %s: %s", err, why, reason)
 		}
 		return nil
 	})
