@@ -70,7 +70,8 @@ const (
 	adoptMax = 10 * time.Second
 	// greetMax is how long it is waited for connections that have not logged in.
 	greetMax = 5 * time.Second
-	// leftEvery is how often it is looked who is left, and progressEvery how often that is told.
+	// leftEvery is how often it is looked who is left: nobody, if that is so three times, because a connection that was accepted in the last
+	// moment may not be counted yet. progressEvery is how often it is told.
 	leftEvery     = 20 * time.Millisecond
 	progressEvery = 500 * time.Millisecond
 )
@@ -202,14 +203,17 @@ func (h *handing) run(ctx context.Context, drain time.Duration) error {
 	told := begun
 	tick := time.NewTicker(leftEvery)
 	defer tick.Stop()
-	for {
+	for empty := 0; ; {
 		clients, strangers := h.g.here()
 		now := time.Now()
 		if now.Sub(begun) > greetMax {
 			strangers = 0
 		}
+		if empty++; clients+strangers > 0 {
+			empty = 0
+		}
 		switch {
-		case clients+strangers == 0, now.Sub(begun) >= drain, ctx.Err() != nil:
+		case empty > 2, now.Sub(begun) >= drain, ctx.Err() != nil:
 			h.g.cfg.Log.Info("clients were handed over", "sessions", h.movedSoFar(), "left", clients, "after", now.Sub(begun).Round(time.Millisecond))
 			if err := h.ch.send(msgDone, nil); err != nil {
 				return fmt.Errorf("tell the new process that all is done: %w", err)

@@ -236,8 +236,14 @@ func (s *session) summoned() (e errand, err error) {
 	return e, err
 }
 
-// unread reports that bytes of the client's are there. Of those of TLS nobody can tell.
+// unread reports that bytes of the client's are there that nobody has read.
 func unread(c net.Conn) bool {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	if p, ok := c.(*prefixed); ok {
+		c = p.Conn
+	}
 	t, ok := c.(*net.TCPConn)
 	if !ok {
 		return false
