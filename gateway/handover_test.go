@@ -14,9 +14,12 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/internal/pgtest"
+	"github.com/duri-io/duri/pgwire"
 )
 
 // relayed is a gateway in this process that can be handed over to another one.
@@ -547,4 +550,80 @@ func TestSessionModeIsNotHandedOver(t *testing.T) {
 		t.Error(err)
 	}
 	goesOn(t, "a new client", open1(t, dsn(addr, "")))
+}
+
+// TestNoByteIsLostInAHandOver: each client has sent another part of its two next messages when the gateway is taken over, and sends
+// the rest afterwards.
+func TestNoByteIsLostInAHandOver(t *testing.T) {
+	c := site(t, "")
+	cfg := clustered(c)
+	cfg.PoolMax = 5
+	r := serveOn(t, cfg, listenable(t), func(*Server) {})
+	addr := r.l.Addr().String()
+	query := func(n int) []byte { return pgwire.AppendQuery(nil, fmt.Sprintf("SELECT 'of %d'", n)) }
+	whole := len(query(10)) * 2
+	type half struct {
+		front *pgproto3.Frontend
+		conn  net.Conn
+		rest  []byte
+	}
+	var all []half
+	for n := range whole + 1 {
+		pc, err := pgconn.Connect(t.Context(), dsn(addr, ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := pc.Hijack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer h.Conn.Close()
+		if err := h.Conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+		m := append(query(n+10), query(n+10)...)[:whole]
+		if _, err := h.Conn.Write(m[:n]); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, half{pgproto3.NewFrontend(h.Conn, h.Conn), h.Conn, m[n:]})
+	}
+	next, ended := r.handOn(t, cfg, time.Minute)
+	until(t, "clients that have sent no part of a message are handed over", func() bool {
+		left, _ := r.g.here()
+		moved, _ := next.g.here()
+		return left <= whole-2 && moved >= 3 // nothing, the first whole message, both
+	})
+	if left, _ := r.g.here(); left < whole/2 {
+		t.Errorf("%d clients are left: those that have sent a part were handed over", left)
+	}
+	for _, h := range all {
+		if _, err := h.conn.Write(h.rest); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for n, h := range all {
+		want := fmt.Sprintf("of %d", n+10)
+		for ready := 0; ready < 2; {
+			m, err := h.front.Receive()
+			if err != nil {
+				t.Fatalf("client %d: %v", n, err)
+			}
+			switch m := m.(type) {
+			case *pgproto3.DataRow:
+				if string(m.Values[0]) != want {
+					t.Errorf("client %d got %q, not %q", n, m.Values[0], want)
+				}
+			case *pgproto3.ReadyForQuery:
+				ready++
+			case *pgproto3.ErrorResponse:
+				t.Fatalf("client %d: %s", n, m.Message)
+			}
+		}
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if moved, _ := next.g.here(); moved != len(all) {
+		t.Errorf("%d of %d clients are at the new process", moved, len(all))
+	}
 }
