@@ -61,6 +61,9 @@ func (a *Agent) openDoor() (net.Listener, error) {
 }
 
 func listenForClients(address string) (net.Listener, error) {
+	if ln, err := inheritedListener(address); ln != nil || err != nil {
+		return ln, err
+	}
 	ln, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, &hinted{fmt.Sprintf("listen for clients: %v", err), "another process uses this port; change gateway.listen in duri.yaml, or end it"}

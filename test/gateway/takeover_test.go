@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -367,4 +368,46 @@ func TestTheNewProcessHangs(t *testing.T) {
 	tr.succeeds(g)
 	tr.run(stays, "SELECT 1")
 	tr.run(fresh, "SELECT 1")
+}
+
+// TestAnAgentIsRestartedBehindItsSocket: which the service manager holds. Who connects while it is away is not refused, but waits.
+func TestAnAgentIsRestartedBehindItsSocket(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	tr.address = tr.a.Door
+	if err := tr.a.SignalAgent(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", tr.a.Door)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	socket, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	tr.a.HoldDoor(socket)
+	for range 3 {
+		came := make(chan error, 1)
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			conn, err := tr.connect(ctx)
+			if err == nil {
+				_, err = conn.Exec(ctx, "SELECT 1")
+				err = errors.Join(err, conn.Close(ctx))
+			}
+			came <- err
+		}()
+		if err := tr.a.StartAgent(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-came; err != nil {
+			t.Errorf("a client that came while the agent was away: %v", err)
+		}
+		if err := tr.a.SignalAgent(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
