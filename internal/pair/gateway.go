@@ -86,6 +86,23 @@ func (p *Pair) GatewayAt(home string) (*Gateway, error) {
 	return g, p.release()
 }
 
+// GatewayBeside makes one beside a site's agent, of the site's own file. It is not started, and ends with the pair. Not for concurrent
+// use.
+func (p *Pair) GatewayBeside(s *Site) (*Gateway, error) {
+	address, err := p.freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(s.ConfigFile)
+	g := &Gateway{
+		Address: address, ConfigFile: s.ConfigFile, Relay: Relays{}, binary: p.opts.Binary, more: []string{"--listen", address},
+		control: filepath.Join(dir, "data", "gateway.sock"),
+	}
+	g.process.logFile = filepath.Join(dir, "gateway.log")
+	p.gateways = append(p.gateways, g)
+	return g, p.release()
+}
+
 // Successor makes a further process for a gateway, which takes it over when it is started. It ends with the pair. Not for concurrent
 // use.
 func (p *Pair) Successor(g *Gateway, more ...string) *Gateway {

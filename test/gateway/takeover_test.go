@@ -411,3 +411,67 @@ func TestAnAgentIsRestartedBehindItsSocket(t *testing.T) {
 		}
 	}
 }
+
+// TestAllOfASiteIsReplacedUnderItsClients: they come through a gateway beside the agent. The site is drained, its agent restarted, and
+// then the gateway is taken over: nobody sees any of it.
+func TestAllOfASiteIsReplacedUnderItsClients(t *testing.T) {
+	tr := startWith(t, pair.Options{})
+	g, err := tr.p.GatewayBeside(tr.a)
+	if err == nil {
+		err = g.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr.address = g.Address
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return tr.p.Wait(ctx, "the gateway serves", func(ctx context.Context) (bool, error) {
+			c, err := tr.connect(ctx)
+			if err != nil {
+				return false, err
+			}
+			return true, c.Close(ctx)
+		})
+	})
+	all := tr.clients(6)
+	tr.waitAt("a", all)
+	ports := map[*client]string{}
+	for _, c := range all {
+		ports[c] = localPort(c.conn)
+	}
+	again, longest := tr.writeDuring(all, func(run *run) {
+		tr.within(time.Minute, func(ctx context.Context) error { return drain(ctx, tr.a, server.DrainRequest{Site: "a", Drain: true}) })
+		run.waitAt("b")
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "nothing is left of the gateways at a", func(ctx context.Context) (bool, error) {
+				st, err := tr.a.Control.Status(ctx)
+				return err == nil && st.Sites[0].Gateway.Connections == 0, err
+			})
+		})
+		if err := errors.Join(tr.a.SignalAgent(syscall.SIGTERM), tr.a.StartAgent()); err != nil {
+			t.Fatal(err)
+		}
+		tr.within(time.Minute, func(ctx context.Context) error {
+			return tr.p.Wait(ctx, "the agent takes clients again", func(ctx context.Context) (bool, error) {
+				err := drain(ctx, tr.a, server.DrainRequest{Site: "a"})
+				return err == nil, err
+			})
+		})
+		run.waitAt("a")
+		g = tr.succeeds(g)
+		for _, c := range all {
+			c.at.Store(nil)
+		}
+		run.waitAt("a")
+	})
+	if again != 0 {
+		t.Errorf("%d transactions were rolled back", again)
+	}
+	t.Logf("the longest transaction took %v", longest)
+	for _, c := range all {
+		if localPort(c.conn) != ports[c] {
+			t.Errorf("client %d has another connection", c.n)
+		}
+	}
+	tr.audit(all)
+}
