@@ -527,7 +527,7 @@ func (s *session) parseLong(ctx context.Context) error {
 func (s *session) context() string {
 	if s.unsettled || s.probe {
 		s.longs++
-		return fmt.Sprintf("session %d, %d", s.id, s.longs)
+		return fmt.Sprintf("session %d of %x, %d", s.id, s.g.incarnation, s.longs) // also in another process that it is handed to
 	}
 	var c strings.Builder
 	for _, p := range s.settings {
