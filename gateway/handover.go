@@ -221,6 +221,7 @@ func (h *handing) run(ctx context.Context, drain time.Duration) error {
 			return nil
 		case now.Sub(told) >= progressEvery:
 			told = now
+			h.g.tidy(now.Add(-progressEvery)) // The new process needs connections of its own.
 			body, err := json.Marshal(progress{clients, h.g.waitsFor()})
 			if err == nil {
 				err = h.ch.send(msgProgress, body)
