@@ -76,7 +76,7 @@ func (t *trial) ends(g *pair.Gateway, want int) {
 func TestGatewayIsRestartedUnderItsClients(t *testing.T) {
 	tr := startWith(t, pair.Options{})
 	tr.secured()
-	all := tr.clients(16)
+	all := tr.clients(10)
 	tr.waitAt("a", all)
 	ports := map[*client]string{}
 	for _, c := range all {
@@ -89,7 +89,7 @@ func TestGatewayIsRestartedUnderItsClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := tr.p.Gateway
-	const rounds = 4
+	const rounds = 3
 	again, longest := tr.writeDuring(all, func(run *run) {
 		for round := range rounds {
 			pinned, busy := tr.one(), tr.one()
@@ -221,7 +221,7 @@ func TestTheNewProcessIsKilled(t *testing.T) {
 	stays := tr.one() // in a transaction, so that it is never given away
 	tr.run(stays, "BEGIN")
 	n, rows, kept, lost := 0, 0, 0, 0
-	for round := range 8 {
+	for round := range 6 {
 		var all []*pgx.Conn
 		for range 20 {
 			all = append(all, tr.one())
