@@ -1,13 +1,17 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
+	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -32,7 +36,9 @@ type relayed struct {
 
 func serveOn(t *testing.T, cfg Config, l *Listener, prepare func(*Server)) *relayed {
 	t.Helper()
-	cfg.Log = slog.New(slog.DiscardHandler)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
 	g, err := NewServer(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -127,6 +133,35 @@ func clustered(c ...*pgcluster.Cluster) Config {
 	return Config{Mode: TransactionMode, Router: r, Verifiers: verifiers{c[0]}}
 }
 
+// said is a log that may be written to at any time.
+type said struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *said) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *said) text() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// tells reports whether a key is in the log, in any form in which it may have got there.
+func (s *said) tells(key []byte) bool {
+	text := s.text()
+	for _, form := range []string{string(key), hex.EncodeToString(key), base64.StdEncoding.EncodeToString(key), strings.Trim(fmt.Sprint(key), "[]"), fmt.Sprintf("%q", key)} {
+		if strings.Contains(text, form) {
+			return true
+		}
+	}
+	return false
+}
+
 // writer writes numbered rows over one connection without a pause, and notes the first error.
 type writer struct {
 	conn *pgx.Conn
@@ -164,7 +199,8 @@ func (w *writer) run(ctx context.Context, stop *atomic.Bool) {
 func TestClientsAreHandedOver(t *testing.T) {
 	c := site(t, "")
 	pgtest.Exec(t, c, "shop", "CREATE TABLE ledger(client int, seq int, PRIMARY KEY (client, seq)); GRANT ALL ON ledger TO app")
-	cfg := clustered(c)
+	cfg, log := clustered(c), &said{}
+	cfg.Log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	r := serveOn(t, cfg, listenable(t), func(*Server) {})
 	addr := r.l.Addr().String()
 	var all []*writer
@@ -242,6 +278,16 @@ func TestClientsAreHandedOver(t *testing.T) {
 		if got := pgtest.Query(t, c, "shop", fmt.Sprintf("SELECT count(*), coalesce(max(seq), 0) FROM ledger WHERE client = %d", w.n))[0]; got[0] != fmt.Sprint(w.seq) || got[1] != got[0] {
 			t.Errorf("client %d was told of %d rows, and there are %v", w.n, w.seq, got)
 		}
+	}
+	for _, s := range r.g.sessionsNow() {
+		for what, key := range map[string][]byte{"ClientKey": s.keys.ClientKey[:], "ServerKey": s.keys.ServerKey[:], "secret": s.secret[:]} {
+			if log.tells(key) {
+				t.Errorf("the log has a %s", what)
+			}
+		}
+	}
+	if !strings.Contains(log.text(), "clients were taken over") {
+		t.Error("the log does not tell of the takeovers")
 	}
 	if idle.PgConn().PID() != pid || string(idle.PgConn().SecretKey()) != string(secret) {
 		t.Error("the keys by which a client cancels have changed")

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -474,4 +475,64 @@ func TestAllOfASiteIsReplacedUnderItsClients(t *testing.T) {
 		}
 	}
 	tr.audit(all)
+}
+
+// TestPgbenchDoesNotSeeATakeover: as it is, in each of its protocols, with one connection per client for all of the run.
+func TestPgbenchDoesNotSeeATakeover(t *testing.T) {
+	program, err := pair.FindPgbench()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := startWith(t, pair.Options{})
+	script := filepath.Join(t.TempDir(), "script.sql")
+	text := "BEGIN;\nINSERT INTO t VALUES (:client_id, (SELECT coalesce(max(seq), 0) + 1 FROM t WHERE client = :client_id));\nSELECT count(*) FROM t WHERE client = :client_id;\nCOMMIT;\n" +
+		"INSERT INTO t VALUES (:client_id + 100, (SELECT coalesce(max(seq), 0) + 1 FROM t WHERE client = :client_id + 100));\n"
+	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g, total := tr.p.Gateway, 0
+	for _, mode := range []string{"simple", "extended", "prepared"} {
+		host, port, _ := net.SplitHostPort(tr.address)
+		cmd := exec.CommandContext(t.Context(), program, "-n", "-M", mode, "-c", "8", "-j", "2", "-T", "4", "-f", script, "-h", host, "-p", port, "-U", "client", "app")
+		cmd.Env = append(os.Environ(), "PGPASSWORD=secret", "PGSSLMODE=disable")
+		type result struct {
+			out []byte
+			err error
+		}
+		done := make(chan result, 1)
+		go func() {
+			out, err := cmd.CombinedOutput()
+			done <- result{out, err}
+		}()
+		var r *result
+		takeovers := 0
+		for r == nil {
+			tr.within(time.Minute, func(ctx context.Context) error {
+				return tr.p.Wait(ctx, "pgbench is at the gateway", func(ctx context.Context) (bool, error) {
+					select {
+					case ended := <-done:
+						r = &ended
+						return true, nil
+					default:
+					}
+					rep, err := g.Control().StandaloneGateway(ctx)
+					return len(rep.Sessions) == 8, err
+				})
+			})
+			if r == nil {
+				g = tr.succeeds(g)
+				takeovers++
+			}
+		}
+		committed, failed := pair.PgbenchCounts(string(r.out))
+		if r.err != nil || failed != 0 || committed == 0 || takeovers < 2 {
+			t.Errorf("%s: %v, %d committed, %d failed, %d takeovers\n%s", mode, r.err, committed, failed, takeovers, r.out)
+		}
+		t.Logf("%s: %d transactions, %d takeovers", mode, committed, takeovers)
+		total += committed
+	}
+	rows, err := tr.a.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FILTER (WHERE client < 100), count(*) FILTER (WHERE client >= 100) FROM t")
+	if want := fmt.Sprint(total); err != nil || rows[0][0] != want || rows[0][1] != want {
+		t.Errorf("%v rows, %v; pgbench was told of %s of each kind", rows, err, want)
+	}
 }
