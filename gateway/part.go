@@ -65,6 +65,7 @@ const (
 	keepsAlone       = "it has a connection of its own (session mode)"
 	keepsReplication = "it is a replication connection"
 	keepsConsole     = "it is connected to the gateway's own database"
+	keepsDiffers     = "the sites differ, and it would notice"
 	fixedTLS         = "its connection is encrypted (TLS)"
 	fixedKind        = "its connection is of a kind that cannot be handed over"
 )
@@ -137,17 +138,20 @@ func (g *Server) sessionsNow() []*session {
 	return slices.Collect(maps.Keys(g.clients))
 }
 
-// Staying says how many sessions have a connection to a site's server at this moment, by what for.
+// Staying says how many sessions have a connection to a site's server at this moment, by what for, and how many without one would
+// come back to it, because they may go nowhere else. It is for a site that is drained.
 func (g *Server) Staying(site string) map[string]int {
 	why := map[string]int{}
 	for _, s := range g.sessionsNow() {
 		s.mu.Lock()
-		if s.b != nil && s.b.target.Site == site {
-			if keeps := s.keepsFor(); keeps != "" {
-				why[keeps]++
-			} else {
-				why["a transaction is under way"]++
-			}
+		switch keeps := s.keepsFor(); {
+		case s.b == nil && s.last == site && s.stuck():
+			why[keepsDiffers]++
+		case s.b == nil || s.b.target.Site != site:
+		case keeps != "":
+			why[keeps]++
+		default:
+			why["a transaction is under way"]++
 		}
 		s.mu.Unlock()
 	}
@@ -222,6 +226,9 @@ func (s *session) summoned() (e errand, err error) {
 		return noErrand, nil
 	}
 	f := s.footing()
+	if !o.handing && f.keeps == "" && !f.busy && o.emptied[s.last] && s.stuck() {
+		f.site, f.keeps = s.last, keepsDiffers
+	}
 	e, why := f.errand(o)
 	switch {
 	case e != askedOut:
@@ -234,6 +241,13 @@ func (s *session) summoned() (e errand, err error) {
 		err = fatalError(codeShutdown, fmt.Sprintf("terminating connection: site %s is drained", f.site), "The session could not be moved to another site: "+why+".", "connect again")
 	}
 	return e, err
+}
+
+// stuck reports that a session without a backend would have its next transaction at the site of the last one, which is drained, because
+// it may go nowhere else. mu is held.
+func (s *session) stuck() bool {
+	t, err := s.route()
+	return err == nil && t.Site == s.last
 }
 
 // unread reports that bytes of the client's are there that nobody has read.

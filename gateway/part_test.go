@@ -102,20 +102,20 @@ func goesOn(t *testing.T, what string, c *pgx.Conn) {
 func TestSessionsThatKeepAConnectionAreAskedToLeave(t *testing.T) {
 	c := site(t, "")
 	for mode, pin := range map[Mode]string{TransactionMode: "LISTEN", SessionMode: keepsAlone} {
-		g, addr := serve(t, Config{Mode: mode}, c)
-		free, idle, busy, late := open1(t, dsn(addr, "")), open1(t, dsn(addr, "")), open1(t, dsn(addr, "")), open1(t, dsn(addr, ""))
+		g, addr := serve(t, Config{Mode: mode, Router: byApplication{"there": target(c, "a"), "free": target(c, "b")}}, c)
+		open := func(application string) *pgx.Conn { return open1(t, dsn(addr, "application_name="+application)) }
+		free, idle, busy, late := open("free"), open("there"), open("there"), open("there")
 		for _, conn := range []*pgx.Conn{idle, busy} {
 			exec1(t, conn, "LISTEN x")
 		}
 		exec1(t, busy, "BEGIN")
-		want := map[string]int{pin: 2}
+		exec1(t, late, "BEGIN")
+		want := map[string]int{pin: 2, "a transaction is under way": 1}
 		if mode == SessionMode {
-			want[pin] = 4
-			exec1(t, free, "BEGIN")
-			exec1(t, late, "BEGIN")
+			want = map[string]int{pin: 3}
 		}
 		until(t, "all is known of the sessions", func() bool { return cmp.Equal(g.Staying("a"), want) })
-		g.AskToLeave("b", true)
+		g.AskToLeave("c", true)
 		goesOn(t, "another site", idle)
 		g.AskToLeave("a", true)
 		e := wantCode(t, "idle", lastWords(t, idle), "57P01", "site a is drained")
@@ -123,7 +123,6 @@ func TestSessionsThatKeepAConnectionAreAskedToLeave(t *testing.T) {
 			t.Errorf("%+v", e)
 		}
 		goesOn(t, "in a transaction", busy)
-		goesOn(t, "not pinned", free)
 		exec1(t, busy, "CREATE TABLE IF NOT EXISTS left_at_last(v int)")
 		// It is asked at the end of its transaction, of which it has the answer.
 		exec1(t, busy, "COMMIT")
@@ -131,22 +130,17 @@ func TestSessionsThatKeepAConnectionAreAskedToLeave(t *testing.T) {
 		if pgtest.Query(t, c, "shop", "SELECT count(*) FROM left_at_last")[0][0] != "0" {
 			t.Error("the transaction was not committed")
 		}
-		if mode == TransactionMode {
-			exec1(t, late, "LISTEN x") // and one that begins to keep its connection now
-			wantCode(t, "late", lastWords(t, late), "57P01", "LISTEN")
-		}
+		// And one that begins to keep its connection now.
+		exec1(t, late, "LISTEN x")
+		exec1(t, late, "COMMIT")
+		wantCode(t, "late", lastWords(t, late), "57P01", pin)
 		goesOn(t, "not concerned", free)
-		until(t, "the sessions are gone", func() bool { return g.Staying("a")[pin] == want[pin]-2 })
+		until(t, "the sessions are gone", func() bool { return len(g.Staying("a")) == 0 })
 		g.AskToLeave("a", false)
-		if mode == SessionMode {
-			exec1(t, late, "COMMIT")
-		} else {
-			exec1(t, free, "LISTEN x")
-			exec1(t, free, "COMMIT")
-			late = free
-		}
+		back := open("there")
+		exec1(t, back, "LISTEN x")
 		for range 3 {
-			goesOn(t, "the site is not drained any more", late)
+			goesOn(t, "the site is not drained any more", back)
 		}
 	}
 }
@@ -179,4 +173,34 @@ func TestACopyIsNotEndedInItsMiddle(t *testing.T) {
 	if n := pgtest.Query(t, c, "shop", "SELECT count(*) FROM t")[0][0]; n != "100000" {
 		t.Errorf("%s rows", n)
 	}
+}
+
+// byApplication routes sessions by what they call themselves.
+type byApplication map[string]Target
+
+func (r byApplication) Route(l *Login, _ Wish) (Target, error) {
+	for _, p := range l.Params {
+		if p.Name == "application_name" {
+			return r[p.Value], nil
+		}
+	}
+	return Target{}, errors.New("nobody")
+}
+
+// TestSessionsThatMayGoNowhereElseAreAskedToLeave: they keep no connection, but would come back to the drained site again and again.
+func TestSessionsThatMayGoNowhereElseAreAskedToLeave(t *testing.T) {
+	c := site(t, "")
+	there, other := target(c, "a"), target(c, "b")
+	g, addr := serve(t, Config{Mode: TransactionMode, Router: byApplication{"stuck": there, "new": there, "free": other}}, c)
+	stuck, fresh, free := open1(t, dsn(addr, "application_name=stuck")), open1(t, dsn(addr, "application_name=new")), open1(t, dsn(addr, "application_name=free"))
+	for _, conn := range []*pgx.Conn{stuck, free} {
+		goesOn(t, "before", conn)
+	}
+	until(t, "it is known who stays", func() bool { return cmp.Equal(g.Staying("a"), map[string]int{keepsDiffers: 1}) })
+	g.AskToLeave("a", true)
+	wantCode(t, "stuck", lastWords(t, stuck), "57P01", keepsDiffers)
+	goesOn(t, "elsewhere", free)
+	exec1(t, fresh, "SELECT 1", pgx.QueryExecModeSimpleProtocol) // its first transaction
+	wantCode(t, "after its first transaction", lastWords(t, fresh), "57P01", keepsDiffers)
+	goesOn(t, "elsewhere", free)
 }

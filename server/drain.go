@@ -186,7 +186,7 @@ type GatewayStatus struct {
 	Draining    bool   `json:"draining"`          // no new transactions, if another site takes them
 	Refuses     string `json:"refuses,omitempty"` // why it takes no clients
 	Connections int    `json:"connections"`       // of gateways here and elsewhere
-	// While it is drained: sessions that have one, by what for, and in which time those that cannot be moved are asked to leave; 0:
+	// While it is drained: sessions that stay, by what for, and in which time those that cannot be moved are asked to leave; 0:
 	// they are, nil: they are not.
 	Staying  map[string]int `json:"staying,omitempty"`
 	LeaveInS *float64       `json:"leave_in_s,omitempty"`
@@ -225,7 +225,7 @@ type DrainReport struct {
 	Site        string         `json:"site"`
 	Drain       bool           `json:"drain"`
 	Connections int            `json:"connections"`          // of gateways to PostgreSQL
-	Staying     map[string]int `json:"staying,omitempty"`    // sessions that have one, by what for
+	Staying     map[string]int `json:"staying,omitempty"`    // sessions that stay, by what for
 	All         bool           `json:"all"`                  // all gateways that are known have told of theirs
 	LeaveInS    *float64       `json:"leave_in_s,omitempty"` // in which time those that cannot be moved are asked to leave; 0: they are, nil: they are not
 }

@@ -260,8 +260,8 @@ func newSiteCmd(a *app) *cobra.Command {
 		Short: "Let clients' next transactions go to other sites",
 		Long: `A planned switch: gateways (gateway.mode session or transaction) begin no new transactions at the site as long as another site
 takes them, and move sessions between two transactions, without an error. Sessions that keep a connection (LISTEN, temporary
-objects, ...), and those of the mode session, stay for --pinned-after, and are then asked to leave: each ends with SQLSTATE 57P01
-as soon as it is outside a transaction, never within one. It prints who has a connection there now, and why; so does "duri
+objects, ...), those of the mode session, and those that would notice how the sites differ, stay for --pinned-after, and are then asked to leave: each ends with SQLSTATE 57P01
+as soon as it is outside a transaction, never within one. It prints who stays there now, and why; so does "duri
 status", and the same command once more. The drain holds until "duri site undrain", also when the agent restarts; the time of
 --pinned-after then begins again.`,
 		Example: `  duri site drain busan
@@ -315,7 +315,7 @@ func printDrain(w io.Writer, r server.DrainReport) error {
 	case who != "":
 		text += who + "\n"
 	case r.All:
-		text += "no session has a connection there\n"
+		text += "no session stays there\n"
 	}
 	if !r.All {
 		text += "a gateway has not told yet who stays: run the command once more\n"
@@ -324,7 +324,7 @@ func printDrain(w io.Writer, r server.DrainReport) error {
 	return err
 }
 
-// staying says who has a connection to a site that is drained; empty: nobody. leaveIn is in which time those that cannot be moved are
+// staying says who stays at a site that is drained; empty: nobody. leaveIn is in which time those that cannot be moved are
 // asked to leave; nil: they are not.
 func staying(sessions map[string]int, leaveIn *float64) string {
 	n := 0
@@ -336,7 +336,7 @@ func staying(sessions map[string]int, leaveIn *float64) string {
 	if n == 0 {
 		return ""
 	}
-	text := fmt.Sprintf("%d %s a connection there (%s)", n, map[bool]string{true: "session has", false: "sessions have"}[n == 1], strings.Join(whys, "; "))
+	text := fmt.Sprintf("%d %s there (%s)", n, map[bool]string{true: "session stays", false: "sessions stay"}[n == 1], strings.Join(whys, "; "))
 	switch {
 	case leaveIn == nil:
 		return text + "; what cannot be moved stays until it ends"

@@ -69,14 +69,14 @@ func TestDrainIsPrintedWithWhoStays(t *testing.T) {
 		want string
 	}{
 		{server.DrainReport{Site: "a"}, "site a takes new transactions of clients again\n"},
-		{server.DrainReport{Site: "a", Drain: true, All: true, LeaveInS: &soon}, "as long as another site does\nno session has a connection there\n"},
+		{server.DrainReport{Site: "a", Drain: true, All: true, LeaveInS: &soon}, "as long as another site does\nno session stays there\n"},
 		{
 			server.DrainReport{Site: "a", Drain: true, All: true, Staying: two, LeaveInS: &soon},
-			"3 sessions have a connection there (2: LISTEN; 1: temporary objects); what cannot be moved is asked to leave in 30 s\n",
+			"3 sessions stay there (2: LISTEN; 1: temporary objects); what cannot be moved is asked to leave in 30 s\n",
 		},
 		{
 			server.DrainReport{Site: "a", Drain: true, All: true, Staying: map[string]int{"LISTEN": 1}, LeaveInS: &now},
-			"1 session has a connection there (1: LISTEN); what cannot be moved is asked to leave at the end of its transaction\n",
+			"1 session stays there (1: LISTEN); what cannot be moved is asked to leave at the end of its transaction\n",
 		},
 		{
 			server.DrainReport{Site: "a", Drain: true, Staying: two, LeaveInS: never},
