@@ -154,7 +154,7 @@ func (s *said) text() string {
 // tells reports whether a key is in the log, in any form in which it may have got there.
 func (s *said) tells(key []byte) bool {
 	text := s.text()
-	for _, form := range []string{string(key), hex.EncodeToString(key), base64.StdEncoding.EncodeToString(key), strings.Trim(fmt.Sprint(key), "[]"), fmt.Sprintf("%q", key)} {
+	for _, form := range []string{string(key), hex.EncodeToString(key), base64.StdEncoding.EncodeToString(key), strings.Trim(fmt.Sprintf("%d", key), "[]"), fmt.Sprintf("%q", key)} {
 		if strings.Contains(text, form) {
 			return true
 		}
