@@ -79,7 +79,7 @@ type answer struct {
 func (c *console) run(ctx context.Context) error {
 	c.block = pgwire.Idle
 	for {
-		typ, _, err := c.s.r.Next(pgwire.FromClient)
+		typ, err := c.s.nextAlone()
 		if err != nil {
 			return c.s.readError(err)
 		}

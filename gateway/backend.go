@@ -203,7 +203,11 @@ func (g *Server) cancel(ctx context.Context, start *pgwire.Startup) {
 		return // a storm of requests must not starve queries
 	}
 	s := g.session(start.PID)
-	if s == nil || !s.knows(start.Secret) {
+	if s == nil {
+		g.cancelElsewhere(start)
+		return
+	}
+	if !s.knows(start.Secret) {
 		return
 	}
 	if stop := s.command.Load(); stop != nil {

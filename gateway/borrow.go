@@ -73,8 +73,11 @@ func (g *Server) Pins() map[string]int {
 
 // runBorrowing serves the client with backends that it borrows.
 func (s *session) runBorrowing(ctx context.Context) {
-	s.statements, s.pinsTold, s.portals = map[string]*statement{}, map[string]bool{}, map[string]*statement{}
-	err := s.introduce(ctx)
+	var err error
+	if s.statements == nil { // else it has begun in another process
+		s.statements, s.pinsTold, s.portals = map[string]*statement{}, map[string]bool{}, map[string]*statement{}
+		err = s.introduce(ctx)
+	}
 	if err == nil {
 		stop := context.AfterFunc(ctx, func() { // This goroutine may wait for a server, or a server's for the client.
 			s.ending.Store(true)
@@ -86,7 +89,9 @@ func (s *session) runBorrowing(ctx context.Context) {
 			}
 		})
 		defer stop()
-		err = s.sendAll(ctx)
+		if err = s.sendAll(ctx); errors.Is(err, errMoved) {
+			return // The connection is another process's.
+		}
 		s.finish() // what it has sent is carried out, whether or not it is there still
 	}
 	s.ending.Store(true)
@@ -184,10 +189,13 @@ func (s *session) sendAll(ctx context.Context) error {
 			err = s.handle(ctx, typ)
 		}
 		if errors.Is(err, errLoss) {
-			err = s.recover(ctx)
+			err = s.wake(ctx)
 		}
 		if errors.Is(err, errGone) {
 			return nil
+		}
+		if errors.Is(err, errMoved) {
+			return err
 		}
 		if err != nil {
 			return s.readError(err)
@@ -519,7 +527,7 @@ func (s *session) parseLong(ctx context.Context) error {
 func (s *session) context() string {
 	if s.unsettled || s.probe {
 		s.longs++
-		return fmt.Sprintf("session %d, %d", s.id, s.longs)
+		return fmt.Sprintf("session %d of %x, %d", s.id, s.g.incarnation, s.longs) // also in another process that it is handed to
 	}
 	var c strings.Builder
 	for _, p := range s.settings {
@@ -935,6 +943,7 @@ func (s *session) rest(b *backend) {
 		b.pool.mu.Lock()
 		b.pool.gather(b)
 		b.pool.mu.Unlock()
+		s.beckon()
 		return
 	}
 	s.unsettled = false
@@ -944,6 +953,7 @@ func (s *session) rest(b *backend) {
 	s.b = nil
 	b.owner.Store(nil)
 	b.pool.put(b)
+	s.beckon()
 }
 
 // probed takes the answer to a probe.

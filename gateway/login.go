@@ -148,9 +148,7 @@ func (s *session) identify(start *pgwire.Startup) error {
 	}
 	// Once each, so that no server can take another for the one that was authenticated.
 	s.who.Params = append(s.who.Params, pgwire.Param{Name: "user", Value: s.who.User}, pgwire.Param{Name: "database", Value: s.who.Database})
-	for _, p := range s.who.Params {
-		s.who.key += p.Name + "\x00" + p.Value + "\x00"
-	}
+	s.who.key = loginKey(s.who.Params)
 	return nil
 }
 

@@ -65,7 +65,10 @@ var errLoss = errors.New("the server was lost")
 func (s *session) park() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.parked = s.loss == nil
+	if s.parked = s.loss == nil; s.parked {
+		e, _ := s.summoned()
+		s.parked = e == noErrand
+	}
 	return s.parked
 }
 

@@ -29,6 +29,8 @@ type Report struct {
 	Paused   []string          `json:"paused"`   // databases; "*": all
 	Disabled []string          `json:"disabled"`
 	Limits   LimitsReport      `json:"limits"`
+	// Predecessor is the process that this one takes over from just now; nil: none.
+	Predecessor *Predecessor `json:"predecessor,omitempty"`
 }
 
 // LimitsReport are the limits in force.
@@ -48,7 +50,7 @@ func (g *Server) Report() Report {
 	r := Report{
 		Mode: g.poolMode(""), Shut: shut, UptimeS: time.Since(g.began).Seconds(), Clients: now, Logins: total, Sessions: g.Sessions(), Pools: g.Pools(),
 		Pins: g.Pins(), Routes: g.Routes(), Stats: g.Tallies(), InDoubt: g.fates.all(), Refused: g.refusals.all(),
-		Limits: LimitsReport{l.ClientsMax, l.PoolMax, l.HoldMax.Seconds(), l.IdleMax.Seconds(), l.Strict, l.LoginRate},
+		Limits: LimitsReport{l.ClientsMax, l.PoolMax, l.HoldMax.Seconds(), l.IdleMax.Seconds(), l.Strict, l.LoginRate}, Predecessor: g.predecessor(),
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -163,6 +163,7 @@ type Server struct {
 	periods  periods
 	began    time.Time
 	ops
+	departures
 
 	// Guarded by mu.
 	clients map[*session]struct{} // that have logged in
@@ -371,6 +372,10 @@ var errTooMany = fatalError(codeTooMany, "the gateway has as many clients as it 
 
 // serve is a client's connection from its first byte to its last.
 func (g *Server) serve(ctx context.Context, raw net.Conn) {
+	if a, ok := raw.(*arrival); ok {
+		g.serveArrival(ctx, a)
+		return
+	}
 	_ = raw.SetDeadline(time.Now().Add(g.cfg.LoginMax)) // a connection that has ended shows at the first read
 	loginCtx, cancel := context.WithTimeout(ctx, g.cfg.LoginMax)
 	defer cancel()

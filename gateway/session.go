@@ -5,6 +5,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,6 +36,7 @@ type session struct {
 	borrowing
 	recovery
 	tallying
+	parting
 
 	kill    func()                 // ends it
 	killed  atomic.Bool            // by KILL
@@ -53,6 +55,9 @@ func newSession(g *Server, conn net.Conn) *session {
 // close ends everything and forgets the keys.
 func (s *session) close() {
 	_ = s.w.Flush()
+	if s.linger {
+		hearOut(s.conn)
+	}
 	_ = s.conn.Close()
 	s.r.Drop()
 	s.client.Drop()
@@ -185,10 +190,11 @@ func (s *session) begin(params []pgwire.Param) error {
 // forwardAll hands everything on that the client sends, until it leaves; an error is for the client.
 func (s *session) forwardAll(b *backend) error {
 	for {
-		typ, _, err := s.r.Next(pgwire.FromClient)
+		typ, err := s.nextAlone()
 		if err != nil {
 			return s.readError(err)
 		}
+		s.sendsAlone(typ)
 		if s.r.Forward(b.w) != nil {
 			return nil // The client has gone, or the server, which the backend's goroutine tells it.
 		}
@@ -233,8 +239,11 @@ func (s *session) answerAll(b *backend) {
 			break
 		}
 		toldWhy = typ == pgwire.ErrorResponse && isFatal(b.r)
+		var status []byte
 		if typ == pgwire.ReadyForQuery {
 			s.aloneAnswered(b, s.counting)
+			status, _ = b.r.Peek(1)
+			status = slices.Clone(status)
 		}
 		if err := b.r.Forward(s.w); err != nil {
 			break // inside a message nothing can be told
@@ -243,6 +252,9 @@ func (s *session) answerAll(b *backend) {
 			if err := s.w.Flush(); err != nil {
 				break
 			}
+		}
+		if len(status) > 0 {
+			s.readyAlone(status[0])
 		}
 	}
 	if !s.ending.Load() {

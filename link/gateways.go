@@ -3,7 +3,9 @@ package link
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -24,6 +26,7 @@ type SiteState struct {
 	Members  []string // likewise
 	Refuses  string   // why it takes no clients; empty: it does
 	Draining bool     // no new transactions, if another site takes them
+	Leave    bool     // it is drained, and sessions that cannot be moved are to leave it
 	Postgres bool     // it answers
 	CaughtUp bool     // what the other sites have committed is visible there, all but a little
 	Server   string   // which history its server writes; empty: not known
@@ -88,6 +91,9 @@ type Asked interface {
 	Position(ctx context.Context, database string) ([]SitePosition, error)
 	// Facts are what must be the same at two sites for an open session to go on, as JSON.
 	Facts(ctx context.Context) ([]byte, error)
+	// Staying tells a site that is drained how many sessions of a gateway still have a connection there, by what for. gateway is
+	// unique among all of them.
+	Staying(ctx context.Context, gateway string, sessions map[string]int) error
 	// Reach waits until that is visible here. Without positions, it waits for all that was received from the site gone.
 	Reach(ctx context.Context, database string, positions []SitePosition, gone string) error
 }
@@ -179,6 +185,7 @@ func (g gatewayServer) Watch(r *linkpb.WatchRequest, stream grpc.ServerStreaming
 	return g.s.answer(g.s.c.Gateways.Watch(ctx, func(st SiteState) error {
 		return stream.Send(&linkpb.SiteState{
 			Epoch: st.Epoch, Members: st.Members, Refuses: st.Refuses, Draining: st.Draining, Postgres: st.Postgres, CaughtUp: st.CaughtUp, Server: st.Server,
+			AsksToLeave: st.Leave,
 		})
 	}))
 }
@@ -273,6 +280,23 @@ func toPositions(all []*linkpb.SitePosition) []SitePosition {
 	return out
 }
 
+// DrainOrder asks a site to take no new transactions of clients, or to take them again.
+type DrainOrder struct {
+	Drain bool
+	// Ask: sessions that cannot be moved are asked to leave once the site was drained for After.
+	Ask   bool
+	After time.Duration
+}
+
+// DrainState is what is left at a site that is drained.
+type DrainState struct {
+	Connections int            // of gateways to PostgreSQL
+	Staying     map[string]int // sessions that have one, by what for
+	All         bool           // all gateways that are known have told of theirs
+	Asks        bool           // those that cannot be moved are asked to leave,
+	In          time.Duration  // in this time; 0: they are
+}
+
 // Drain serves the call of this name; see ServerConfig.Drain.
 func (s *Server) Drain(ctx context.Context, r *linkpb.DrainRequest) (*linkpb.DrainReply, error) {
 	site, err := caller(ctx)
@@ -282,16 +306,56 @@ func (s *Server) Drain(ctx context.Context, r *linkpb.DrainRequest) (*linkpb.Dra
 	if s.c.Drain == nil {
 		return nil, errNoGateways
 	}
-	if err := s.c.Drain(r.GetDrain()); err != nil {
+	st, err := s.c.Drain(ctx, DrainOrder{r.GetDrain(), r.GetAsk(), millis(r.GetAskAfterMillis())})
+	if err != nil {
 		return nil, s.answer(err)
 	}
-	return &linkpb.DrainReply{}, nil
+	return &linkpb.DrainReply{
+		Connections: uint32(st.Connections), Staying: fromStaying(st.Staying), All: st.All, Asks: st.Asks, AsksInMillis: uint64(st.In.Milliseconds()),
+	}, nil
 }
 
-// Drain asks the peer to take no new transactions of clients, or to take them again.
-func (c *Client) Drain(ctx context.Context, drain bool) error {
-	_, err := c.rpc.Drain(ctx, &linkpb.DrainRequest{Hello: c.hello(), Drain: drain})
+// Drain gives the peer an order about transactions of clients, and tells what is left there.
+func (c *Client) Drain(ctx context.Context, o DrainOrder) (DrainState, error) {
+	r, err := c.rpc.Drain(ctx, &linkpb.DrainRequest{Hello: c.hello(), Drain: o.Drain, Ask: o.Ask, AskAfterMillis: uint64(max(0, o.After.Milliseconds()))})
+	if err != nil {
+		return DrainState{}, c.fail(ctx, err)
+	}
+	return DrainState{int(r.GetConnections()), toStaying(r.GetStaying()), r.GetAll(), r.GetAsks(), millis(r.GetAsksInMillis())}, nil
+}
+
+func millis(n uint64) time.Duration { return time.Duration(min(n, 1<<40)) * time.Millisecond }
+
+// Staying serves the call of this name; see Asked.
+func (g gatewayServer) Staying(ctx context.Context, r *linkpb.StayingRequest) (*linkpb.StayingReply, error) {
+	if err := g.guest(ctx, r.GetHello()); err != nil {
+		return nil, err
+	}
+	if err := g.s.c.Gateways.Staying(ctx, r.GetGateway(), toStaying(r.GetStaying())); err != nil {
+		return nil, g.s.answer(err)
+	}
+	return &linkpb.StayingReply{}, nil
+}
+
+// Staying is that of Asked.
+func (c *Client) Staying(ctx context.Context, gateway string, sessions map[string]int) error {
+	_, err := c.gateways.Staying(ctx, &linkpb.StayingRequest{Hello: c.hello(), Gateway: gateway, Staying: fromStaying(sessions)})
 	return c.fail(ctx, err)
+}
+
+func fromStaying(sessions map[string]int) (out []*linkpb.Staying) {
+	for _, why := range slices.Sorted(maps.Keys(sessions)) {
+		out = append(out, &linkpb.Staying{Why: why, Sessions: uint32(sessions[why])})
+	}
+	return out
+}
+
+func toStaying(all []*linkpb.Staying) map[string]int {
+	sessions := map[string]int{}
+	for _, s := range all {
+		sessions[s.GetWhy()] += int(s.GetSessions())
+	}
+	return sessions
 }
 
 // Watch is that of Asked, and ends also when nothing came for StateSilence.
@@ -319,7 +383,7 @@ func (c *Client) Watch(ctx context.Context, tell func(SiteState) error) error {
 		quiet.Reset(StateSilence)
 		st := SiteState{
 			Epoch: m.GetEpoch(), Members: m.GetMembers(), Refuses: m.GetRefuses(), Draining: m.GetDraining(), Postgres: m.GetPostgres(),
-			CaughtUp: m.GetCaughtUp(), Server: m.GetServer(),
+			CaughtUp: m.GetCaughtUp(), Server: m.GetServer(), Leave: m.GetAsksToLeave(),
 		}
 		if err := tell(st); err != nil {
 			return err

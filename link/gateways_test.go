@@ -27,6 +27,7 @@ type hosted struct {
 	address  string
 	refusal  error
 	gateways chan string // who has opened tunnels
+	staying  func(gateway string, sessions map[string]int) error
 
 	mu   sync.Mutex
 	cuts []func()
@@ -44,6 +45,10 @@ func (h *hosted) Verifier(_ context.Context, role string) (string, error) {
 }
 func (h *hosted) Fate(_ context.Context, q FateQuestion) (FateAnswer, error) { return h.fate(q) }
 func (h *hosted) Facts(context.Context) ([]byte, error)                      { return []byte(`{}`), nil }
+
+func (h *hosted) Staying(_ context.Context, gateway string, sessions map[string]int) error {
+	return h.staying(gateway, sessions)
+}
 
 func (h *hosted) End(_ context.Context, q FateQuestion) error { return fmt.Errorf("pid %d", q.PID) }
 
@@ -227,15 +232,19 @@ func TestTunnelIsRefusedWithReason(t *testing.T) {
 
 // TestGatewaysMayDoNoMore: with the certificate of a gateway, nothing of what sites ask each other is answered.
 func TestGatewaysMayDoNoMore(t *testing.T) {
-	w := newWorld(t, func(c *ServerConfig) { c.Gateways, c.Drain = &hosted{}, func(bool) error { return nil } })
+	w := newWorld(t, func(c *ServerConfig) {
+		c.Gateways = &hosted{}
+		c.Drain = func(context.Context, DrainOrder) (DrainState, error) { return DrainState{}, nil }
+	})
 	cl, cp := w.gateway(t), openCopy(t, t.TempDir())
 	defer cp.Close()
 	_, cerr := cl.Copy(t.Context(), database)
 	_, _, rerr := cl.FetchRow(t.Context(), database, testRelation(), []string{"id"}, nil)
 	_, qerr := cl.Compare(t.Context(), database, nil)
 	_, serr := cl.Status(t.Context())
+	_, derr := cl.Drain(t.Context(), DrainOrder{Drain: true})
 	for what, err := range map[string]error{
-		"copy": cerr, "row": rerr, "compare": qerr, "status": serr, "drain": cl.Drain(t.Context(), true), "follow": cl.Follow(t.Context(), database, cp),
+		"copy": cerr, "row": rerr, "compare": qerr, "status": serr, "drain": derr, "follow": cl.Follow(t.Context(), database, cp),
 	} {
 		if !errors.Is(err, ErrSite) {
 			t.Errorf("%s: %v", what, err)
@@ -308,7 +317,7 @@ func TestStatesArePushed(t *testing.T) {
 		}()
 		return done
 	}
-	all := SiteState{Epoch: 3, Members: []string{"a", "b"}, Refuses: "no", Draining: true, Postgres: true, CaughtUp: true, Server: "7/1"}
+	all := SiteState{Epoch: 3, Members: []string{"a", "b"}, Refuses: "no", Draining: true, Leave: true, Postgres: true, CaughtUp: true, Server: "7/1"}
 	done := watch()
 	for _, st := range []SiteState{all, {}, {Epoch: 4}} {
 		states <- st
@@ -330,5 +339,46 @@ func TestStatesArePushed(t *testing.T) {
 	w.stop()
 	if err := <-done; err == nil || errors.Is(err, ErrSilent) {
 		t.Errorf("the agent stops: %v", err)
+	}
+}
+
+// TestDrainTravels: the order, what is left, and what gateways tell of it.
+func TestDrainTravels(t *testing.T) {
+	order := DrainOrder{Drain: true, Ask: true, After: 90 * time.Second}
+	left := DrainState{Connections: 3, Staying: map[string]int{"LISTEN": 2, "temporary objects": 1}, All: true, Asks: true, In: 1500 * time.Millisecond}
+	told := 0
+	h := &hosted{staying: func(gateway string, sessions map[string]int) error {
+		told++
+		if gateway != "web1 17" || !cmp.Equal(sessions, left.Staying) {
+			t.Errorf("%s: %v", gateway, sessions)
+		}
+		return nil
+	}}
+	w := newWorld(t, func(c *ServerConfig) {
+		c.Gateways = h
+		c.Drain = func(_ context.Context, o DrainOrder) (DrainState, error) {
+			if !o.Drain {
+				return DrainState{}, errors.New("no")
+			}
+			if o != order {
+				t.Errorf("%+v", o)
+			}
+			return left, nil
+		}
+	})
+	got, err := w.client(nil).Drain(t.Context(), order)
+	if d := cmp.Diff(left, got); d != "" || err != nil {
+		t.Error(d, err)
+	}
+	if _, err := w.client(nil).Drain(t.Context(), DrainOrder{}); err == nil || !strings.Contains(err.Error(), "no") {
+		t.Errorf("an error of the site: %v", err)
+	}
+	for _, cl := range []*Client{w.gateway(t), w.client(nil)} {
+		if err := cl.Staying(t.Context(), "web1 17", left.Staying); err != nil {
+			t.Error(err)
+		}
+	}
+	if told != 2 {
+		t.Errorf("told %d times", told)
 	}
 }

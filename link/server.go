@@ -43,9 +43,9 @@ type ServerConfig struct {
 	// Facts gives what must be the same at two sites for an open session to go on; nil: the request is refused.
 	Facts func(ctx context.Context) ([]byte, error)
 	// Gateways answers gateways; nil: they are refused. Drain is asked by another site to take no new transactions of clients
-	// (true) or to take them again; nil likewise.
+	// or to take them again, and tells what is left; nil likewise.
 	Gateways Gateways
-	Drain    func(drain bool) error
+	Drain    func(ctx context.Context, o DrainOrder) (DrainState, error)
 
 	// Unfit says why this site cannot do its part in durability, empty when it can; nil: it always can. It must not block.
 	Unfit func() string

@@ -3,6 +3,7 @@ package server
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,18 +15,30 @@ import (
 	"time"
 
 	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/verify"
 )
 
 // Control talks to a running agent through its control socket. Safe for concurrent use.
 type Control struct {
-	socket string
-	http   *http.Client
+	socket  string
+	gateway bool // it is that of a gateway that runs alone
+	http    *http.Client
 }
 
 // NewControl makes a client for the agent of a data directory; it connects with each call.
-func NewControl(dataDir string) *Control {
-	socket := ControlSocket(dataDir)
+func NewControl(dataDir string) *Control { return NewControlAt(ControlSocket(dataDir)) }
+
+// NewGatewayControl makes a client for the gateway of a file: one that runs alone, or that of a site's agent. socket replaces the
+// path of its control socket; empty: it does not.
+func NewGatewayControl(cfg *config.Config, socket string) *Control {
+	c := NewControlAt(cmp.Or(socket, ControlSocket(cfg.DataDir)))
+	c.gateway = cfg.Alone() || socket != ""
+	return c
+}
+
+// NewControlAt makes a client for the agent, or gateway, that has a control socket.
+func NewControlAt(socket string) *Control {
 	var d net.Dialer
 	return &Control{socket: socket, http: &http.Client{Transport: &http.Transport{
 		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },
@@ -35,15 +48,24 @@ func NewControl(dataDir string) *Control {
 
 // UnreachableError says that no agent answers.
 type UnreachableError struct {
-	Socket string
-	Err    error
+	Socket  string
+	Err     error
+	Gateway bool // it would be one of a gateway that runs alone
 }
 
 // Error gives the sentence that is printed.
-func (e *UnreachableError) Error() string { return "no agent answers at " + e.Socket }
+func (e *UnreachableError) Error() string {
+	if e.Gateway {
+		return "no gateway answers at " + e.Socket
+	}
+	return "no agent answers at " + e.Socket
+}
 
 // HintText is the advice that goes with the error.
 func (e *UnreachableError) HintText() string {
+	if e.Gateway {
+		return "start it with `duri gateway -c duri.yaml`, or name the right file with -c, or its --control"
+	}
 	return "start it with `duri agent -c duri.yaml`, or name the right file with -c"
 }
 
@@ -90,7 +112,7 @@ func (c *Control) do(ctx context.Context, method, path string, query url.Values,
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return nil, &UnreachableError{c.socket, err}
+		return nil, &UnreachableError{c.socket, err, c.gateway}
 	}
 	if res.StatusCode == http.StatusOK {
 		return res, nil
@@ -123,7 +145,7 @@ func (c *Control) Status(ctx context.Context) (ClusterStatus, error) {
 	var s ClusterStatus
 	err := c.get(inner, "/v1/status", nil, &s)
 	if err != nil && inner.Err() != nil && ctx.Err() == nil {
-		err = &UnreachableError{c.socket, fmt.Errorf("no answer within %s", statusMax)}
+		err = &UnreachableError{c.socket, fmt.Errorf("no answer within %s", statusMax), c.gateway}
 	}
 	return s, err
 }
@@ -241,10 +263,9 @@ func (c *Control) Fence(ctx context.Context, req FenceRequest) (DurabilityStatus
 	return out, c.post(ctx, "/v1/fence", req, &out)
 }
 
-// Drain lets gateways begin no new transactions at a site, or lets them again.
-func (c *Control) Drain(ctx context.Context, req DrainRequest) error {
-	var out struct{}
-	return c.post(ctx, "/v1/drain", req, &out)
+// Drain lets gateways begin no new transactions at a site, or lets them again, and tells what is left there.
+func (c *Control) Drain(ctx context.Context, req DrainRequest) (out DrainReport, err error) {
+	return out, c.post(ctx, "/v1/drain", req, &out)
 }
 
 func (c *Control) post(ctx context.Context, path string, body, v any) error {

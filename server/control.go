@@ -24,7 +24,12 @@ const socketPathMax = 107
 
 // listenControl takes the socket, and with it the data directory: a second agent is refused.
 func (a *Agent) listenControl() (net.Listener, error) {
-	path := ControlSocket(a.cfg.DataDir)
+	return listenUnix(ControlSocket(a.cfg.DataDir), "an agent already runs on "+a.cfg.DataDir, "end it first, or give this one another data_dir")
+}
+
+// listenUnix listens on a control socket; what is there of a process that has ended is removed. taken and hint are said when one
+// listens already.
+func listenUnix(path, taken, hint string) (net.Listener, error) {
 	if len(path) > socketPathMax {
 		return nil, &hinted{
 			fmt.Sprintf("listen for the command line: the path %s has %d bytes, and the system allows %d for a socket", path, len(path), socketPathMax),
@@ -33,7 +38,7 @@ func (a *Agent) listenControl() (net.Listener, error) {
 	}
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		_ = c.Close()
-		return nil, &hinted{"an agent already runs on " + a.cfg.DataDir, "end it first, or give this one another data_dir"}
+		return nil, &hinted{taken, hint}
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove a stale control socket: %w", err)
@@ -67,6 +72,11 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("GET /v1/check", a.getCheck)
 	mux.HandleFunc("GET /metrics", a.getMetrics)
 	mux.HandleFunc("POST /v1/drain", a.postDrain)
+	return serveHTTP(ctx, mux, ln)
+}
+
+// serveHTTP answers until ctx ends.
+func serveHTTP(ctx context.Context, mux http.Handler, ln net.Listener) error {
 	srv := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return ctx },

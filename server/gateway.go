@@ -167,3 +167,13 @@ func (c *Control) Gateway(ctx context.Context) (gateway.Report, error) {
 	err := c.get(ctx, "/v1/gateway", nil, &r)
 	return r, err
 }
+
+// StandaloneGateway asks a gateway that runs alone.
+func (c *Control) StandaloneGateway(ctx context.Context) (GatewayReport, error) {
+	var r GatewayReport
+	err := c.get(ctx, "/v1/gateway", nil, &r)
+	if err == nil && r.Name == "" {
+		err = &hinted{"this is the control socket of an agent, not of a gateway that runs alone", "see `duri status` and `duri gateway show`, or name the file of a gateway with -c"}
+	}
+	return r, err
+}

@@ -28,8 +28,8 @@ type host struct {
 	up     atomic.Bool            // PostgreSQL answers
 	server atomic.Pointer[string] // which history it writes; nil: not known yet
 
-	drainMu  sync.Mutex
-	draining bool
+	drainMu sync.Mutex // guards drains
+	drains  draining
 
 	proofs    flights // by database: that what is committed is as durable as commits are here
 	positions flights // by database
@@ -50,7 +50,8 @@ func newHost(a *Agent) (*host, error) {
 		return nil, err
 	}
 	h.base, h.end = context.WithCancel(context.Background())
-	h.draining, err = readDrain(h.drainFile())
+	h.drains = draining{since: time.Now(), told: map[string]stayings{}}
+	h.drains.DrainOrder, err = readDrain(h.drainFile())
 	return h, err
 }
 
@@ -131,7 +132,8 @@ func (h *host) look(ctx context.Context, watch *life) error {
 
 // state is what gateways are told.
 func (h *host) state() link.SiteState {
-	st := link.SiteState{Refuses: h.entry.reason(), Draining: h.drained(), Postgres: h.up.Load(), CaughtUp: h.a.caughtUp(time.Now())}
+	st := link.SiteState{Refuses: h.entry.reason(), Postgres: h.up.Load(), CaughtUp: h.a.caughtUp(time.Now())}
+	st.Draining, st.Leave = h.drained()
 	if id := h.server.Load(); id != nil {
 		st.Server = *id
 	}
@@ -173,6 +175,8 @@ func (a *Agent) caughtUp(now time.Time) bool {
 
 // Watch is that of link.Asked.
 func (h *host) Watch(ctx context.Context, tell func(link.SiteState) error) error {
+	h.followed(1)
+	defer h.followed(-1)
 	t := time.NewTicker(decideEvery)
 	defer t.Stop()
 	var last link.SiteState

@@ -4,11 +4,15 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/config"
@@ -285,21 +289,38 @@ func TestStateFollowsTheServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	next("PostgreSQL is back", func(st link.SiteState) bool { return st.Postgres && st.Refuses == "" })
-	if err := h.drain(true); err != nil {
-		t.Fatal(err)
+	// The gateway that follows does not tell who stays, which is not waited for for long.
+	order := link.DrainOrder{Drain: true, Ask: true, After: 300 * time.Millisecond}
+	left, err := h.drain(t.Context(), order)
+	if err != nil || left.All || !left.Asks {
+		t.Fatal(left, err)
 	}
-	next("drained", func(st link.SiteState) bool { return st.Draining })
-	if again, err := readDrain(h.drainFile()); !again || err != nil {
-		t.Errorf("after a restart of the agent: %t, %v", again, err)
+	next("drained", func(st link.SiteState) bool { return st.Draining && !st.Leave })
+	next("who cannot be moved is to leave", func(st link.SiteState) bool { return st.Draining && st.Leave })
+	if again, err := readDrain(h.drainFile()); again != order || err != nil {
+		t.Errorf("after a restart of the agent: %+v, %v", again, err)
 	}
+	for gateway, sessions := range map[string]map[string]int{"one": {"LISTEN": 2}, "two": {"LISTEN": 1, "temporary objects": 1}} {
+		if err := h.Staying(t.Context(), gateway, sessions); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := link.DrainState{Staying: map[string]int{"LISTEN": 3, "temporary objects": 1}, All: true, Asks: true}
+	if left, err = h.drain(t.Context(), order); err != nil || !cmp.Equal(left, want) {
+		t.Errorf("%+v, %v", left, err)
+	}
+	if left, err = h.drain(t.Context(), link.DrainOrder{Drain: true}); err != nil || left.Asks {
+		t.Errorf("nobody is asked any more: %+v, %v", left, err)
+	}
+	next("nobody is asked any more", func(st link.SiteState) bool { return st.Draining && !st.Leave })
 	h.entry.Shut("a test")
 	next("shut", func(st link.SiteState) bool { return st.Refuses == "a test" })
-	if err := h.drain(false); err != nil {
+	if _, err := h.drain(t.Context(), link.DrainOrder{}); err != nil {
 		t.Fatal(err)
 	}
 	next("drained no more", func(st link.SiteState) bool { return !st.Draining })
-	if again, err := readDrain(h.drainFile()); again || err != nil {
-		t.Errorf("after a restart of the agent: %t, %v", again, err)
+	if again, err := readDrain(h.drainFile()); again.Drain || err != nil {
+		t.Errorf("after a restart of the agent: %+v, %v", again, err)
 	}
 }
 
@@ -404,5 +425,48 @@ func TestFlightsBeginAfterTheyAreAskedFor(t *testing.T) {
 				t.Errorf("a later one got %v", v)
 			}
 		}
+	}
+}
+
+func TestDrainFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "drained")
+	if o, err := readDrain(path); o.Drain || err != nil {
+		t.Errorf("no file: %+v, %v", o, err)
+	}
+	for text, want := range map[string]link.DrainOrder{
+		"": {}, "drained\n": {Drain: true}, "drained never\n": {Drain: true}, "drained 30s\n": {Drain: true, Ask: true, After: 30 * time.Second},
+		"drained 0s\n": {Drain: true, Ask: true},
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		o, err := readDrain(path)
+		if o != want || err != nil {
+			t.Errorf("%q: %+v, %v", text, o, err)
+		}
+		if again := drainText(want); text != "drained\n" && again != text {
+			t.Errorf("%+v is written as %q, and was %q", want, again, text)
+		}
+	}
+	if err := os.WriteFile(path, []byte("drained soon"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readDrain(path); err == nil || hintOf(err) == "" {
+		t.Errorf("a file with a problem: %v", err)
+	}
+}
+
+func TestDrainRequests(t *testing.T) {
+	for _, bad := range []float64{-1, math.NaN(), math.Inf(1), 1e12} {
+		if _, err := (DrainRequest{Drain: true, LeaveAfterS: &bad}).order(); err == nil {
+			t.Errorf("%v s was taken", bad)
+		}
+	}
+	half := 0.5
+	if o, err := (DrainRequest{Drain: true, LeaveAfterS: &half}).order(); err != nil || o != (link.DrainOrder{Drain: true, Ask: true, After: 500 * time.Millisecond}) {
+		t.Errorf("%+v, %v", o, err)
+	}
+	if o, err := (DrainRequest{LeaveAfterS: &half}).order(); err != nil || o != (link.DrainOrder{}) {
+		t.Errorf("undrain: %+v, %v", o, err)
 	}
 }

@@ -61,6 +61,9 @@ func (a *Agent) openDoor() (net.Listener, error) {
 }
 
 func listenForClients(address string) (net.Listener, error) {
+	if ln, err := inheritedListener(address); ln != nil || err != nil {
+		return ln, err
+	}
 	ln, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, &hinted{fmt.Sprintf("listen for clients: %v", err), "another process uses this port; change gateway.listen in duri.yaml, or end it"}
@@ -120,7 +123,7 @@ func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gatew
 	}
 	server, err := gateway.NewServer(g)
 	if err == nil {
-		s.retire = server.Retire
+		s.retire, s.leave, s.stay = server.Retire, server.AskToLeave, server.Staying
 	}
 	return server, err
 }
@@ -143,11 +146,11 @@ func (s *served) Status() (shut string, now int, total int64) {
 }
 
 func (s *served) Serve(ctx context.Context, l net.Listener) error {
-	return serveGateway(ctx, s.Server, s.sites, l)
+	return serveGateway(ctx, s.Server, s.sites, l, func() {})
 }
 
-// serveGateway takes clients until ctx ends.
-func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listener) error {
+// serveGateway takes clients until ctx ends. ready is called when it begins to.
+func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listener, ready func()) error {
 	watching, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { s.run(watching) })
@@ -155,6 +158,7 @@ func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listen
 	defer stop()
 	s.awaitFirst(ctx)
 	g.Open()
+	ready()
 	return g.Serve(ctx, l)
 }
 

@@ -140,6 +140,22 @@ func better(a, b *siteView) bool {
 	return a.settled && !b.settled
 }
 
+// drains reports whether a site is drained, as far as it is heard.
+func (p *picture) drains(site string) bool {
+	for i := range p.sites {
+		if v := &p.sites[i]; v.name == site {
+			return v.heard && v.state.Draining
+		}
+	}
+	return false
+}
+
+// asksToLeave reports whether sessions that cannot be moved are to leave a site: not while they would come back to it, because there
+// is no other.
+func (p *picture) asksToLeave(v *siteView) bool {
+	return v.heard && v.state.Draining && v.state.Leave && slices.ContainsFunc(p.sites, func(o siteView) bool { return o.good(p.members) })
+}
+
 // none says why there is no site.
 func (p *picture) none(shut func(site string) (why string)) error {
 	var whys []string

@@ -180,3 +180,34 @@ func TestTheEpochOfConnections(t *testing.T) {
 		t.Errorf("with one: %d", e)
 	}
 }
+
+// TestWhoCannotBeMovedLeaves: only where another site would take those who come back.
+func TestWhoCannotBeMovedLeaves(t *testing.T) {
+	for _, c := range []struct {
+		a, b    string
+		members []string
+		want    bool
+	}{
+		{"hsd", "hs", nil, true},
+		{"hsd", "", nil, false},                // the other is away
+		{"hsd", "h", nil, false},               // it refuses
+		{"hsd", "hsd", nil, false},             // both are drained
+		{"hsd", "hs", []string{"a"}, false},    // the register leaves it out
+		{"hs", "hs", nil, false},               // not drained
+		{"sd", "hs", nil, false},               // not heard any more
+		{"hd", "hs", []string{"a", "b"}, true}, // it may refuse clients besides
+	} {
+		a, b := site("a", c.a, 1), site("b", c.b, 1)
+		a.state.Leave = true
+		p := &picture{sites: []siteView{a, b}, members: c.members}
+		if got := p.asksToLeave(&p.sites[0]); got != c.want {
+			t.Errorf("%+v: %t", c, got)
+		}
+		if p.sites[0].state.Leave = false; p.asksToLeave(&p.sites[0]) {
+			t.Errorf("%+v: before the time", c)
+		}
+		if got := p.drains("a"); got != (strings.Contains(c.a, "h") && strings.Contains(c.a, "d")) {
+			t.Errorf("%+v: drains %t", c, got)
+		}
+	}
+}

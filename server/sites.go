@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"sync"
@@ -26,6 +27,9 @@ type sites struct {
 	log    *slog.Logger
 	links  []*siteLink // in the order of the configuration
 	retire func(site string)
+	leave  func(site string, leave bool)    // asks sessions that cannot be moved to leave it
+	stay   func(site string) map[string]int // sessions that have a connection there
+	id     string                           // of this gateway, among all
 
 	turns atomic.Uint64 // transactions, for gateway.rehome_every
 
@@ -51,6 +55,8 @@ type siteLink struct {
 // newSites makes it; home may be empty, own nil.
 func newSites(cfg *config.Config, home string, own *host, clients map[string]*link.Client, log *slog.Logger) *sites {
 	s := &sites{cfg: cfg.Gateway, home: home, own: own, log: log, retire: func(string) {}}
+	s.leave, s.stay = func(string, bool) {}, func(string) map[string]int { return nil }
+	s.id = fmt.Sprintf("%s %016x", cfg.Name(), rand.Uint64())
 	p := &picture{}
 	for _, site := range cfg.Sites {
 		l := &siteLink{compare: make(chan struct{}, 1), conns: map[*tunneled]struct{}{}}
@@ -79,6 +85,7 @@ func (s *sites) run(ctx context.Context) {
 	for _, l := range s.links {
 		wg.Go(func() { s.follow(ctx, l) })
 		wg.Go(func() { s.compareAll(ctx, l) })
+		wg.Go(func() { s.tellStaying(ctx, l) })
 	}
 }
 
@@ -145,7 +152,7 @@ func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
 		v := &p.sites[i]
 		was := old.sites[i].good(old.members)
 		if v.name == l.target.Site {
-			changed = changed || v.heard != heard || v.state.Refuses != st.Refuses || v.state.Draining != st.Draining
+			changed = changed || v.heard != heard || v.state.Refuses != st.Refuses || v.state.Draining != st.Draining || v.state.Leave != st.Leave
 			if v.heard = heard; heard {
 				v.state = st
 			}
@@ -166,6 +173,29 @@ func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
 		}
 		if v.heard && v.state.Draining {
 			s.retire(v.name)
+		}
+		s.leave(v.name, p.asksToLeave(v))
+	}
+}
+
+// tellStaying tells a site who stays there, as long as it is drained.
+func (s *sites) tellStaying(ctx context.Context, l *siteLink) {
+	for {
+		news, again := s.news.wait(), (<-chan time.Time)(nil)
+		if p := s.seen.Load(); p.drains(l.target.Site) {
+			one, cancel := context.WithTimeout(ctx, askPeer)
+			err := l.asked.Staying(one, s.id, s.stay(l.target.Site))
+			cancel()
+			if err != nil && ctx.Err() == nil {
+				s.log.Debug("tell a site who stays there", "site", l.target.Site, "error", err)
+			}
+			again = time.After(stayEvery)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-news:
+		case <-again:
 		}
 	}
 }

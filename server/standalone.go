@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
+	"os"
+	"sync"
+	"sync/atomic"
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
@@ -21,6 +23,7 @@ type Gateway struct {
 	clients map[string]*link.Client
 	sites   *sites
 	server  *gateway.Server
+	version string
 
 	reloading reloading
 }
@@ -44,7 +47,7 @@ func NewGateway(cfg *config.Config, home, version string, log *slog.Logger) (*Ga
 	if err != nil {
 		return nil, err
 	}
-	g := &Gateway{cfg: cfg, log: log, clients: map[string]*link.Client{}}
+	g := &Gateway{cfg: cfg, log: log, version: version, clients: map[string]*link.Client{}}
 	for _, s := range cfg.Sites {
 		g.clients[s.Name], err = link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Name(), Now: now, Logger: log.With("peer", s.Name),
@@ -70,19 +73,46 @@ func (g *Gateway) close() error {
 	return errors.Join(errs...)
 }
 
-// Run takes clients until ctx ends. It may be called once.
-func (g *Gateway) Run(ctx context.Context) error {
-	ln, err := listenForClients(g.cfg.Gateway.Listen)
+// Run takes clients until ctx ends, or another process has taken the gateway over. It may be called once.
+func (g *Gateway) Run(ctx context.Context, run GatewayRun) error {
+	s, t, err := g.open(ctx, run)
 	if err != nil {
 		return errors.Join(err, g.close())
 	}
-	return g.Serve(ctx, ln)
-}
-
-// Serve is Run with a listener, which it closes.
-func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
-	g.log.Info("gateway starts", "name", g.cfg.Gateway.Name, "listen", ln.Addr().String(), "home", g.sites.home)
-	err := errors.Join(serveGateway(ctx, g.server, g.sites, ln), g.close())
-	g.log.Info("gateway ended")
+	running, end := context.WithCancel(ctx)
+	defer end()
+	var broken error // why it cannot take over
+	var handedOn atomic.Bool
+	taken := func() {
+		handedOn.Store(true)
+		end()
+	}
+	var wg sync.WaitGroup
+	ready := func() {}
+	if t != nil {
+		t.Prepare(g.server)
+		ready = func() {
+			wg.Go(func() {
+				if broken = t.Run(running, g.server); broken != nil {
+					end()
+				}
+			})
+		}
+	}
+	g.log.Info("gateway starts", "name", g.cfg.Gateway.Name, "listen", s.clients.Addr().String(), "home", g.sites.home, "control", s.path, "takeover", t != nil)
+	var cerr error
+	wg.Go(func() {
+		if cerr = g.serveControl(running, s, taken); cerr != nil {
+			end()
+		}
+	})
+	err = serveGateway(running, g.server, g.sites, s.clients, ready)
+	end()
+	wg.Wait()
+	err = errors.Join(err, cerr, broken, s.close(), g.close())
+	if !handedOn.Load() && (t == nil || t.Alone()) { // else it is another process's
+		_ = os.Remove(s.path)
+	}
+	g.log.Info("gateway ended", "handed_on", handedOn.Load())
 	return err
 }

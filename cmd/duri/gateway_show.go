@@ -11,7 +11,6 @@ import (
 
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/term"
-	"github.com/duri-io/duri/server"
 )
 
 // gatewayViews are what duri gateway show can show: as a document, and as a table.
@@ -27,27 +26,28 @@ var gatewayViews = map[string]struct {
 }
 
 // addGatewayShow adds the subcommand show to duri gateway.
-func addGatewayShow(a *app, parent *cobra.Command) {
+func addGatewayShow(a *app, parent *cobra.Command, socket *string) {
 	names := slices.Sorted(maps.Keys(gatewayViews))
 	parent.AddCommand(&cobra.Command{
 		Use:   "show VIEW",
-		Short: "Show sessions, pools, pins, routes or statistics of this agent's gateway",
-		Long: `VIEW is one of:
+		Short: "Show sessions, pools, pins, routes or statistics of a gateway",
+		Long: `It is that of the site's agent, or with the file of a gateway, or --control, one that runs alone. VIEW is one of:
   sessions   clients that have logged in: where their latest transaction ran, what they wait for, what keeps them there
   pools      clients and connections to servers, per database and user
   pins       why sessions keep their connection, and how many
   routes     where the next transaction of each user goes, or why nowhere
-  stats      what was counted since the agent started, per database, user and site`,
+  stats      what was counted since it started, per database, user and site`,
 		Example: `  duri gateway show pools
-  duri gateway show sessions -o json`,
+  duri gateway show sessions -o json
+  duri gateway show pins -c web1/duri.yaml`,
 		ValidArgs: names,
 		Args:      oneOf("view", names...),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			cfg, err := a.config()
+			c, err := a.gatewayControl(*socket)
 			if err != nil {
 				return err
 			}
-			r, err := server.NewControl(cfg.DataDir).Gateway(cmd.Context())
+			r, err := c.Gateway(cmd.Context())
 			if err != nil {
 				return err
 			}

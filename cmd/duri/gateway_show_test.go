@@ -53,6 +53,25 @@ func TestGatewayViews(t *testing.T) {
 	}
 }
 
+func TestGatewayStatusIsPrinted(t *testing.T) {
+	r := server.GatewayReport{Name: "web1", Version: "0.4.0", PID: 4711, Listen: ":6432", Home: "seoul"}
+	r.Mode, r.Clients, r.Logins, r.UptimeS = "transaction", 12, 5, 61
+	var b bytes.Buffer
+	if err := printGateway(&b, r); err != nil || b.String() != "gateway web1 takes clients: process 4711, version 0.4.0, mode transaction, listens on :6432, home seoul, up for 1 min 1 s\n12 clients, 5 logins\n" {
+		t.Errorf("%q, %v", b.String(), err)
+	}
+	r.Shut, r.Predecessor = "it starts", &gateway.Predecessor{Clients: 3, Why: map[string]int{"LISTEN": 2, "a transaction is under way": 1}}
+	b.Reset()
+	if err := printGateway(&b, r); err != nil || !strings.Contains(b.String(), "takes no clients: it starts") ||
+		!strings.HasSuffix(b.String(), "it takes over from another process, which has 3 clients left: 2: LISTEN; 1: a transaction is under way\n") {
+		t.Errorf("%q, %v", b.String(), err)
+	}
+	var out, errs bytes.Buffer
+	if code := run(context.Background(), []string{"gateway", "--drain", "0s", "-c", "nowhere"}, &out, &errs); code == 0 {
+		t.Errorf("%d: %s", code, errs.String())
+	}
+}
+
 func TestCheckIsSaidInWords(t *testing.T) {
 	ab := [2]string{"seoul", "busan"}
 	for _, c := range []struct {

@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -252,19 +254,34 @@ func newSiteCmd(a *app) *cobra.Command {
 		Args:    noArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.fence(cmd, server.FenceRequest{}) },
 	}
+	var pinnedAfter string
 	drain := &cobra.Command{
 		Use:   "drain SITE",
 		Short: "Let clients' next transactions go to other sites",
 		Long: `A planned switch: gateways (gateway.mode session or transaction) begin no new transactions at the site as long as another site
-takes them, and move sessions between two transactions, without an error. Sessions that keep a connection, and those of the mode
-session, stay until they end. "duri status" tells how many connections there are. It holds until "duri site undrain", also when
-the agent restarts.`,
-		Example: "  duri site drain busan\n  duri site drain busan -o json",
-		Args:    cobra.ExactArgs(1),
+takes them, and move sessions between two transactions, without an error. Sessions that keep a connection (LISTEN, temporary
+objects, ...), those of the mode session, and those that would notice how the sites differ, stay for --pinned-after, and are then asked to leave: each ends with SQLSTATE 57P01
+as soon as it is outside a transaction, never within one. It prints who stays there now, and why; so does "duri
+status", and the same command once more. The drain holds until "duri site undrain", also when the agent restarts; the time of
+--pinned-after then begins again.`,
+		Example: `  duri site drain busan
+  duri site drain busan --pinned-after 5m
+  duri site drain busan --pinned-after never -o json`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.drain(cmd, server.DrainRequest{Site: args[0], Drain: true})
+			req := server.DrainRequest{Site: args[0], Drain: true}
+			if pinnedAfter != "never" {
+				d, err := time.ParseDuration(pinnedAfter)
+				if err != nil || d < 0 {
+					return term.Usage(fmt.Sprintf("--pinned-after %q is not a time", pinnedAfter), "write one like 30s or 5m, 0s for at once, or never")
+				}
+				s := d.Seconds()
+				req.LeaveAfterS = &s
+			}
+			return a.drain(cmd, req)
 		},
 	}
+	drain.Flags().StringVar(&pinnedAfter, "pinned-after", "30s", "`time` after which sessions that cannot be moved are asked to leave; never: they are not")
 	undrain := &cobra.Command{
 		Use:     "undrain SITE",
 		Short:   "Let clients' transactions come to a site again",
@@ -281,17 +298,52 @@ func (a *app) drain(cmd *cobra.Command, req server.DrainRequest) error {
 	if err != nil {
 		return err
 	}
-	if err := server.NewControl(cfg.DataDir).Drain(cmd.Context(), req); err != nil {
+	left, err := server.NewControl(cfg.DataDir).Drain(cmd.Context(), req)
+	if err != nil {
 		return err
 	}
-	return a.print(req, func(w io.Writer) error {
-		text := "site %s takes new transactions of clients again\n"
-		if req.Drain {
-			text = "site %s takes no new transactions of clients, as long as another site does\n"
-		}
-		_, err := fmt.Fprintf(w, text, req.Site)
+	return a.print(left, func(w io.Writer) error { return printDrain(w, left) })
+}
+
+func printDrain(w io.Writer, r server.DrainReport) error {
+	if !r.Drain {
+		_, err := fmt.Fprintf(w, "site %s takes new transactions of clients again\n", r.Site)
 		return err
-	})
+	}
+	text := fmt.Sprintf("site %s takes no new transactions of clients, as long as another site does\n", r.Site)
+	switch who := staying(r.Staying, r.LeaveInS); {
+	case who != "":
+		text += who + "\n"
+	case r.All:
+		text += "no session stays there\n"
+	}
+	if !r.All {
+		text += "a gateway has not told yet who stays: run the command once more\n"
+	}
+	_, err := io.WriteString(w, text)
+	return err
+}
+
+// staying says who stays at a site that is drained; empty: nobody. leaveIn is in which time those that cannot be moved are
+// asked to leave; nil: they are not.
+func staying(sessions map[string]int, leaveIn *float64) string {
+	n := 0
+	var whys []string
+	for _, why := range slices.Sorted(maps.Keys(sessions)) {
+		n += sessions[why]
+		whys = append(whys, fmt.Sprintf("%d: %s", sessions[why], why))
+	}
+	if n == 0 {
+		return ""
+	}
+	text := fmt.Sprintf("%d %s there (%s)", n, map[bool]string{true: "session stays", false: "sessions stay"}[n == 1], strings.Join(whys, "; "))
+	switch {
+	case leaveIn == nil:
+		return text + "; what cannot be moved stays until it ends"
+	case *leaveIn == 0:
+		return text + "; what cannot be moved is asked to leave at the end of its transaction"
+	}
+	return text + "; what cannot be moved is asked to leave in " + lasting(*leaveIn)
 }
 
 func (a *app) fence(cmd *cobra.Command, req server.FenceRequest) error {

@@ -60,3 +60,38 @@ func TestLossIsPrinted(t *testing.T) {
 		t.Errorf("%v\n%s", err, b.String())
 	}
 }
+
+func TestDrainIsPrintedWithWhoStays(t *testing.T) {
+	never, now, soon := (*float64)(nil), 0.0, 30.0
+	two := map[string]int{"LISTEN": 2, "temporary objects": 1}
+	for _, c := range []struct {
+		r    server.DrainReport
+		want string
+	}{
+		{server.DrainReport{Site: "a"}, "site a takes new transactions of clients again\n"},
+		{server.DrainReport{Site: "a", Drain: true, All: true, LeaveInS: &soon}, "as long as another site does\nno session stays there\n"},
+		{
+			server.DrainReport{Site: "a", Drain: true, All: true, Staying: two, LeaveInS: &soon},
+			"3 sessions stay there (2: LISTEN; 1: temporary objects); what cannot be moved is asked to leave in 30 s\n",
+		},
+		{
+			server.DrainReport{Site: "a", Drain: true, All: true, Staying: map[string]int{"LISTEN": 1}, LeaveInS: &now},
+			"1 session stays there (1: LISTEN); what cannot be moved is asked to leave at the end of its transaction\n",
+		},
+		{
+			server.DrainReport{Site: "a", Drain: true, Staying: two, LeaveInS: never},
+			"what cannot be moved stays until it ends\na gateway has not told yet who stays: run the command once more\n",
+		},
+	} {
+		var b bytes.Buffer
+		if err := printDrain(&b, c.r); err != nil || !strings.HasSuffix(b.String(), c.want) {
+			t.Errorf("%q, want %q", b.String(), c.want)
+		}
+	}
+	var out, errs bytes.Buffer
+	for _, bad := range []string{"soon", "-1s"} {
+		if code := run(t.Context(), []string{"site", "drain", "a", "--pinned-after", bad}, &out, &errs); code != term.ExitUsage || !strings.Contains(errs.String(), "never") {
+			t.Errorf("%d: %s", code, errs.String())
+		}
+	}
+}

@@ -148,6 +148,11 @@ func printStatus(w io.Writer, s server.ClusterStatus, style term.Style) error {
 			if _, err := fmt.Fprintf(w, "%s: drained: no new transactions of clients, as long as another site takes them; %d connections left\n", site.Site, g.Connections); err != nil {
 				return err
 			}
+			if who := staying(g.Staying, g.LeaveInS); who != "" {
+				if _, err := fmt.Fprintf(w, "%s: %s\n", site.Site, who); err != nil {
+					return err
+				}
+			}
 		}
 	}
 	t := term.NewTable("DATABASE", "FROM", "TO", "STATE", "LAG", "BEHIND", "APPLIED", "CONFLICTS", "JOURNAL").Right(4, 5, 6, 7, 8)

@@ -12,6 +12,7 @@ import (
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/internal/faultnet"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/server"
 )
 
 // Gateway is one that runs alone, a process of its own. Its home is the first site.
@@ -21,6 +22,7 @@ type Gateway struct {
 	Relay      Relays // through which it connects to the sites' agents, with Options.Relays
 	binary     string
 	more       []string // arguments
+	control    string   // its control socket; empty: that of its folder
 	process    process
 }
 
@@ -30,6 +32,19 @@ func (g *Gateway) Start() error {
 		return fmt.Errorf("start the gateway: %w", err)
 	}
 	return nil
+}
+
+// End waits until it has ended by itself, and gives its exit code.
+func (g *Gateway) End(ctx context.Context) (code int, err error) {
+	return g.process.end(ctx, "the gateway")
+}
+
+// Control is the way to its control socket.
+func (g *Gateway) Control() *server.Control {
+	if g.control != "" {
+		return server.NewControlAt(g.control)
+	}
+	return server.NewControl(filepath.Join(filepath.Dir(g.ConfigFile), "data"))
 }
 
 // EditConfig changes its configuration file; it reads it when it starts.
@@ -63,10 +78,41 @@ func (p *Pair) GatewayAt(home string) (*Gateway, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &Gateway{Address: address, ConfigFile: p.Gateway.ConfigFile, Relay: p.Gateway.Relay, binary: p.opts.Binary, more: []string{"--home", home, "--listen", address}}
+	control := filepath.Join(filepath.Dir(p.Gateway.ConfigFile), home+".sock")
+	more := []string{"--home", home, "--listen", address, "--control", control}
+	g := &Gateway{Address: address, ConfigFile: p.Gateway.ConfigFile, Relay: p.Gateway.Relay, binary: p.opts.Binary, more: more, control: control}
 	g.process.logFile = filepath.Join(filepath.Dir(g.ConfigFile), "gateway-"+home+".log")
 	p.gateways = append(p.gateways, g)
 	return g, p.release()
+}
+
+// GatewayBeside makes one beside a site's agent, of the site's own file. It is not started, and ends with the pair. Not for concurrent
+// use.
+func (p *Pair) GatewayBeside(s *Site) (*Gateway, error) {
+	address, err := p.freeAddress()
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(s.ConfigFile)
+	g := &Gateway{
+		Address: address, ConfigFile: s.ConfigFile, Relay: Relays{}, binary: p.opts.Binary, more: []string{"--listen", address},
+		control: filepath.Join(dir, "data", "gateway.sock"),
+	}
+	g.process.logFile = filepath.Join(dir, "gateway.log")
+	p.gateways = append(p.gateways, g)
+	return g, p.release()
+}
+
+// Successor makes a further process for a gateway, which takes it over when it is started. It ends with the pair. Not for concurrent
+// use.
+func (p *Pair) Successor(g *Gateway, more ...string) *Gateway {
+	next := &Gateway{Address: g.Address, ConfigFile: g.ConfigFile, Relay: g.Relay, binary: g.binary, more: append(slices.Clone(g.more), more...), control: g.control}
+	if !slices.Contains(next.more, "--takeover") {
+		next.more = append(next.more, "--takeover")
+	}
+	next.process.logFile = filepath.Join(filepath.Dir(g.ConfigFile), fmt.Sprintf("gateway-%d.log", len(p.gateways)+2))
+	p.gateways = append(p.gateways, next)
+	return next
 }
 
 // addDoors asks for doors at the sites.

@@ -334,6 +334,9 @@ func (s *Site) StartAgent() error {
 	return nil
 }
 
+// HoldDoor gives the agent, when it is started the next time, a socket for its clients, as a service manager does.
+func (s *Site) HoldDoor(socket *os.File) { s.agent.socket = socket }
+
 // SignalAgent sends a signal to the agent; with SIGKILL or SIGTERM it waits until the process is gone.
 func (s *Site) SignalAgent(sig syscall.Signal) error { return s.agent.signal(sig) }
 

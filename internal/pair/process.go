@@ -16,6 +16,7 @@ import (
 // use.
 type process struct {
 	logFile string
+	socket  *os.File // for clients, as from a service manager; nil: it opens its own
 
 	mu   sync.Mutex // guards the rest
 	cmd  *exec.Cmd
@@ -30,6 +31,11 @@ func (p *process) start(binary string, args ...string) error {
 	}
 	defer func() { _ = log.Close() }()
 	cmd := exec.Command(binary, args...)
+	if p.socket != nil {
+		// The number of the process must be in its environment, which only itself knows.
+		cmd = exec.Command("sh", append([]string{"-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@"`, binary}, args...)...)
+		cmd.ExtraFiles = []*os.File{p.socket}
+	}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)

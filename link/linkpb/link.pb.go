@@ -1654,11 +1654,14 @@ func (x *StatusReply) GetStatus() []byte {
 }
 
 type DrainRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
-	Drain         bool                   `protobuf:"varint,2,opt,name=drain,proto3" json:"drain,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Hello *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	Drain bool                   `protobuf:"varint,2,opt,name=drain,proto3" json:"drain,omitempty"`
+	// Sessions that cannot be moved are asked to leave after a time.
+	Ask            bool   `protobuf:"varint,3,opt,name=ask,proto3" json:"ask,omitempty"`
+	AskAfterMillis uint64 `protobuf:"varint,4,opt,name=ask_after_millis,json=askAfterMillis,proto3" json:"ask_after_millis,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *DrainRequest) Reset() {
@@ -1705,8 +1708,30 @@ func (x *DrainRequest) GetDrain() bool {
 	return false
 }
 
+func (x *DrainRequest) GetAsk() bool {
+	if x != nil {
+		return x.Ask
+	}
+	return false
+}
+
+func (x *DrainRequest) GetAskAfterMillis() uint64 {
+	if x != nil {
+		return x.AskAfterMillis
+	}
+	return 0
+}
+
 type DrainReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of gateways to the site's PostgreSQL.
+	Connections uint32     `protobuf:"varint,1,opt,name=connections,proto3" json:"connections,omitempty"`
+	Staying     []*Staying `protobuf:"bytes,2,rep,name=staying,proto3" json:"staying,omitempty"`
+	// All gateways that are known have told who stays.
+	All bool `protobuf:"varint,3,opt,name=all,proto3" json:"all,omitempty"`
+	// Sessions that cannot be moved are asked to leave, now or in this time.
+	Asks          bool   `protobuf:"varint,4,opt,name=asks,proto3" json:"asks,omitempty"`
+	AsksInMillis  uint64 `protobuf:"varint,5,opt,name=asks_in_millis,json=asksInMillis,proto3" json:"asks_in_millis,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1741,6 +1766,191 @@ func (*DrainReply) Descriptor() ([]byte, []int) {
 	return file_link_proto_rawDescGZIP(), []int{23}
 }
 
+func (x *DrainReply) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
+func (x *DrainReply) GetStaying() []*Staying {
+	if x != nil {
+		return x.Staying
+	}
+	return nil
+}
+
+func (x *DrainReply) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *DrainReply) GetAsks() bool {
+	if x != nil {
+		return x.Asks
+	}
+	return false
+}
+
+func (x *DrainReply) GetAsksInMillis() uint64 {
+	if x != nil {
+		return x.AsksInMillis
+	}
+	return 0
+}
+
+// Staying is how many sessions have a connection to the site's server, and why.
+type Staying struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
+	Sessions      uint32                 `protobuf:"varint,2,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Staying) Reset() {
+	*x = Staying{}
+	mi := &file_link_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Staying) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Staying) ProtoMessage() {}
+
+func (x *Staying) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Staying.ProtoReflect.Descriptor instead.
+func (*Staying) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Staying) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Staying) GetSessions() uint32 {
+	if x != nil {
+		return x.Sessions
+	}
+	return 0
+}
+
+type StayingRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Hello *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
+	// Which gateway it is, apart from others of the same certificate.
+	Gateway       string     `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	Staying       []*Staying `protobuf:"bytes,3,rep,name=staying,proto3" json:"staying,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StayingRequest) Reset() {
+	*x = StayingRequest{}
+	mi := &file_link_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StayingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StayingRequest) ProtoMessage() {}
+
+func (x *StayingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StayingRequest.ProtoReflect.Descriptor instead.
+func (*StayingRequest) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *StayingRequest) GetHello() *Hello {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *StayingRequest) GetGateway() string {
+	if x != nil {
+		return x.Gateway
+	}
+	return ""
+}
+
+func (x *StayingRequest) GetStaying() []*Staying {
+	if x != nil {
+		return x.Staying
+	}
+	return nil
+}
+
+type StayingReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StayingReply) Reset() {
+	*x = StayingReply{}
+	mi := &file_link_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StayingReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StayingReply) ProtoMessage() {}
+
+func (x *StayingReply) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StayingReply.ProtoReflect.Descriptor instead.
+func (*StayingReply) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{26}
+}
+
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
@@ -1750,7 +1960,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_link_proto_msgTypes[24]
+	mi := &file_link_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +1972,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[24]
+	mi := &file_link_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +1985,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{24}
+	return file_link_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchRequest) GetHello() *Hello {
@@ -1800,14 +2010,16 @@ type SiteState struct {
 	// What the other sites have committed is visible there, all but a little.
 	CaughtUp bool `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	// Which history its server writes: system identifier and timeline; empty: it is not known.
-	Server        string `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`
+	Server string `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`
+	// It is drained, and sessions that cannot be moved are to leave it.
+	AsksToLeave   bool `protobuf:"varint,8,opt,name=asks_to_leave,json=asksToLeave,proto3" json:"asks_to_leave,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SiteState) Reset() {
 	*x = SiteState{}
-	mi := &file_link_proto_msgTypes[25]
+	mi := &file_link_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +2031,7 @@ func (x *SiteState) String() string {
 func (*SiteState) ProtoMessage() {}
 
 func (x *SiteState) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[25]
+	mi := &file_link_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +2044,7 @@ func (x *SiteState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SiteState.ProtoReflect.Descriptor instead.
 func (*SiteState) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{25}
+	return file_link_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SiteState) GetEpoch() uint64 {
@@ -1884,6 +2096,13 @@ func (x *SiteState) GetServer() string {
 	return ""
 }
 
+func (x *SiteState) GetAsksToLeave() bool {
+	if x != nil {
+		return x.AsksToLeave
+	}
+	return false
+}
+
 type VerifierRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
@@ -1894,7 +2113,7 @@ type VerifierRequest struct {
 
 func (x *VerifierRequest) Reset() {
 	*x = VerifierRequest{}
-	mi := &file_link_proto_msgTypes[26]
+	mi := &file_link_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1906,7 +2125,7 @@ func (x *VerifierRequest) String() string {
 func (*VerifierRequest) ProtoMessage() {}
 
 func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[26]
+	mi := &file_link_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1919,7 +2138,7 @@ func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifierRequest.ProtoReflect.Descriptor instead.
 func (*VerifierRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{26}
+	return file_link_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *VerifierRequest) GetHello() *Hello {
@@ -1945,7 +2164,7 @@ type VerifierReply struct {
 
 func (x *VerifierReply) Reset() {
 	*x = VerifierReply{}
-	mi := &file_link_proto_msgTypes[27]
+	mi := &file_link_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2176,7 @@ func (x *VerifierReply) String() string {
 func (*VerifierReply) ProtoMessage() {}
 
 func (x *VerifierReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[27]
+	mi := &file_link_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2189,7 @@ func (x *VerifierReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifierReply.ProtoReflect.Descriptor instead.
 func (*VerifierReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{27}
+	return file_link_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VerifierReply) GetVerifier() string {
@@ -2004,7 +2223,7 @@ type FateRequest struct {
 
 func (x *FateRequest) Reset() {
 	*x = FateRequest{}
-	mi := &file_link_proto_msgTypes[28]
+	mi := &file_link_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2235,7 @@ func (x *FateRequest) String() string {
 func (*FateRequest) ProtoMessage() {}
 
 func (x *FateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[28]
+	mi := &file_link_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2248,7 @@ func (x *FateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FateRequest.ProtoReflect.Descriptor instead.
 func (*FateRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{28}
+	return file_link_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FateRequest) GetHello() *Hello {
@@ -2133,7 +2352,7 @@ type FateReply struct {
 
 func (x *FateReply) Reset() {
 	*x = FateReply{}
-	mi := &file_link_proto_msgTypes[29]
+	mi := &file_link_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2145,7 +2364,7 @@ func (x *FateReply) String() string {
 func (*FateReply) ProtoMessage() {}
 
 func (x *FateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[29]
+	mi := &file_link_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2158,7 +2377,7 @@ func (x *FateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FateReply.ProtoReflect.Descriptor instead.
 func (*FateReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{29}
+	return file_link_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *FateReply) GetSite() string {
@@ -2232,7 +2451,7 @@ type EndReply struct {
 
 func (x *EndReply) Reset() {
 	*x = EndReply{}
-	mi := &file_link_proto_msgTypes[30]
+	mi := &file_link_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2244,7 +2463,7 @@ func (x *EndReply) String() string {
 func (*EndReply) ProtoMessage() {}
 
 func (x *EndReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[30]
+	mi := &file_link_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2257,7 +2476,7 @@ func (x *EndReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
 func (*EndReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{30}
+	return file_link_proto_rawDescGZIP(), []int{33}
 }
 
 type PositionRequest struct {
@@ -2270,7 +2489,7 @@ type PositionRequest struct {
 
 func (x *PositionRequest) Reset() {
 	*x = PositionRequest{}
-	mi := &file_link_proto_msgTypes[31]
+	mi := &file_link_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2501,7 @@ func (x *PositionRequest) String() string {
 func (*PositionRequest) ProtoMessage() {}
 
 func (x *PositionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[31]
+	mi := &file_link_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2514,7 @@ func (x *PositionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PositionRequest.ProtoReflect.Descriptor instead.
 func (*PositionRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{31}
+	return file_link_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PositionRequest) GetHello() *Hello {
@@ -2321,7 +2540,7 @@ type PositionReply struct {
 
 func (x *PositionReply) Reset() {
 	*x = PositionReply{}
-	mi := &file_link_proto_msgTypes[32]
+	mi := &file_link_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2552,7 @@ func (x *PositionReply) String() string {
 func (*PositionReply) ProtoMessage() {}
 
 func (x *PositionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[32]
+	mi := &file_link_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2565,7 @@ func (x *PositionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PositionReply.ProtoReflect.Descriptor instead.
 func (*PositionReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{32}
+	return file_link_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PositionReply) GetPositions() []*SitePosition {
@@ -2367,7 +2586,7 @@ type SitePosition struct {
 
 func (x *SitePosition) Reset() {
 	*x = SitePosition{}
-	mi := &file_link_proto_msgTypes[33]
+	mi := &file_link_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2379,7 +2598,7 @@ func (x *SitePosition) String() string {
 func (*SitePosition) ProtoMessage() {}
 
 func (x *SitePosition) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[33]
+	mi := &file_link_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2392,7 +2611,7 @@ func (x *SitePosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SitePosition.ProtoReflect.Descriptor instead.
 func (*SitePosition) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{33}
+	return file_link_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SitePosition) GetSite() string {
@@ -2422,7 +2641,7 @@ type ReachRequest struct {
 
 func (x *ReachRequest) Reset() {
 	*x = ReachRequest{}
-	mi := &file_link_proto_msgTypes[34]
+	mi := &file_link_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2653,7 @@ func (x *ReachRequest) String() string {
 func (*ReachRequest) ProtoMessage() {}
 
 func (x *ReachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[34]
+	mi := &file_link_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2666,7 @@ func (x *ReachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReachRequest.ProtoReflect.Descriptor instead.
 func (*ReachRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{34}
+	return file_link_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReachRequest) GetHello() *Hello {
@@ -2486,7 +2705,7 @@ type ReachReply struct {
 
 func (x *ReachReply) Reset() {
 	*x = ReachReply{}
-	mi := &file_link_proto_msgTypes[35]
+	mi := &file_link_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2498,7 +2717,7 @@ func (x *ReachReply) String() string {
 func (*ReachReply) ProtoMessage() {}
 
 func (x *ReachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[35]
+	mi := &file_link_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2511,7 +2730,7 @@ func (x *ReachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReachReply.ProtoReflect.Descriptor instead.
 func (*ReachReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{35}
+	return file_link_proto_rawDescGZIP(), []int{38}
 }
 
 type FactsRequest struct {
@@ -2523,7 +2742,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_link_proto_msgTypes[36]
+	mi := &file_link_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2535,7 +2754,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[36]
+	mi := &file_link_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2548,7 +2767,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{36}
+	return file_link_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *FactsRequest) GetHello() *Hello {
@@ -2567,7 +2786,7 @@ type FactsReply struct {
 
 func (x *FactsReply) Reset() {
 	*x = FactsReply{}
-	mi := &file_link_proto_msgTypes[37]
+	mi := &file_link_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2798,7 @@ func (x *FactsReply) String() string {
 func (*FactsReply) ProtoMessage() {}
 
 func (x *FactsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[37]
+	mi := &file_link_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2811,7 @@ func (x *FactsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsReply.ProtoReflect.Descriptor instead.
 func (*FactsReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{37}
+	return file_link_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *FactsReply) GetFacts() []byte {
@@ -2712,14 +2931,29 @@ const file_link_proto_rawDesc = "" +
 	"\rStatusRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"%\n" +
 	"\vStatusReply\x12\x16\n" +
-	"\x06status\x18\x01 \x01(\fR\x06status\"L\n" +
+	"\x06status\x18\x01 \x01(\fR\x06status\"\x88\x01\n" +
 	"\fDrainRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x14\n" +
-	"\x05drain\x18\x02 \x01(\bR\x05drain\"\f\n" +
+	"\x05drain\x18\x02 \x01(\bR\x05drain\x12\x10\n" +
+	"\x03ask\x18\x03 \x01(\bR\x03ask\x12(\n" +
+	"\x10ask_after_millis\x18\x04 \x01(\x04R\x0easkAfterMillis\"\xa8\x01\n" +
 	"\n" +
-	"DrainReply\"6\n" +
+	"DrainReply\x12 \n" +
+	"\vconnections\x18\x01 \x01(\rR\vconnections\x12,\n" +
+	"\astaying\x18\x02 \x03(\v2\x12.duri.link.StayingR\astaying\x12\x10\n" +
+	"\x03all\x18\x03 \x01(\bR\x03all\x12\x12\n" +
+	"\x04asks\x18\x04 \x01(\bR\x04asks\x12$\n" +
+	"\x0easks_in_millis\x18\x05 \x01(\x04R\fasksInMillis\"7\n" +
+	"\aStaying\x12\x10\n" +
+	"\x03why\x18\x01 \x01(\tR\x03why\x12\x1a\n" +
+	"\bsessions\x18\x02 \x01(\rR\bsessions\"\x80\x01\n" +
+	"\x0eStayingRequest\x12&\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x18\n" +
+	"\agateway\x18\x02 \x01(\tR\agateway\x12,\n" +
+	"\astaying\x18\x03 \x03(\v2\x12.duri.link.StayingR\astaying\"\x0e\n" +
+	"\fStayingReply\"6\n" +
 	"\fWatchRequest\x12&\n" +
-	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\xc2\x01\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\xe6\x01\n" +
 	"\tSiteState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\amembers\x18\x02 \x03(\tR\amembers\x12\x18\n" +
@@ -2727,7 +2961,8 @@ const file_link_proto_rawDesc = "" +
 	"\bdraining\x18\x04 \x01(\bR\bdraining\x12\x1a\n" +
 	"\bpostgres\x18\x05 \x01(\bR\bpostgres\x12\x1b\n" +
 	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x16\n" +
-	"\x06server\x18\a \x01(\tR\x06server\"M\n" +
+	"\x06server\x18\a \x01(\tR\x06server\x12\"\n" +
+	"\rasks_to_leave\x18\b \x01(\bR\vasksToLeave\"M\n" +
 	"\x0fVerifierRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"+\n" +
@@ -2806,7 +3041,7 @@ const file_link_proto_rawDesc = "" +
 	"\bFetchRow\x12\x1a.duri.link.FetchRowRequest\x1a\x18.duri.link.FetchRowReply\x12=\n" +
 	"\aCompare\x12\x19.duri.link.CompareRequest\x1a\x17.duri.link.CompareReply\x12:\n" +
 	"\x06Status\x12\x18.duri.link.StatusRequest\x1a\x16.duri.link.StatusReply\x127\n" +
-	"\x05Drain\x12\x17.duri.link.DrainRequest\x1a\x15.duri.link.DrainReply2\xa4\x03\n" +
+	"\x05Drain\x12\x17.duri.link.DrainRequest\x1a\x15.duri.link.DrainReply2\xe3\x03\n" +
 	"\bGateways\x128\n" +
 	"\x05Watch\x12\x17.duri.link.WatchRequest\x1a\x14.duri.link.SiteState0\x01\x12@\n" +
 	"\bVerifier\x12\x1a.duri.link.VerifierRequest\x1a\x18.duri.link.VerifierReply\x124\n" +
@@ -2814,7 +3049,8 @@ const file_link_proto_rawDesc = "" +
 	"\x03End\x12\x16.duri.link.FateRequest\x1a\x13.duri.link.EndReply\x12@\n" +
 	"\bPosition\x12\x1a.duri.link.PositionRequest\x1a\x18.duri.link.PositionReply\x127\n" +
 	"\x05Reach\x12\x17.duri.link.ReachRequest\x1a\x15.duri.link.ReachReply\x127\n" +
-	"\x05Facts\x12\x17.duri.link.FactsRequest\x1a\x15.duri.link.FactsReplyB%Z#github.com/duri-io/duri/link/linkpbb\x06proto3"
+	"\x05Facts\x12\x17.duri.link.FactsRequest\x1a\x15.duri.link.FactsReply\x12=\n" +
+	"\aStaying\x12\x19.duri.link.StayingRequest\x1a\x17.duri.link.StayingReplyB%Z#github.com/duri-io/duri/link/linkpbb\x06proto3"
 
 var (
 	file_link_proto_rawDescOnce sync.Once
@@ -2829,7 +3065,7 @@ func file_link_proto_rawDescGZIP() []byte {
 }
 
 var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_link_proto_goTypes = []any{
 	(Code)(0),               // 0: duri.link.Code
 	(Outcome)(0),            // 1: duri.link.Outcome
@@ -2857,20 +3093,23 @@ var file_link_proto_goTypes = []any{
 	(*StatusReply)(nil),     // 23: duri.link.StatusReply
 	(*DrainRequest)(nil),    // 24: duri.link.DrainRequest
 	(*DrainReply)(nil),      // 25: duri.link.DrainReply
-	(*WatchRequest)(nil),    // 26: duri.link.WatchRequest
-	(*SiteState)(nil),       // 27: duri.link.SiteState
-	(*VerifierRequest)(nil), // 28: duri.link.VerifierRequest
-	(*VerifierReply)(nil),   // 29: duri.link.VerifierReply
-	(*FateRequest)(nil),     // 30: duri.link.FateRequest
-	(*FateReply)(nil),       // 31: duri.link.FateReply
-	(*EndReply)(nil),        // 32: duri.link.EndReply
-	(*PositionRequest)(nil), // 33: duri.link.PositionRequest
-	(*PositionReply)(nil),   // 34: duri.link.PositionReply
-	(*SitePosition)(nil),    // 35: duri.link.SitePosition
-	(*ReachRequest)(nil),    // 36: duri.link.ReachRequest
-	(*ReachReply)(nil),      // 37: duri.link.ReachReply
-	(*FactsRequest)(nil),    // 38: duri.link.FactsRequest
-	(*FactsReply)(nil),      // 39: duri.link.FactsReply
+	(*Staying)(nil),         // 26: duri.link.Staying
+	(*StayingRequest)(nil),  // 27: duri.link.StayingRequest
+	(*StayingReply)(nil),    // 28: duri.link.StayingReply
+	(*WatchRequest)(nil),    // 29: duri.link.WatchRequest
+	(*SiteState)(nil),       // 30: duri.link.SiteState
+	(*VerifierRequest)(nil), // 31: duri.link.VerifierRequest
+	(*VerifierReply)(nil),   // 32: duri.link.VerifierReply
+	(*FateRequest)(nil),     // 33: duri.link.FateRequest
+	(*FateReply)(nil),       // 34: duri.link.FateReply
+	(*EndReply)(nil),        // 35: duri.link.EndReply
+	(*PositionRequest)(nil), // 36: duri.link.PositionRequest
+	(*PositionReply)(nil),   // 37: duri.link.PositionReply
+	(*SitePosition)(nil),    // 38: duri.link.SitePosition
+	(*ReachRequest)(nil),    // 39: duri.link.ReachRequest
+	(*ReachReply)(nil),      // 40: duri.link.ReachReply
+	(*FactsRequest)(nil),    // 41: duri.link.FactsRequest
+	(*FactsReply)(nil),      // 42: duri.link.FactsReply
 }
 var file_link_proto_depIdxs = []int32{
 	0,  // 0: duri.link.Refusal.code:type_name -> duri.link.Code
@@ -2893,44 +3132,49 @@ var file_link_proto_depIdxs = []int32{
 	2,  // 17: duri.link.CompareRequest.hello:type_name -> duri.link.Hello
 	2,  // 18: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
 	2,  // 19: duri.link.DrainRequest.hello:type_name -> duri.link.Hello
-	2,  // 20: duri.link.WatchRequest.hello:type_name -> duri.link.Hello
-	2,  // 21: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
-	2,  // 22: duri.link.FateRequest.hello:type_name -> duri.link.Hello
-	1,  // 23: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
-	2,  // 24: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
-	35, // 25: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
-	2,  // 26: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
-	35, // 27: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
-	2,  // 28: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
-	15, // 29: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
-	18, // 30: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
-	20, // 31: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
-	22, // 32: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	24, // 33: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
-	26, // 34: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
-	28, // 35: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
-	30, // 36: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
-	30, // 37: duri.link.Gateways.End:input_type -> duri.link.FateRequest
-	33, // 38: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
-	36, // 39: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
-	38, // 40: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
-	16, // 41: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	19, // 42: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	21, // 43: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	23, // 44: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	25, // 45: duri.link.Link.Drain:output_type -> duri.link.DrainReply
-	27, // 46: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
-	29, // 47: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
-	31, // 48: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
-	32, // 49: duri.link.Gateways.End:output_type -> duri.link.EndReply
-	34, // 50: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
-	37, // 51: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
-	39, // 52: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
-	41, // [41:53] is the sub-list for method output_type
-	29, // [29:41] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	26, // 20: duri.link.DrainReply.staying:type_name -> duri.link.Staying
+	2,  // 21: duri.link.StayingRequest.hello:type_name -> duri.link.Hello
+	26, // 22: duri.link.StayingRequest.staying:type_name -> duri.link.Staying
+	2,  // 23: duri.link.WatchRequest.hello:type_name -> duri.link.Hello
+	2,  // 24: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
+	2,  // 25: duri.link.FateRequest.hello:type_name -> duri.link.Hello
+	1,  // 26: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
+	2,  // 27: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
+	38, // 28: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
+	2,  // 29: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
+	38, // 30: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
+	2,  // 31: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
+	15, // 32: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
+	18, // 33: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
+	20, // 34: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
+	22, // 35: duri.link.Link.Status:input_type -> duri.link.StatusRequest
+	24, // 36: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
+	29, // 37: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
+	31, // 38: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
+	33, // 39: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
+	33, // 40: duri.link.Gateways.End:input_type -> duri.link.FateRequest
+	36, // 41: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
+	39, // 42: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
+	41, // 43: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
+	27, // 44: duri.link.Gateways.Staying:input_type -> duri.link.StayingRequest
+	16, // 45: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	19, // 46: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	21, // 47: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	23, // 48: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	25, // 49: duri.link.Link.Drain:output_type -> duri.link.DrainReply
+	30, // 50: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
+	32, // 51: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
+	34, // 52: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
+	35, // 53: duri.link.Gateways.End:output_type -> duri.link.EndReply
+	37, // 54: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
+	40, // 55: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
+	42, // 56: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
+	28, // 57: duri.link.Gateways.Staying:output_type -> duri.link.StayingReply
+	45, // [45:58] is the sub-list for method output_type
+	32, // [32:45] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -2954,7 +3198,7 @@ func file_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_link_proto_rawDesc), len(file_link_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   38,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

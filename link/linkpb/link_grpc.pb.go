@@ -310,6 +310,7 @@ const (
 	Gateways_Position_FullMethodName = "/duri.link.Gateways/Position"
 	Gateways_Reach_FullMethodName    = "/duri.link.Gateways/Reach"
 	Gateways_Facts_FullMethodName    = "/duri.link.Gateways/Facts"
+	Gateways_Staying_FullMethodName  = "/duri.link.Gateways/Staying"
 )
 
 // GatewaysClient is the client API for Gateways service.
@@ -338,6 +339,8 @@ type GatewaysClient interface {
 	// Facts are what must be the same at two sites for an open session to go on, of each replicated database; opaque here. It is
 	// answered also by a site that takes no connections of gateways.
 	Facts(ctx context.Context, in *FactsRequest, opts ...grpc.CallOption) (*FactsReply, error)
+	// Staying tells the answering site, while it is drained, which sessions of the calling gateway still have connections there.
+	Staying(ctx context.Context, in *StayingRequest, opts ...grpc.CallOption) (*StayingReply, error)
 }
 
 type gatewaysClient struct {
@@ -427,6 +430,16 @@ func (c *gatewaysClient) Facts(ctx context.Context, in *FactsRequest, opts ...gr
 	return out, nil
 }
 
+func (c *gatewaysClient) Staying(ctx context.Context, in *StayingRequest, opts ...grpc.CallOption) (*StayingReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StayingReply)
+	err := c.cc.Invoke(ctx, Gateways_Staying_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // GatewaysServer is the server API for Gateways service.
 // All implementations must embed UnimplementedGatewaysServer
 // for forward compatibility.
@@ -453,6 +466,8 @@ type GatewaysServer interface {
 	// Facts are what must be the same at two sites for an open session to go on, of each replicated database; opaque here. It is
 	// answered also by a site that takes no connections of gateways.
 	Facts(context.Context, *FactsRequest) (*FactsReply, error)
+	// Staying tells the answering site, while it is drained, which sessions of the calling gateway still have connections there.
+	Staying(context.Context, *StayingRequest) (*StayingReply, error)
 	mustEmbedUnimplementedGatewaysServer()
 }
 
@@ -483,6 +498,9 @@ func (UnimplementedGatewaysServer) Reach(context.Context, *ReachRequest) (*Reach
 }
 func (UnimplementedGatewaysServer) Facts(context.Context, *FactsRequest) (*FactsReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Facts not implemented")
+}
+func (UnimplementedGatewaysServer) Staying(context.Context, *StayingRequest) (*StayingReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Staying not implemented")
 }
 func (UnimplementedGatewaysServer) mustEmbedUnimplementedGatewaysServer() {}
 func (UnimplementedGatewaysServer) testEmbeddedByValue()                  {}
@@ -624,6 +642,24 @@ func _Gateways_Facts_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Gateways_Staying_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StayingRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(GatewaysServer).Staying(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Gateways_Staying_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(GatewaysServer).Staying(ctx, req.(*StayingRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Gateways_ServiceDesc is the grpc.ServiceDesc for Gateways service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -654,6 +690,10 @@ var Gateways_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Facts",
 			Handler:    _Gateways_Facts_Handler,
+		},
+		{
+			MethodName: "Staying",
+			Handler:    _Gateways_Staying_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -242,7 +242,7 @@ func TestDrainMovesSessionsWithoutErrors(t *testing.T) {
 		for range 2 {
 			// Through the other site's agent, as an operator may.
 			tr.within(time.Minute, func(ctx context.Context) error {
-				return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true})
+				return drain(ctx, tr.b, server.DrainRequest{Site: "a", Drain: true})
 			})
 			run.waitAt("b")
 			tr.within(time.Minute, func(ctx context.Context) error {
@@ -255,7 +255,7 @@ func TestDrainMovesSessionsWithoutErrors(t *testing.T) {
 					return g.Draining && g.Connections == 0, fmt.Errorf("%+v", *g)
 				})
 			})
-			tr.within(time.Minute, func(ctx context.Context) error { return tr.a.Control.Drain(ctx, server.DrainRequest{Site: "a"}) })
+			tr.within(time.Minute, func(ctx context.Context) error { return drain(ctx, tr.a, server.DrainRequest{Site: "a"}) })
 			run.waitAt("a")
 		}
 	})

@@ -81,7 +81,7 @@ func TestSessionsStayWhereTheyWouldNotice(t *testing.T) {
 	}
 
 	tr.within(time.Minute, func(ctx context.Context) error {
-		return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a", Drain: true})
+		return drain(ctx, tr.b, server.DrainRequest{Site: "a", Drain: true})
 	})
 	waitAt(client, "b")
 	if site, err := at(clerk); err != nil || site != "a" {
@@ -107,7 +107,7 @@ func TestSessionsStayWhereTheyWouldNotice(t *testing.T) {
 		return errors.Join(tr.a.Cluster.Start(ctx), tr.a.StartAgent())
 	})
 	tr.waitMembers()
-	tr.within(time.Minute, func(ctx context.Context) error { return tr.b.Control.Drain(ctx, server.DrainRequest{Site: "a"}) })
+	tr.within(time.Minute, func(ctx context.Context) error { return drain(ctx, tr.b, server.DrainRequest{Site: "a"}) })
 	waitAt(clerk, "a")
 }
 
