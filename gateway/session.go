@@ -34,6 +34,7 @@ type session struct {
 
 	borrowing
 	recovery
+	roaming
 	tallying
 
 	kill    func()                 // ends it

@@ -14,6 +14,10 @@ type tainted struct {
 	asked time.Time
 	names map[string]bool
 	all   bool // anything may: an operator or a cast does
+
+	// With Config.Reads: relations whose content is not the same at all sites; allLocal: they are not known.
+	local    map[string]bool
+	allLocal bool
 }
 
 // taintFor is how long an answer counts. What was created since then is not seen.
@@ -57,8 +61,19 @@ func (s *session) askTaints(b *backend) error {
 		t.all = t.all || row[0] == "*"
 		t.names[row[0]] = true
 	}
+	if s.g.cfg.Reads != nil {
+		if err := s.askLocal(b, t); err != nil {
+			return err
+		}
+	}
 	s.g.taints.Store(s.who.Database, t)
 	return nil
+}
+
+// knowsTaints reports that they were asked for.
+func (g *Server) knowsTaints(database string) bool {
+	_, ok := g.taints.Load(database)
+	return ok
 }
 
 // mayWrite reports that a text which looks like a read may write all the same. As long as nothing is known of the database, all

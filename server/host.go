@@ -142,6 +142,7 @@ func (h *host) state() link.SiteState {
 		}
 		k.mu.Unlock()
 	}
+	st.Databases = h.a.databaseStates(time.Now())
 	if st.Refuses == "" && (!st.Postgres || st.Server == "") {
 		st.Refuses = "PostgreSQL here does not answer"
 	}
@@ -195,8 +196,8 @@ func (h *host) Watch(ctx context.Context, tell func(link.SiteState) error) error
 }
 
 func sameState(a, b link.SiteState) bool {
-	same := slices.Equal(a.Members, b.Members)
-	a.Members, b.Members = nil, nil
+	same := slices.Equal(a.Members, b.Members) && alike(a.Databases, b.Databases)
+	a.Members, b.Members, a.Databases, b.Databases = nil, nil, nil, nil
 	return same && fmt.Sprint(a) == fmt.Sprint(b)
 }
 

@@ -1791,7 +1791,9 @@ type SiteState struct {
 	// What the other sites have committed is visible there, all but a little.
 	CaughtUp bool `protobuf:"varint,6,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	// Which history its server writes: system identifier and timeline; empty: it is not known.
-	Server        string `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`
+	Server string `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`
+	// Its replicated databases that are open.
+	Databases     []*DatabaseState `protobuf:"bytes,8,rep,name=databases,proto3" json:"databases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1875,6 +1877,138 @@ func (x *SiteState) GetServer() string {
 	return ""
 }
 
+func (x *SiteState) GetDatabases() []*DatabaseState {
+	if x != nil {
+		return x.Databases
+	}
+	return nil
+}
+
+// DatabaseState is how far a site is with what the others write into a database, and they with what it writes.
+type DatabaseState struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Database string                 `protobuf:"bytes,1,opt,name=database,proto3" json:"database,omitempty"`
+	// Each of the other sites.
+	Lags []*SiteLag `protobuf:"bytes,2,rep,name=lags,proto3" json:"lags,omitempty"`
+	// Bytes of the answering site's WAL that the slowest of the sites that make progress has not applied.
+	BacklogBytes  uint64 `protobuf:"varint,3,opt,name=backlog_bytes,json=backlogBytes,proto3" json:"backlog_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DatabaseState) Reset() {
+	*x = DatabaseState{}
+	mi := &file_link_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DatabaseState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DatabaseState) ProtoMessage() {}
+
+func (x *DatabaseState) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DatabaseState.ProtoReflect.Descriptor instead.
+func (*DatabaseState) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *DatabaseState) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *DatabaseState) GetLags() []*SiteLag {
+	if x != nil {
+		return x.Lags
+	}
+	return nil
+}
+
+func (x *DatabaseState) GetBacklogBytes() uint64 {
+	if x != nil {
+		return x.BacklogBytes
+	}
+	return 0
+}
+
+// SiteLag is how old what a site has written is at the most that is not visible at the answering site.
+type SiteLag struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Site      string                 `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	LagMicros uint64                 `protobuf:"varint,2,opt,name=lag_micros,json=lagMicros,proto3" json:"lag_micros,omitempty"`
+	// It is not known: nothing was heard of that site yet, or what was has not been applied once.
+	Unknown       bool `protobuf:"varint,3,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SiteLag) Reset() {
+	*x = SiteLag{}
+	mi := &file_link_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SiteLag) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SiteLag) ProtoMessage() {}
+
+func (x *SiteLag) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SiteLag.ProtoReflect.Descriptor instead.
+func (*SiteLag) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *SiteLag) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *SiteLag) GetLagMicros() uint64 {
+	if x != nil {
+		return x.LagMicros
+	}
+	return 0
+}
+
+func (x *SiteLag) GetUnknown() bool {
+	if x != nil {
+		return x.Unknown
+	}
+	return false
+}
+
 type VerifierRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
@@ -1885,7 +2019,7 @@ type VerifierRequest struct {
 
 func (x *VerifierRequest) Reset() {
 	*x = VerifierRequest{}
-	mi := &file_link_proto_msgTypes[26]
+	mi := &file_link_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +2031,7 @@ func (x *VerifierRequest) String() string {
 func (*VerifierRequest) ProtoMessage() {}
 
 func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[26]
+	mi := &file_link_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +2044,7 @@ func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifierRequest.ProtoReflect.Descriptor instead.
 func (*VerifierRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{26}
+	return file_link_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *VerifierRequest) GetHello() *Hello {
@@ -1936,7 +2070,7 @@ type VerifierReply struct {
 
 func (x *VerifierReply) Reset() {
 	*x = VerifierReply{}
-	mi := &file_link_proto_msgTypes[27]
+	mi := &file_link_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1948,7 +2082,7 @@ func (x *VerifierReply) String() string {
 func (*VerifierReply) ProtoMessage() {}
 
 func (x *VerifierReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[27]
+	mi := &file_link_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1961,7 +2095,7 @@ func (x *VerifierReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifierReply.ProtoReflect.Descriptor instead.
 func (*VerifierReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{27}
+	return file_link_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *VerifierReply) GetVerifier() string {
@@ -1995,7 +2129,7 @@ type FateRequest struct {
 
 func (x *FateRequest) Reset() {
 	*x = FateRequest{}
-	mi := &file_link_proto_msgTypes[28]
+	mi := &file_link_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2007,7 +2141,7 @@ func (x *FateRequest) String() string {
 func (*FateRequest) ProtoMessage() {}
 
 func (x *FateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[28]
+	mi := &file_link_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2020,7 +2154,7 @@ func (x *FateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FateRequest.ProtoReflect.Descriptor instead.
 func (*FateRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{28}
+	return file_link_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *FateRequest) GetHello() *Hello {
@@ -2124,7 +2258,7 @@ type FateReply struct {
 
 func (x *FateReply) Reset() {
 	*x = FateReply{}
-	mi := &file_link_proto_msgTypes[29]
+	mi := &file_link_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2136,7 +2270,7 @@ func (x *FateReply) String() string {
 func (*FateReply) ProtoMessage() {}
 
 func (x *FateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[29]
+	mi := &file_link_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2149,7 +2283,7 @@ func (x *FateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FateReply.ProtoReflect.Descriptor instead.
 func (*FateReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{29}
+	return file_link_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FateReply) GetSite() string {
@@ -2223,7 +2357,7 @@ type EndReply struct {
 
 func (x *EndReply) Reset() {
 	*x = EndReply{}
-	mi := &file_link_proto_msgTypes[30]
+	mi := &file_link_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2369,7 @@ func (x *EndReply) String() string {
 func (*EndReply) ProtoMessage() {}
 
 func (x *EndReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[30]
+	mi := &file_link_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2382,7 @@ func (x *EndReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
 func (*EndReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{30}
+	return file_link_proto_rawDescGZIP(), []int{32}
 }
 
 type PositionRequest struct {
@@ -2261,7 +2395,7 @@ type PositionRequest struct {
 
 func (x *PositionRequest) Reset() {
 	*x = PositionRequest{}
-	mi := &file_link_proto_msgTypes[31]
+	mi := &file_link_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2407,7 @@ func (x *PositionRequest) String() string {
 func (*PositionRequest) ProtoMessage() {}
 
 func (x *PositionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[31]
+	mi := &file_link_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2420,7 @@ func (x *PositionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PositionRequest.ProtoReflect.Descriptor instead.
 func (*PositionRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{31}
+	return file_link_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PositionRequest) GetHello() *Hello {
@@ -2312,7 +2446,7 @@ type PositionReply struct {
 
 func (x *PositionReply) Reset() {
 	*x = PositionReply{}
-	mi := &file_link_proto_msgTypes[32]
+	mi := &file_link_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2458,7 @@ func (x *PositionReply) String() string {
 func (*PositionReply) ProtoMessage() {}
 
 func (x *PositionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[32]
+	mi := &file_link_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2471,7 @@ func (x *PositionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PositionReply.ProtoReflect.Descriptor instead.
 func (*PositionReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{32}
+	return file_link_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PositionReply) GetPositions() []*SitePosition {
@@ -2358,7 +2492,7 @@ type SitePosition struct {
 
 func (x *SitePosition) Reset() {
 	*x = SitePosition{}
-	mi := &file_link_proto_msgTypes[33]
+	mi := &file_link_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2370,7 +2504,7 @@ func (x *SitePosition) String() string {
 func (*SitePosition) ProtoMessage() {}
 
 func (x *SitePosition) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[33]
+	mi := &file_link_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2383,7 +2517,7 @@ func (x *SitePosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SitePosition.ProtoReflect.Descriptor instead.
 func (*SitePosition) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{33}
+	return file_link_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SitePosition) GetSite() string {
@@ -2413,7 +2547,7 @@ type ReachRequest struct {
 
 func (x *ReachRequest) Reset() {
 	*x = ReachRequest{}
-	mi := &file_link_proto_msgTypes[34]
+	mi := &file_link_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2559,7 @@ func (x *ReachRequest) String() string {
 func (*ReachRequest) ProtoMessage() {}
 
 func (x *ReachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[34]
+	mi := &file_link_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2572,7 @@ func (x *ReachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReachRequest.ProtoReflect.Descriptor instead.
 func (*ReachRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{34}
+	return file_link_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReachRequest) GetHello() *Hello {
@@ -2477,7 +2611,7 @@ type ReachReply struct {
 
 func (x *ReachReply) Reset() {
 	*x = ReachReply{}
-	mi := &file_link_proto_msgTypes[35]
+	mi := &file_link_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2489,7 +2623,7 @@ func (x *ReachReply) String() string {
 func (*ReachReply) ProtoMessage() {}
 
 func (x *ReachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[35]
+	mi := &file_link_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2502,7 +2636,7 @@ func (x *ReachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReachReply.ProtoReflect.Descriptor instead.
 func (*ReachReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{35}
+	return file_link_proto_rawDescGZIP(), []int{37}
 }
 
 type FactsRequest struct {
@@ -2514,7 +2648,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_link_proto_msgTypes[36]
+	mi := &file_link_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2660,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[36]
+	mi := &file_link_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2673,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{36}
+	return file_link_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *FactsRequest) GetHello() *Hello {
@@ -2558,7 +2692,7 @@ type FactsReply struct {
 
 func (x *FactsReply) Reset() {
 	*x = FactsReply{}
-	mi := &file_link_proto_msgTypes[37]
+	mi := &file_link_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2570,7 +2704,7 @@ func (x *FactsReply) String() string {
 func (*FactsReply) ProtoMessage() {}
 
 func (x *FactsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[37]
+	mi := &file_link_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2583,7 +2717,7 @@ func (x *FactsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsReply.ProtoReflect.Descriptor instead.
 func (*FactsReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{37}
+	return file_link_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *FactsReply) GetFacts() []byte {
@@ -2707,7 +2841,7 @@ const file_link_proto_rawDesc = "" +
 	"\n" +
 	"DrainReply\"6\n" +
 	"\fWatchRequest\x12&\n" +
-	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\xc2\x01\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\xfa\x01\n" +
 	"\tSiteState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\amembers\x18\x02 \x03(\tR\amembers\x12\x18\n" +
@@ -2715,7 +2849,17 @@ const file_link_proto_rawDesc = "" +
 	"\bdraining\x18\x04 \x01(\bR\bdraining\x12\x1a\n" +
 	"\bpostgres\x18\x05 \x01(\bR\bpostgres\x12\x1b\n" +
 	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x16\n" +
-	"\x06server\x18\a \x01(\tR\x06server\"M\n" +
+	"\x06server\x18\a \x01(\tR\x06server\x126\n" +
+	"\tdatabases\x18\b \x03(\v2\x18.duri.link.DatabaseStateR\tdatabases\"x\n" +
+	"\rDatabaseState\x12\x1a\n" +
+	"\bdatabase\x18\x01 \x01(\tR\bdatabase\x12&\n" +
+	"\x04lags\x18\x02 \x03(\v2\x12.duri.link.SiteLagR\x04lags\x12#\n" +
+	"\rbacklog_bytes\x18\x03 \x01(\x04R\fbacklogBytes\"V\n" +
+	"\aSiteLag\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12\x1d\n" +
+	"\n" +
+	"lag_micros\x18\x02 \x01(\x04R\tlagMicros\x12\x18\n" +
+	"\aunknown\x18\x03 \x01(\bR\aunknown\"M\n" +
 	"\x0fVerifierRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"+\n" +
@@ -2817,7 +2961,7 @@ func file_link_proto_rawDescGZIP() []byte {
 }
 
 var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_link_proto_goTypes = []any{
 	(Code)(0),               // 0: duri.link.Code
 	(Outcome)(0),            // 1: duri.link.Outcome
@@ -2847,18 +2991,20 @@ var file_link_proto_goTypes = []any{
 	(*DrainReply)(nil),      // 25: duri.link.DrainReply
 	(*WatchRequest)(nil),    // 26: duri.link.WatchRequest
 	(*SiteState)(nil),       // 27: duri.link.SiteState
-	(*VerifierRequest)(nil), // 28: duri.link.VerifierRequest
-	(*VerifierReply)(nil),   // 29: duri.link.VerifierReply
-	(*FateRequest)(nil),     // 30: duri.link.FateRequest
-	(*FateReply)(nil),       // 31: duri.link.FateReply
-	(*EndReply)(nil),        // 32: duri.link.EndReply
-	(*PositionRequest)(nil), // 33: duri.link.PositionRequest
-	(*PositionReply)(nil),   // 34: duri.link.PositionReply
-	(*SitePosition)(nil),    // 35: duri.link.SitePosition
-	(*ReachRequest)(nil),    // 36: duri.link.ReachRequest
-	(*ReachReply)(nil),      // 37: duri.link.ReachReply
-	(*FactsRequest)(nil),    // 38: duri.link.FactsRequest
-	(*FactsReply)(nil),      // 39: duri.link.FactsReply
+	(*DatabaseState)(nil),   // 28: duri.link.DatabaseState
+	(*SiteLag)(nil),         // 29: duri.link.SiteLag
+	(*VerifierRequest)(nil), // 30: duri.link.VerifierRequest
+	(*VerifierReply)(nil),   // 31: duri.link.VerifierReply
+	(*FateRequest)(nil),     // 32: duri.link.FateRequest
+	(*FateReply)(nil),       // 33: duri.link.FateReply
+	(*EndReply)(nil),        // 34: duri.link.EndReply
+	(*PositionRequest)(nil), // 35: duri.link.PositionRequest
+	(*PositionReply)(nil),   // 36: duri.link.PositionReply
+	(*SitePosition)(nil),    // 37: duri.link.SitePosition
+	(*ReachRequest)(nil),    // 38: duri.link.ReachRequest
+	(*ReachReply)(nil),      // 39: duri.link.ReachReply
+	(*FactsRequest)(nil),    // 40: duri.link.FactsRequest
+	(*FactsReply)(nil),      // 41: duri.link.FactsReply
 }
 var file_link_proto_depIdxs = []int32{
 	0,  // 0: duri.link.Refusal.code:type_name -> duri.link.Code
@@ -2882,43 +3028,45 @@ var file_link_proto_depIdxs = []int32{
 	2,  // 18: duri.link.StatusRequest.hello:type_name -> duri.link.Hello
 	2,  // 19: duri.link.DrainRequest.hello:type_name -> duri.link.Hello
 	2,  // 20: duri.link.WatchRequest.hello:type_name -> duri.link.Hello
-	2,  // 21: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
-	2,  // 22: duri.link.FateRequest.hello:type_name -> duri.link.Hello
-	1,  // 23: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
-	2,  // 24: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
-	35, // 25: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
-	2,  // 26: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
-	35, // 27: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
-	2,  // 28: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
-	15, // 29: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
-	18, // 30: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
-	20, // 31: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
-	22, // 32: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	24, // 33: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
-	26, // 34: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
-	28, // 35: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
-	30, // 36: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
-	30, // 37: duri.link.Gateways.End:input_type -> duri.link.FateRequest
-	33, // 38: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
-	36, // 39: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
-	38, // 40: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
-	16, // 41: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	19, // 42: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	21, // 43: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	23, // 44: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	25, // 45: duri.link.Link.Drain:output_type -> duri.link.DrainReply
-	27, // 46: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
-	29, // 47: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
-	31, // 48: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
-	32, // 49: duri.link.Gateways.End:output_type -> duri.link.EndReply
-	34, // 50: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
-	37, // 51: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
-	39, // 52: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
-	41, // [41:53] is the sub-list for method output_type
-	29, // [29:41] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	28, // 21: duri.link.SiteState.databases:type_name -> duri.link.DatabaseState
+	29, // 22: duri.link.DatabaseState.lags:type_name -> duri.link.SiteLag
+	2,  // 23: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
+	2,  // 24: duri.link.FateRequest.hello:type_name -> duri.link.Hello
+	1,  // 25: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
+	2,  // 26: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
+	37, // 27: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
+	2,  // 28: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
+	37, // 29: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
+	2,  // 30: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
+	15, // 31: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
+	18, // 32: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
+	20, // 33: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
+	22, // 34: duri.link.Link.Status:input_type -> duri.link.StatusRequest
+	24, // 35: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
+	26, // 36: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
+	30, // 37: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
+	32, // 38: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
+	32, // 39: duri.link.Gateways.End:input_type -> duri.link.FateRequest
+	35, // 40: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
+	38, // 41: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
+	40, // 42: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
+	16, // 43: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	19, // 44: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	21, // 45: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	23, // 46: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	25, // 47: duri.link.Link.Drain:output_type -> duri.link.DrainReply
+	27, // 48: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
+	31, // 49: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
+	33, // 50: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
+	34, // 51: duri.link.Gateways.End:output_type -> duri.link.EndReply
+	36, // 52: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
+	39, // 53: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
+	41, // 54: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
+	43, // [43:55] is the sub-list for method output_type
+	31, // [31:43] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -2942,7 +3090,7 @@ func file_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_link_proto_rawDesc), len(file_link_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
