@@ -56,21 +56,21 @@ func (s *session) slowDown(ctx context.Context, t text) {
 
 // firstWrite reports that the transaction of the segment at hand has not written yet, before its next statement is noted.
 func (f *flight) firstWrite() bool {
-	if f.open().wrote {
-		return false
+	seg := f.open()
+	block, wrote := f.status != pgwire.Idle, false
+	for _, s := range f.segments[:min(f.answered, len(f.segments))] {
+		wrote = wrote || s.wrote
 	}
-	if status, ok := f.certain(); ok && status == pgwire.Idle || !ok && f.status == pgwire.Idle && f.noneBegins() {
-		return true // It has one of its own.
-	}
-	return !f.wrote()
-}
-
-// noneBegins reports that no transaction block is under way, nor will be.
-func (f *flight) noneBegins() bool {
-	for _, s := range f.outstanding() {
-		if s.began || s.does == begins || s.does == tangled {
-			return false
+	under := f.outstanding()
+	for _, s := range under[:max(0, len(under)-1)] { // without seg
+		switch s.does {
+		case begins:
+			block, wrote = true, block && wrote || s.wrote
+		case commits, rollsBack:
+			block = false
+		default:
+			wrote = wrote || s.wrote
 		}
 	}
-	return true
+	return !seg.wrote && (!block || !wrote)
 }

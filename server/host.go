@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -244,6 +245,13 @@ func (h *host) Reach(ctx context.Context, database string, positions []link.Site
 	if !ok {
 		return nil
 	}
+	for _, at := range positions {
+		if at.Site == h.a.self.Name {
+			if err := n.shown(ctx, at.LSN); err != nil {
+				return err
+			}
+		}
+	}
 	for _, p := range n.peers {
 		to := wal.LSN(0)
 		for _, at := range positions {
@@ -257,6 +265,58 @@ func (h *host) Reach(ctx context.Context, database string, positions []link.Site
 		if err := p.reach(ctx, to); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+const (
+	// committingSQL are the backends that may have written the commit of a transaction which is not visible yet: they wait for a
+	// receipt, or are about to go on. What waits for a lock or for its client has not.
+	committingSQL = `SELECT pid || ' ' || backend_xid FROM pg_catalog.pg_stat_activity WHERE backend_xid IS NOT NULL AND state = 'active'
+		AND (wait_event_type IS NULL OR wait_event_type IN ('IPC', 'LWLock'))`
+	// committingMax bounds how long one is waited for: it may as well execute a long statement, or its commit be a later one.
+	committingMax = 100 * time.Millisecond
+)
+
+// shown waits until what this site has committed up to a position is visible here, too. A site that follows it may be earlier: the
+// backend that has committed waits for a receipt, or has not been run since then.
+func (n *node) shown(ctx context.Context, to wal.LSN) error {
+	if wal.LSN(n.visible.Load()) >= to {
+		return nil
+	}
+	for pause := time.Millisecond; n.waits() && n.reported().Flush < to; pause = min(2*pause, 16*time.Millisecond) {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("what site %s has written up to %s has no receipt yet: %w", n.self.Name, to, ctx.Err())
+		case <-time.After(pause):
+		}
+	}
+	committing := func() (map[string]bool, error) {
+		all := map[string]bool{}
+		err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
+			rows, err := pg.Query(ctx, c, committingSQL)
+			for _, r := range rows {
+				all[r[0]] = true
+			}
+			return err
+		})
+		return all, err
+	}
+	was, err := committing()
+	for begun := time.Now(); err == nil && len(was) > 0 && time.Since(begun) < committingMax; {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+		var now map[string]bool
+		now, err = committing()
+		maps.DeleteFunc(was, func(one string, _ bool) bool { return !now[one] })
+	}
+	if err != nil {
+		return fmt.Errorf("see whether what site %s has written is visible there: %w", n.self.Name, err)
+	}
+	for old := n.visible.Load(); old < uint64(to) && !n.visible.CompareAndSwap(old, uint64(to)); old = n.visible.Load() {
 	}
 	return nil
 }
