@@ -643,6 +643,8 @@ func (s *site) captured() {
 	if err := s.barrier(ctx, lsn); err != nil {
 		s.t.Fatalf("site %s: wait for capture: %v; %v", s.name, err, s.problem())
 	}
+	s.gate.Lock() // What the history has already may be on its way into the feed.
+	defer s.gate.Unlock()
 }
 
 func (s *site) problem() error {

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"net"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -72,7 +73,7 @@ func answerQuickly(c net.Conn) {
 			return
 		}
 		_ = w.Write(answers[typ])
-		if (typ == pgwire.Sync || typ == pgwire.Query) && w.Flush() != nil {
+		if (typ == pgwire.Sync || typ == pgwire.Query || typ == pgwire.Flush) && w.Flush() != nil {
 			return
 		}
 	}
@@ -85,12 +86,12 @@ func (v *oneVerifier) Verifier(context.Context, string) (*scram.Verifier, error)
 }
 
 // connected logs in at a gateway before a quickServer and gives the client's bare connection.
-func connected(b *testing.B, mode Mode) net.Conn {
+func connected(b *testing.B, c Config) net.Conn {
 	b.Helper()
-	return connector(b, mode)()
+	return connector(b, c)()
 }
 
-func connector(b *testing.B, mode Mode) (connect func() net.Conn) {
+func connector(b *testing.B, c Config) (connect func() net.Conn) {
 	b.Helper()
 	salted, err := pbkdf2.Key(sha256.New, appPassword, []byte("salt"), 1, sha256.Size)
 	if err != nil {
@@ -98,7 +99,8 @@ func connector(b *testing.B, mode Mode) (connect func() net.Conn) {
 	}
 	key := hmac256(salted, "Client Key")
 	v := &oneVerifier{Salt: []byte("salt"), Iterations: 1, StoredKey: sha256.Sum256(key), ServerKey: scram.Key(hmac256(salted, "Server Key"))}
-	_, addr := serve(b, Config{Mode: mode, ClientsMax: 10_000, Verifiers: v, Router: &routes{targets: []Target{quickServer(b)}}})
+	c.ClientsMax, c.Verifiers, c.Router = 10_000, v, &routes{targets: []Target{quickServer(b)}}
+	_, addr := serve(b, c)
 	return func() net.Conn {
 		conn, err := pgconn.Connect(b.Context(), dsn(addr, ""))
 		if err != nil {
@@ -157,7 +159,7 @@ func cpu(b *testing.B) time.Duration {
 func BenchmarkIdleClient(b *testing.B) {
 	for name, mode := range map[string]Mode{"session": SessionMode, "transaction": TransactionMode} {
 		b.Run(name, func(b *testing.B) {
-			connect := connector(b, mode)
+			connect := connector(b, Config{Mode: mode})
 			for range 10 {
 				connect()
 			}
@@ -183,8 +185,11 @@ func memory() float64 {
 // BenchmarkExchange is one statement from client to server and back over loopback: 4 messages forwarded for a simple one, 7
 // for a prepared one. Client and server run in the same process and allocate nothing. "direct" is without a gateway.
 func BenchmarkExchange(b *testing.B) {
-	simple := pgwire.AppendQuery(nil, "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = 4711")
-	parse := pgwire.AppendMessage(pgwire.AppendParse(nil, "p", []byte("SELECT abalance FROM pgbench_accounts WHERE aid = $1"), []byte{0, 0}), pgwire.Sync, nil)
+	const reading, writing = "SELECT abalance FROM pgbench_accounts WHERE aid = $1", "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = $1"
+	simple := func(sql string) []byte { return pgwire.AppendQuery(nil, strings.ReplaceAll(sql, "$1", "4711")) }
+	parse := func(sql string) []byte {
+		return pgwire.AppendMessage(pgwire.AppendParse(nil, "p", []byte(sql), []byte{0, 0}), pgwire.Sync, nil)
+	}
 	var prepared []byte
 	for _, m := range []pgproto3.FrontendMessage{&pgproto3.Bind{PreparedStatement: "p", Parameters: [][]byte{[]byte("4711")}}, &pgproto3.Execute{}, &pgproto3.Sync{}} {
 		var err error
@@ -208,13 +213,21 @@ func BenchmarkExchange(b *testing.B) {
 				break
 			}
 		}
-		exchange(b, c, simple)
+		exchange(b, c, simple(reading))
 	})
-	for name, mode := range map[string]Mode{"session": SessionMode, "transaction": TransactionMode} {
-		b.Run("simple/"+name, func(b *testing.B) { exchange(b, connected(b, mode), simple) })
-		b.Run("prepared/"+name, func(b *testing.B) {
-			c := connected(b, mode)
-			if _, err := c.Write(parse); err != nil {
+	for _, way := range []struct {
+		name, sql string
+		config    Config
+	}{
+		{"session", reading, Config{Mode: SessionMode}},
+		{"transaction", reading, Config{Mode: TransactionMode}},
+		{"sites", reading, Config{Mode: TransactionMode, Sites: &knowing{}}},
+		{"sites-writing", writing, Config{Mode: TransactionMode, Sites: &knowing{}}},
+	} {
+		b.Run("simple/"+way.name, func(b *testing.B) { exchange(b, connected(b, way.config), simple(way.sql)) })
+		b.Run("prepared/"+way.name, func(b *testing.B) {
+			c := connected(b, way.config)
+			if _, err := c.Write(parse(way.sql)); err != nil {
 				b.Fatal(err)
 			}
 			for r := pgwire.NewReader(c); ; {
@@ -232,7 +245,7 @@ func BenchmarkExchange(b *testing.B) {
 // TestForwardingDoesNotAllocate: in steady state, whatever the mode.
 func TestForwardingDoesNotAllocate(t *testing.T) {
 	res := testing.Benchmark(func(b *testing.B) {
-		exchange(b, connected(b, TransactionMode), pgwire.AppendQuery(nil, "SELECT 1"))
+		exchange(b, connected(b, Config{Mode: TransactionMode}), pgwire.AppendQuery(nil, "SELECT 1"))
 	})
 	if n := res.AllocsPerOp(); n > 0 && !raceEnabled {
 		t.Errorf("%d allocations per statement (%v)", n, res)

@@ -87,6 +87,7 @@ func (s *session) runBorrowing(ctx context.Context) {
 		})
 		defer stop()
 		err = s.sendAll(ctx)
+		s.finish() // what it has sent is carried out, whether or not it is there still
 	}
 	s.ending.Store(true)
 	_ = s.conn.SetWriteDeadline(time.Now().Add(helloMax)) // A client that does not read holds nothing up any more.
@@ -234,6 +235,7 @@ var errGone = errors.New("the session has ended")
 // handle sends one message to the server. The connection to a server that breaks is the concern of the backend's
 // goroutine, so errors of writing to it are not looked at here.
 func (s *session) handle(ctx context.Context, typ byte) error {
+	s.finish()
 	if s.limbo != nil {
 		return s.inLimbo(typ)
 	}
@@ -300,7 +302,7 @@ func (s *session) executes(what deed) bool {
 	if len(portal) > 0 {
 		st = s.portals[string(portal)]
 	}
-	return st != nil && st.effects.does == what
+	return st != nil && s.effectsOf(st).does == what
 }
 
 // pass forwards the current message; what is wrong with the client's side of it shows.
@@ -312,6 +314,11 @@ func (s *session) pass(b *backend) error {
 func (s *session) push(b *backend, e ...expected) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.pushed(b, e...)
+}
+
+// pushed is push for those who hold mu.
+func (s *session) pushed(b *backend, e ...expected) {
 	for _, e := range e {
 		b.line.push(e)
 	}
@@ -367,11 +374,15 @@ func (s *session) query(ctx context.Context) error {
 	}
 	e := expected{kind: 'Q', commits: t.does == commits}
 	if t.does == commits {
-		if err := s.beforeCommit(b); err != nil {
+		mark, err := s.readyToCommit(b)
+		if err != nil {
 			return err
 		}
-		if s.resume(b) {
-			e = expected{kind: 'z'} // The client has the error of the mark, and no use for the tag of a ROLLBACK.
+		if mark {
+			s.mu.Lock()
+			s.forgetUnnamed(b)
+			s.mu.Unlock()
+			return s.mark(b, s.scratch[:0], e, append(pgwire.AppendHeader(nil, pgwire.Query, len(body)), body...))
 		}
 	}
 	var first []byte // what is sent in the place of the Query
@@ -419,7 +430,8 @@ func (s *session) look(sql []byte) text {
 	}
 	s.mu.Unlock()
 	t := readText(sql, escapes)
-	if t.does == reads && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
+	t.seems, t.escapes = t.does == reads, escapes
+	if t.seems && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
 		t.does = writes
 	}
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
@@ -445,14 +457,10 @@ func (s *session) parse(ctx context.Context) error {
 	}
 	s.nameTypes(p.OIDs)
 	t := s.look(p.SQL)
-	known := s.g.knowsTaints(s.who.Database)
 	// What it does, it does when it is executed.
 	b, err := s.borrow(ctx, text{seq: t.seq, roams: t.roams && s.wholeRead(pgwire.Parse, p.Name)})
 	if err != nil {
 		return err
-	}
-	if !known && s.keeps() { // The server was asked meanwhile, and the statement may live for long.
-		t = s.look(p.SQL)
 	}
 	s.mu.Lock()
 	s.prepare(b, p, t)
@@ -636,7 +644,7 @@ func (s *session) bind(ctx context.Context) error {
 	s.mu.Unlock()
 	var t text
 	if st != nil {
-		t = st.effects
+		t = s.effectsOf(st)
 		t.roams = t.roams && s.wholeRead(pgwire.Bind, nil)
 	}
 	b, err := s.borrow(ctx, t)
@@ -644,7 +652,11 @@ func (s *session) bind(ctx context.Context) error {
 		return err
 	}
 	if t.does == commits {
-		if err := s.beforeCommit(b); err != nil {
+		mark, err := s.readyToCommit(b)
+		if mark {
+			err = s.mark(b, s.scratch[:0], expected{}, nil)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -924,6 +936,7 @@ func (s *session) endBurst() {
 	s.writing = false
 	if s.b != nil {
 		s.took(s.b)
+		s.carryOn(s.b)
 		s.rest(s.b)
 	}
 }
@@ -984,7 +997,7 @@ func (s *session) lose(b *backend, cause error) {
 	if s.b != b {
 		return
 	}
-	s.b = nil
+	s.b, s.due = nil, commitment{}
 	defer s.changed.Broadcast()
 	if q := b.asking.Load(); b.dropped || s.ending.Load() || (q != nil && q.setup) {
 		if s.keeps() && q != nil && q.setup && !b.dropped {

@@ -80,6 +80,10 @@ func (f *flight) open() *segment {
 // record keeps a message; a nil body is one that is too long.
 func (f *flight) record(typ byte, body []byte, long bool) {
 	s := f.open()
+	if s.ended { // it is not sent on, as its server was lost
+		f.segments = append(f.segments, segment{start: len(f.log)})
+		s = &f.segments[len(f.segments)-1]
+	}
 	if long || len(f.log)+len(body) > flightMax {
 		f.torn = true
 	}

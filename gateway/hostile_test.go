@@ -154,7 +154,7 @@ func TestGarbageAfterTheLogin(t *testing.T) {
 		pgwire.AppendQuery(nil, "CREATE TEMP TABLE evil(a int); LISTEN evil; SELECT pg_advisory_lock(1)"), pgwire.AppendQuery(nil, "SELECT 1/0"),
 		pgwire.AppendQuery(nil, "INSERT INTO ledger VALUES (1, 1); SELECT 1"), pgwire.AppendQuery(nil, "COPY ledger FROM STDIN"), pgwire.AppendQuery(nil, "COPY ledger TO STDOUT"),
 		pgwire.AppendQuery(nil, "DECLARE evil CURSOR WITH HOLD FOR SELECT 1"), pgwire.AppendQuery(nil, "PREPARE evil AS SELECT 1"), pgwire.AppendQuery(nil, "SET ROLE pg_monitor"),
-		pgwire.AppendParse(nil, "s", []byte("SELECT set_config('app.user_id', 'evil', false)"), []byte{0, 0}), appendBind(nil, "s", nil), appendBind(nil, "", nil), appendExecute(nil),
+		pgwire.AppendParse(nil, "s", []byte("SELECT set_config('app.user_id', 'evil', false)"), []byte{0, 0}), appendBind(nil, "s"), appendBind(nil, ""), appendExecute(nil),
 		pgwire.AppendParse(nil, "", []byte("INSERT INTO ledger VALUES (2, 2)"), []byte{0, 0}), pgwire.AppendTarget(nil, pgwire.Describe, 'S', "s"),
 		pgwire.AppendTarget(nil, pgwire.Describe, 'P', ""), pgwire.AppendTarget(nil, pgwire.Close, 'S', "s"), pgwire.AppendHeader(nil, pgwire.Sync, 0), pgwire.AppendHeader(nil, pgwire.Sync, 0),
 		pgwire.AppendHeader(nil, pgwire.Flush, 0), pgwire.AppendMessage(nil, pgwire.CopyData, []byte("1\t2\n")), pgwire.AppendMessage(nil, pgwire.CopyDone, nil),

@@ -47,6 +47,7 @@ type lending struct {
 	received   uint64         // that was counted, of what its reader has received
 	marking    marking
 	started    string // backend_start of the server's process, as far as it was asked
+	standbys   string // what synchronous_standby_names said then, if it makes commits wait for the site's agent
 
 	// Of the backend's goroutine.
 	part bool // what is left of the message at hand follows what the client has got of it
@@ -215,9 +216,7 @@ func (b *backend) failed(s *session) (send func(*pgwire.Writer) error) {
 		_ = b.conn.Close() // and its goroutine ends
 		send = nil
 	}
-	if s.wants {
-		s.changed.Broadcast()
-	}
+	s.tell(b)
 	return send
 }
 
@@ -372,9 +371,7 @@ func (b *backend) settle(s *session, typ byte) error {
 		v = b.line.answer(typ, s.undo)
 	}
 	b.own = typ == pgwire.BindComplete && b.line.head() == 'm'
-	if s.wants {
-		s.changed.Broadcast()
-	}
+	s.tell(b)
 	switch {
 	case v == unexplained:
 		return errUnexplained
@@ -457,9 +454,7 @@ func (b *backend) ready(s *session) error {
 	}
 	b.status = status
 	if v == swallow {
-		if s.wants {
-			s.changed.Broadcast()
-		}
+		s.tell(b)
 		return nil
 	}
 	if s.flight.hidden == 0 {

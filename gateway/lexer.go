@@ -23,6 +23,9 @@ type text struct {
 	wrote      bool // one of its statements may write
 	roams      bool // it may run at another site than the session's home (Config.Reads)
 	statements int  // how many it has, if it was read
+
+	seems   bool // it looks like a read; does says otherwise as far as the database's catalogs do (taint.go)
+	escapes bool // a backslash in it quotes
 }
 
 // deed is what becomes of a text when its server is lost. Whatever is not surely something else is an opaque one.

@@ -17,7 +17,8 @@ type statement struct {
 	name      string // at servers; empty for the unnamed one
 	key       string // what makes it equal to another's
 	sql, oids []byte // nil: too long to be held; the session stays at the backend that has it
-	effects   text
+	effects   text   // see session.effectsOf
+	judged    uint64 // by which tainted.version
 	shape     shape  // as the client knows it
 	born      uint64 // the Server's clock when the client prepared it
 }

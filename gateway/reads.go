@@ -62,7 +62,7 @@ var homely = words(`nextval currval lastval setval last_value is_called txid_cur
 // roams reports that a text that was found to read only may run at another site: it is SELECT, VALUES, TABLE or WITH, and names
 // nothing that another site has otherwise.
 func (t *tainted) roams(sql []byte, escapes bool) bool {
-	if t == nil || t.all || t.allLocal {
+	if t.version == 0 || t.all || t.allLocal {
 		return false
 	}
 	l := lexer{src: sql, escapes: escapes}
@@ -137,8 +137,7 @@ func (s *session) lookRoaming(sql []byte, escapes bool, t *text) bool {
 	if t.does != reads || t.probe || t.dirty || t.seq || t.local || t.pin != "" || s.g.lim().Strict {
 		return false
 	}
-	v, ok := s.g.taints.Load(s.who.Database)
-	return ok && v.(*tainted).roams(sql, escapes)
+	return s.g.taintsOf(s.who.Database).roams(sql, escapes)
 }
 
 // wholeRead reports that what the client sends now begins a transaction that is nothing but reads which may run elsewhere: its first
@@ -196,7 +195,7 @@ func (s *session) isRoaming(name string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.statements[name]
-	return st != nil && st.effects.roams
+	return st != nil && s.effectsOf(st).roams
 }
 
 // roam attaches a backend of the site that serves the session's reads; false: the read is the home's.
@@ -283,11 +282,11 @@ func (s *session) comeHome(roams bool) {
 		s.took(b)
 		s.rest(b)
 	}
-	s.wants = true
+	s.wants = unanswered
 	for s.b == b {
 		s.changed.Wait()
 	}
-	s.wants = false
+	s.wants = nothing
 }
 
 // ran notes that a transaction has ended at b, which is about to be given back. mu is held.

@@ -267,6 +267,9 @@ func TestASessionNeverSeesLess(t *testing.T) {
 			return ctx.Err()
 		}
 	})
+	if got := value[string](t, c, whichSite); got != "b" { // which no call from before covers
+		t.Fatal(got)
+	}
 	// Home again: it waits.
 	done := make(chan error, 1)
 	go func() {
@@ -387,7 +390,7 @@ func TestNoReadWaitsForAConnectionElsewhere(t *testing.T) {
 }
 
 func TestTextsThatRoam(t *testing.T) {
-	known := &tainted{local: map[string]bool{"local": true, "Local": true}}
+	known := &tainted{version: 1, local: map[string]bool{"local": true, "Local": true}}
 	for sql, want := range map[string]bool{
 		"SELECT 1": true, "select a from t": true, "(SELECT 1) UNION (SELECT 2)": true, "VALUES (1)": true, "TABLE t": true, "SELECT 1; SELECT 2;": true,
 		"WITH x AS (SELECT 1) SELECT * FROM x": true, `SELECT "a" FROM "t" WHERE b = 'pg_type'`: true, "SELECT region, version, regexp_replace(a, b, c) FROM t": true,
@@ -403,7 +406,7 @@ func TestTextsThatRoam(t *testing.T) {
 			t.Errorf("%s: %t", sql, got)
 		}
 	}
-	for what, u := range map[string]*tainted{"nothing is known": nil, "anything may write": {all: true}, "what is local is not known": {allLocal: true}} {
+	for what, u := range map[string]*tainted{"nothing is known": {}, "anything may write": {version: 1, all: true}, "what is local is not known": {version: 1, allLocal: true}} {
 		if u.roams([]byte("SELECT 1"), false) {
 			t.Errorf("%s, and a read roams", what)
 		}
@@ -412,7 +415,7 @@ func TestTextsThatRoam(t *testing.T) {
 
 // TestNothingHomelyRoams: wherever in a text a word stands that makes it a matter of its site.
 func TestNothingHomelyRoams(t *testing.T) {
-	known := &tainted{local: map[string]bool{"local": true}}
+	known := &tainted{version: 1, local: map[string]bool{"local": true}}
 	plain := []string{"select", "a", "from", "t", "(", ")", ",", "'pg_type'", "where", "1", "\"x\"", "/* c */", "\n", "and"}
 	bad := append(slices.Collect(maps.Keys(homely)), "pg_class", "local", "\"pg_x\"")
 	rapid.Check(t, func(t *rapid.T) {

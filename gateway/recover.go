@@ -33,7 +33,8 @@ type recovery struct {
 	limbo  *limbo // answers in the place of a server
 	parked bool   // the session's goroutine waits for the client
 	poked  bool   // and was woken by a deadline
-	wants  bool   // it waits for answers
+	wants  want   // what the session's goroutine waits for
+	due    commitment
 	// heldReady: the server is ready, which the client is told when the session's state is read.
 	heldReady bool
 	last      string   // site of the latest transaction
@@ -46,9 +47,10 @@ type recovery struct {
 	reruns int // of what is under way
 
 	// Of the session's goroutine.
-	salt, marked uint64         // of its marks
-	client       *pgwire.Reader // r while nothing is handled again
-	rerun        *bytes.Reader  // what is handled again, behind r
+	salt, marks uint64         // of its marks
+	left        bool           // something was left to the backend's goroutine (due)
+	client      *pgwire.Reader // r while nothing is handled again
+	rerun       *bytes.Reader  // what is handled again, behind r
 }
 
 // survivable reports that the loss of the session's backend b is for the session's goroutine to see to. A client that takes nothing
@@ -136,8 +138,8 @@ func (s *session) answered(status byte) {
 	if len(s.flight.outstanding()) == 0 {
 		s.eager.Store(false)
 	}
-	if s.wants {
-		s.changed.Broadcast()
+	if s.b != nil {
+		s.tell(s.b)
 	}
 }
 

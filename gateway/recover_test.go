@@ -418,8 +418,25 @@ func TestReadsThatWrite(t *testing.T) {
 	if !g.mayWrite("shop", []byte("SELECT a FROM plain"), false) {
 		t.Error("nothing is known of the database yet")
 	}
+	prepared := func(sql string) (*session, *statement) {
+		s := &session{g: g, who: Login{Database: "shop"}}
+		return s, newStatement(pgwire.Statement{SQL: []byte(sql)}, "", s.look([]byte(sql)))
+	}
+	early, plain := prepared("SELECT a FROM plain")
+	if early.effectsOf(plain).does != writes {
+		t.Error("a statement that was prepared when nothing was known is taken for a read")
+	}
 	conn := open1(t, dsn(addr, ""))
 	exec1(t, conn, "SELECT 1")
+	if early.effectsOf(plain).does != reads {
+		t.Error("a statement that was prepared when nothing was known stays a writing one")
+	}
+	known := g.taintsOf("shop")
+	g.taints.Store("shop", &tainted{version: known.version + 1, names: map[string]bool{"plain": true}})
+	if early.effectsOf(plain).does != writes {
+		t.Error("a prepared read stays one when what it reads has become a view that writes")
+	}
+	g.taints.Store("shop", known)
 	for sql, want := range map[string]bool{
 		"SELECT a FROM plain": false, "SELECT a FROM harmless": false, "SELECT 1": false, "SHOW work_mem": false,
 		"SELECT a FROM noting": true, `SELECT a FROM public."noting"`: true, "TABLE outer_one": true, "SELECT count(*) FROM guarded": true,

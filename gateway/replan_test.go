@@ -224,6 +224,13 @@ func TestStatementsThatWereNotClosedForOthers(t *testing.T) {
 func TestAMarkThatFails(t *testing.T) {
 	c := markable(t)
 	_, addr := serve(t, Config{Mode: TransactionMode, Sites: &knowing{c: c}}, c)
+	// Where commits may wait for somebody else, the function marks; here they do not.
+	for _, sql := range []string{
+		"ALTER ROLE " + appUser + " SET synchronous_commit = local", "ALTER ROLE postgres SET synchronous_commit = local",
+		"ALTER SYSTEM SET synchronous_standby_names = 'another'", "SELECT pg_reload_conf()",
+	} {
+		pgtest.Exec(t, c, "postgres", sql)
+	}
 	pgtest.Exec(t, c, "shop", `CREATE OR REPLACE FUNCTION duri.mark(ltxid bytea) RETURNS void LANGUAGE plpgsql AS $$
 		BEGIN IF pg_current_xact_id_if_assigned() IS NOT NULL THEN RAISE 'no mark' USING ERRCODE = '57014'; END IF; END $$`)
 	conn := open1(t, dsn(addr, "default_query_exec_mode=simple_protocol"))

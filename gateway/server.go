@@ -92,6 +92,9 @@ type Config struct {
 	Reads Reads
 	// Pace, in TransactionMode with Sites, delays transactions that write; nil: none is.
 	Pace Pace
+	// Standby, with Sites, gives the name under which a site's agent receives a database's WAL, as synchronous_standby_names
+	// has it where commits wait for other sites; nil: transactions are marked in a way that takes longer.
+	Standby func(database string) string
 	// Dial connects to a target; nil: net.Dialer does. What it gives may be Secured.
 	Dial func(ctx context.Context, t Target) (net.Conn, error)
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.

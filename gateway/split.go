@@ -1,10 +1,7 @@
 package gateway
 
 import (
-	"crypto/rand"
 	"encoding/binary"
-	"strconv"
-	"time"
 
 	"github.com/duri-io/duri/pgwire"
 )
@@ -12,68 +9,6 @@ import (
 // A writing statement outside a transaction does not commit before the gateway holds its result, and each transaction that may
 // have written carries a mark in its WAL when it commits (duri.mark). When the answer to the commit is lost, there is one bit
 // left to learn, and the mark is what to ask for (design: gateway, sections 5.1 and 8).
-
-// markStatement is one of the gateway's own that a backend has prepared: it marks a transaction that has written, and gives its id.
-const (
-	markStatement = "duri_mark"
-	startedSQL    = "SELECT extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()"
-	markSQL       = "SELECT pg_catalog.pg_current_xact_id_if_assigned(), duri.mark($1)"
-)
-
-// marking is whether a backend can mark transactions.
-type marking byte
-
-const (
-	untried marking = iota
-	marks
-	marksNot // the database has no function duri.mark: a lost answer to a commit stays open
-)
-
-// ltxidLen is the length of a mark: hour, incarnation of the gateway, session and random bits of it, transaction.
-const ltxidLen = 4 + 8 + 8 + 8 + 8
-
-// newLTXID names a transaction. The random bits keep clients from forging another's; nothing compares the hour with a clock: it
-// is there for partitions by time.
-func (s *session) newLTXID() []byte {
-	id := make([]byte, 0, ltxidLen)
-	id = binary.BigEndian.AppendUint32(id, uint32(time.Now().Unix()/3600))
-	id = binary.BigEndian.AppendUint64(id, s.g.incarnation)
-	id = binary.BigEndian.AppendUint64(id, s.id)
-	if s.salt == 0 {
-		var b [8]byte
-		_, _ = rand.Read(b[:]) // It does not fail (crypto/rand).
-		s.salt = binary.BigEndian.Uint64(b[:]) | 1
-	}
-	id = binary.BigEndian.AppendUint64(id, s.salt)
-	s.marked++
-	return binary.BigEndian.AppendUint64(id, s.marked)
-}
-
-// prepareMarks has a backend prepare what marking needs, once. mu is held.
-func (s *session) prepareMarks(b *backend) error {
-	if !s.keeps() || b.marking != untried {
-		return nil
-	}
-	q := &question{setup: true}
-	b.ask(q)
-	m := pgwire.AppendParse(s.scratch[:0], markStatement, []byte(markSQL), []byte{0, 1, 0, 0, 0, 17}) // bytea
-	m = pgwire.AppendHeader(m, pgwire.Sync, 0)                                                        // whether that went well or not
-	m = pgwire.AppendParse(m, "", []byte(startedSQL), []byte{0, 0})
-	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(m, "", nil)), pgwire.Sync, 0)
-	q.more = 1
-	if err := s.await(b, q); err != nil {
-		return err
-	}
-	b.marking = marks
-	if len(q.rows) == 1 {
-		b.started = q.rows[0][0]
-	}
-	if q.err != nil {
-		b.marking = marksNot
-		s.g.cfg.Log.Warn("transactions cannot be marked, so that a lost answer to COMMIT stays open", "site", b.target.name(), "database", s.who.Database, "error", q.err.Message)
-	}
-	return nil
-}
 
 // await sends scratch, whose answer q takes, and waits for it. mu is held.
 func (s *session) await(b *backend, q *question) error {
@@ -89,18 +24,92 @@ func (s *session) await(b *backend, q *question) error {
 	return nil
 }
 
-// until flushes, and waits until the server has answered enough, or waits itself for data of a COPY or for a Sync; false: it is
-// lost.
-func (s *session) until(b *backend, enough func() bool) bool {
+// until flushes, and waits until the server has answered all that it was sent (unanswered), or all that came before the segment at
+// hand (unsettled), or waits itself for data of a COPY or for a Sync; false: it is lost.
+func (s *session) until(b *backend, w want) bool {
 	_ = b.w.Flush()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.wants = true
-	for s.b == b && !enough() && !b.line.data && !b.line.skips {
+	s.wants = w
+	for s.b == b && !s.satisfied(b) {
 		s.changed.Wait()
 	}
-	s.wants = false
+	s.wants = nothing
 	return s.b == b
+}
+
+// want is what the session's goroutine waits for.
+type want byte
+
+const (
+	nothing want = iota
+	unanswered
+	unsettled
+)
+
+// satisfied reports that what the session's goroutine waits for is there. mu is held.
+func (s *session) satisfied(b *backend) bool {
+	return b.line.data || b.line.skips || s.wants == unanswered && b.line.empty() || s.wants == unsettled && s.flight.settled()
+}
+
+// tell wakes the session's goroutine when what it waits for is there: not with each answer on the way there. mu is held, by the
+// backend's goroutine.
+func (s *session) tell(b *backend) {
+	if s.wants != nothing && s.satisfied(b) {
+		s.changed.Broadcast()
+	}
+	s.carryOn(b)
+}
+
+// commitment is what is sent as soon as a mark is answered. When the client has nothing more to say meanwhile, the session's goroutine
+// leaves that to the backend's, which need not wake it.
+type commitment struct {
+	id      []byte // of the mark; none: nothing was left
+	e       expected
+	message []byte
+}
+
+// carryOn does what was left to do once the mark is answered. mu is held.
+func (s *session) carryOn(b *backend) {
+	if s.due.id == nil || s.writing || s.b != b || !b.line.empty() && !b.line.data && !b.line.skips {
+		return
+	}
+	due := s.due
+	s.due = commitment{}
+	s.commit(b, due)
+	_ = b.w.Flush() // its goroutine sees what is wrong with the connection
+	s.changed.Broadcast()
+}
+
+// commit sends what commits a transaction whose mark is answered, or ends it if that went wrong. mu is held.
+func (s *session) commit(b *backend, c commitment) {
+	s.marked(c.id)
+	if c.message == nil {
+		return
+	}
+	if b.line.skips && c.e.kind != 'S' { // No Sync of the client is to come.
+		b.line.push(expected{kind: 'y'})
+		_ = b.w.Write(syncMessage)
+		c.e = expected{kind: 'z'} // The client has the error of the mark, and no use for the tag of a ROLLBACK.
+	}
+	s.pushed(b, c.e)
+	_ = b.w.Write(c.message)
+}
+
+var syncMessage = pgwire.AppendHeader(nil, pgwire.Sync, 0)
+
+// finish waits until what was left to the backend's goroutine is done, or the backend is lost.
+func (s *session) finish() {
+	if !s.left {
+		return
+	}
+	s.endBurst()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.due.id != nil && s.b != nil {
+		s.changed.Wait()
+	}
+	s.due, s.left = commitment{}, false
 }
 
 // standing gives the status in which the next statement will run, and waits for answers if it depends on them.
@@ -111,7 +120,7 @@ func (s *session) standing(b *backend) (status byte, err error) {
 	if ok {
 		return status, nil
 	}
-	if !s.until(b, s.flight.settled) {
+	if !s.until(b, unsettled) {
 		return 0, s.goneOr()
 	}
 	s.mu.Lock()
@@ -129,20 +138,20 @@ func (s *session) goneOr() error {
 	return errGone
 }
 
-// appendBind appends the Bind of an unnamed portal to a statement of the gateway's own.
-func appendBind(dst []byte, statement string, binary []byte) []byte {
-	n := 1 + len(statement) + 1 + 2 + 2 + 2
-	if binary != nil {
-		n += 2 + 4 + len(binary)
+// appendBind appends the Bind of an unnamed portal to a statement of the gateway's own. Its parameters are in binary format.
+func appendBind(dst []byte, statement string, params ...[]byte) []byte {
+	n := 1 + len(statement) + 1 + 2 + 2 + 2 + 2
+	for _, p := range params {
+		n += 4 + len(p)
 	}
 	dst = pgwire.AppendHeader(dst, pgwire.Bind, n)
 	dst = append(append(append(dst, 0), statement...), 0)
-	if binary == nil {
-		return append(dst, 0, 0, 0, 0, 0, 0)
+	dst = append(dst, 0, 1, 0, 1) // all of them are binary
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(params)))
+	for _, p := range params {
+		dst = append(binary.BigEndian.AppendUint32(dst, uint32(len(p))), p...)
 	}
-	dst = append(dst, 0, 1, 0, 1, 0, 1)
-	dst = append(dst, byte(len(binary)>>24), byte(len(binary)>>16), byte(len(binary)>>8), byte(len(binary)))
-	return append(append(dst, binary...), 0, 0)
+	return append(dst, 0, 0)
 }
 
 // appendExecute appends the Execute of the unnamed portal.
@@ -150,63 +159,57 @@ func appendExecute(dst []byte) []byte {
 	return append(pgwire.AppendHeader(dst, pgwire.Execute, 5), 0, 0, 0, 0, 0)
 }
 
-// mark has the server mark the transaction, if it has written, as the last thing before it commits, and waits for the answers to
-// all that was sent; first is what comes before the mark. Behind it only the commit is sent.
-func (s *session) mark(b *backend, first []byte) error {
+// mark has the server mark the transaction, if it has written, as the last thing before it commits, and then commits it by a message
+// whose answer is e; without one the caller does, and the mark is answered when mark returns. first is what comes before the mark.
+func (s *session) mark(b *backend, first []byte, e expected, message []byte) error {
 	s.mu.Lock()
 	if b.line.skips { // It would pass over the mark as well. Nothing is committed.
+		if message != nil {
+			s.pushed(b, e)
+		}
 		s.mu.Unlock()
-		_ = b.w.Write(first)
+		_ = b.w.Write(append(first, message...))
 		return nil
 	}
-	id := s.newLTXID()
+	c := commitment{s.newLTXID(), e, message}
 	s.flight.xid, s.flight.failed = 0, false
 	b.line.push(expected{kind: 'b'})
 	b.line.push(expected{kind: 'm'})
 	s.sending(b)
-	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(first, markStatement, id)), pgwire.Flush, 0)
+	s.scratch = pgwire.AppendHeader(appendExecute(appendBind(first, markStatement, c.id, []byte(b.standbys))), pgwire.Flush, 0)
+	if s.left = message != nil && s.rerun == nil && !s.r.Complete(); s.left {
+		s.due = c // before the server can answer
+	}
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
-	if !s.until(b, b.line.empty) {
+	if s.left {
+		return nil
+	}
+	if !s.until(b, unanswered) {
 		return s.goneOr()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.commit(b, c)
+	return nil
+}
+
+// marked takes note of the answer to a mark. mu is held.
+func (s *session) marked(id []byte) {
 	seg := s.flight.open()
 	seg.split = true
 	if s.flight.failed {
-		return nil // The server commits nothing.
+		return // The server commits nothing.
 	}
 	seg.committing = true
 	if s.flight.xid != 0 { // else there is nothing to commit
 		seg.ltxid = id
 	}
-	return nil
-}
-
-// resume lets a server go on that passes over everything because a mark has failed, where no Sync of the client is to come.
-func (s *session) resume(b *backend) (failed bool) {
-	s.mu.Lock()
-	failed = b.line.skips && s.flight.open().split
-	if failed {
-		b.line.push(expected{kind: 'y'})
-		s.sending(b)
-	}
-	s.mu.Unlock()
-	if failed {
-		_ = b.w.Write(pgwire.AppendHeader(s.scratch[:0], pgwire.Sync, 0))
-	}
-	return failed
 }
 
 // commitSync sends the Sync of a segment that writes outside a transaction, once its results are there.
 func (s *session) commitSync(b *backend, first []byte) error {
-	if err := s.mark(b, first); err != nil {
-		return err
-	}
-	s.push(b, expected{kind: 'S'})
-	_ = b.w.Write(pgwire.AppendHeader(s.scratch[:0], pgwire.Sync, 0))
-	return nil
+	return s.mark(b, first, expected{kind: 'S'}, syncMessage)
 }
 
 // commitQuery sends a Query of one writing statement outside a transaction as messages of the extended protocol, which let it
@@ -219,22 +222,9 @@ func (s *session) commitQuery(b *backend, sql []byte) error {
 		b.line.push(expected{kind: kind})
 	}
 	m := pgwire.AppendParse(s.scratch[:0], "", sql, []byte{0, 0})
-	m = appendExecute(pgwire.AppendTarget(appendBind(m, "", nil), pgwire.Describe, 'P', ""))
+	m = appendExecute(pgwire.AppendTarget(appendBind(m, ""), pgwire.Describe, 'P', ""))
 	s.mu.Unlock()
 	return s.commitSync(b, m)
-}
-
-// xidOf reads the answer to a mark.
-func xidOf(row []byte) uint64 {
-	columns, err := pgwire.ParseRow(row)
-	if err != nil || len(columns) == 0 {
-		return 0
-	}
-	xid, err := strconv.ParseUint(string(columns[0]), 10, 64)
-	if err != nil {
-		return 0 // null: there is none
-	}
-	return xid
 }
 
 // commitWrapped sends a Query of several statements, or of one that the extended protocol would show in another way, outside a
@@ -251,25 +241,21 @@ func (s *session) commitWrapped(b *backend, body []byte) error {
 	s.mu.Unlock()
 	_ = b.w.Write(s.scratch)
 	_ = b.w.Write(body)
-	if !s.until(b, b.line.empty) {
+	if !s.until(b, unanswered) {
 		return s.goneOr()
 	}
 	s.mu.Lock()
 	failed := b.status == pgwire.InFailed
 	s.mu.Unlock()
-	end := "ROLLBACK"
-	if !failed {
-		if err := s.mark(b, s.scratch[:0]); err != nil {
-			return err
-		}
-		s.resume(b)
-		end = "COMMIT" // which is a ROLLBACK if the mark has failed
+	if failed {
+		s.push(b, expected{kind: 'z'})
+		_ = b.w.Write(rollbackMessage)
+		return nil
 	}
-	s.push(b, expected{kind: 'z'})
-	s.scratch = pgwire.AppendQuery(s.scratch[:0], end)
-	_ = b.w.Write(s.scratch)
-	return nil
+	return s.mark(b, nil, expected{kind: 'z'}, commitMessage)
 }
+
+var commitMessage, rollbackMessage = pgwire.AppendQuery(nil, "COMMIT"), pgwire.AppendQuery(nil, "ROLLBACK")
 
 // forgetUnnamed: a Query takes the unnamed statement away. mu is held.
 func (s *session) forgetUnnamed(b *backend) {
@@ -296,29 +282,28 @@ func (s *session) splits(b *backend) (bool, error) {
 	return status == pgwire.Idle && err == nil && !b.line.data && !b.line.skips, err
 }
 
-// beforeCommit marks the open transaction before a COMMIT, if it may have written.
-func (s *session) beforeCommit(b *backend) error {
+// readyToCommit waits for the answers to all that comes before a COMMIT, and says whether the open transaction is to be marked: it may
+// have written.
+func (s *session) readyToCommit(b *backend) (marked bool, err error) {
 	if !s.keeps() {
-		return nil
+		return false, nil
 	}
 	s.mu.Lock()
 	settled := s.flight.settled()
 	s.mu.Unlock()
-	if !settled && !s.until(b, s.flight.settled) {
-		return s.goneOr()
+	if !settled && !s.until(b, unsettled) {
+		return false, s.goneOr()
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	wrote := s.flight.wrote()
 	if b.line.skips || b.line.data || s.flight.status != pgwire.InBlock && !s.flight.open().began { // nothing is committed
-		s.mu.Unlock()
-		return nil
+		return false, nil
 	}
 	if !wrote || b.marking != marks {
 		seg := s.flight.open()
 		seg.committing, seg.unmarked = true, wrote
-		s.mu.Unlock()
-		return nil
+		return false, nil
 	}
-	s.mu.Unlock()
-	return s.mark(b, s.scratch[:0])
+	return true, nil
 }

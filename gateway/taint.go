@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"maps"
 	"time"
 
 	"github.com/duri-io/duri/pgwire"
@@ -14,6 +15,8 @@ type tainted struct {
 	asked time.Time
 	names map[string]bool
 	all   bool // anything may: an operator or a cast does
+	// version is another one when an answer says something else than the one before; 0: nothing is known.
+	version uint64
 
 	// With Config.Reads: relations whose content is not the same at all sites; allLocal: they are not known.
 	local    map[string]bool
@@ -46,8 +49,8 @@ func (s *session) askTaints(b *backend) error {
 	if !s.keeps() {
 		return nil
 	}
-	now := time.Now()
-	if t, ok := s.g.taints.Load(s.who.Database); ok && now.Sub(t.(*tainted).asked) < taintFor {
+	now, old := time.Now(), s.g.taintsOf(s.who.Database)
+	if old.version > 0 && now.Sub(old.asked) < taintFor {
 		return nil
 	}
 	q := &question{setup: true}
@@ -66,24 +69,43 @@ func (s *session) askTaints(b *backend) error {
 			return err
 		}
 	}
+	if t.version = old.version; t.version == 0 || t.all != old.all || !maps.Equal(t.names, old.names) || t.allLocal != old.allLocal || !maps.Equal(t.local, old.local) {
+		t.version++
+	}
 	s.g.taints.Store(s.who.Database, t)
 	return nil
 }
 
-// knowsTaints reports that they were asked for.
-func (g *Server) knowsTaints(database string) bool {
-	_, ok := g.taints.Load(database)
-	return ok
+// unknownTaints is of a database of which nothing is known.
+var unknownTaints = &tainted{}
+
+func (g *Server) taintsOf(database string) *tainted {
+	if v, ok := g.taints.Load(database); ok {
+		return v.(*tainted)
+	}
+	return unknownTaints
+}
+
+// effectsOf is what a prepared statement does, by what is known of the database now: it may have been prepared when nothing was.
+func (s *session) effectsOf(st *statement) text {
+	if st.effects.seems && s.keeps() {
+		if v := s.g.taintsOf(s.who.Database).version; v != st.judged || v == 0 {
+			st.judged, st.effects.does = v, reads
+			if s.g.mayWrite(s.who.Database, st.sql, st.effects.escapes) {
+				st.effects.does = writes
+			}
+			st.effects.roams = s.g.cfg.Reads != nil && s.lookRoaming(st.sql, st.effects.escapes, &st.effects)
+		}
+	}
+	return st.effects
 }
 
 // mayWrite reports that a text which looks like a read may write all the same. As long as nothing is known of the database, all
 // that reads a table may.
 func (g *Server) mayWrite(database string, sql []byte, escapes bool) bool {
-	var t *tainted
-	if v, ok := g.taints.Load(database); ok {
-		t = v.(*tainted)
-	}
-	if t != nil && !t.all && len(t.names) == 0 {
+	t := g.taintsOf(database)
+	unsure := t.all || t.version == 0
+	if !unsure && len(t.names) == 0 {
 		return false
 	}
 	l := lexer{src: sql, escapes: escapes}
@@ -92,7 +114,7 @@ func (g *Server) mayWrite(database string, sql []byte, escapes bool) bool {
 			continue
 		}
 		w := string(l.word(tok))
-		if t != nil && t.names[w] || (t == nil || t.all) && (w == "select" || w == "table" || w == "values") {
+		if t.names[w] || unsure && (w == "select" || w == "table" || w == "values") {
 			return true
 		}
 	}

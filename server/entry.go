@@ -163,6 +163,14 @@ type ownConn struct {
 	release func()
 }
 
+// SyscallConn is that of syscall.Conn.
+func (c *ownConn) SyscallConn() (syscall.RawConn, error) {
+	if conn, ok := c.Conn.(syscall.Conn); ok {
+		return conn.SyscallConn()
+	}
+	return nil, errors.ErrUnsupported
+}
+
 func (c *ownConn) Close() error {
 	c.release()
 	return c.Conn.Close()

@@ -96,7 +96,7 @@ func (a *Agent) newDoor() (err error) {
 // newGateway makes the server for clients.
 func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
 	c := cfg.Gateway
-	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Dial: s.dial, Log: log}
+	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, Log: log}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
 		if c.RoutesReads() {

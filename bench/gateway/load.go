@@ -16,8 +16,9 @@ import (
 	"github.com/duri-io/duri/internal/pair"
 )
 
-// sample is what one load showed: transactions per second, latencies and the processor time of the process in between, in us.
-type sample struct{ tps, p50, p99, cpu float64 }
+// sample is what one load showed: transactions per second, latencies and the processor time of the process in between, in us; agent
+// is that of the agent of the server's site, which decodes what is written, whichever way it came.
+type sample struct{ tps, p50, p99, cpu, agent float64 }
 
 // load runs pgbench through a system.
 func (b *bench) load(ctx context.Context, s *system, sh shape) (sample, error) {
@@ -30,13 +31,17 @@ func (b *bench) load(ctx context.Context, s *system, sh shape) (sample, error) {
 	defer cancel()
 	prefix := filepath.Join(b.dir, "log")
 	args := []string{
-		"-n", "-h", host, "-p", port, "-U", user, "-M", sh.protocol, "-f", b.script, "-c", strconv.Itoa(sh.clients),
+		"-n", "-h", host, "-p", port, "-U", user, "-M", sh.protocol, "-f", b.script(sh), "-c", strconv.Itoa(sh.clients),
 		"-T", strconv.Itoa(seconds), "-l", "--log-prefix=" + prefix,
 	}
 	if sh.reconnect {
 		args = append(args, "-C")
 	}
 	before, err := s.cpu()
+	if err != nil {
+		return sample{}, err
+	}
+	agentBefore, err := cpuTime(b.agent())
 	if err != nil {
 		return sample{}, err
 	}
@@ -47,6 +52,10 @@ func (b *bench) load(ctx context.Context, s *system, sh shape) (sample, error) {
 		return sample{}, fmt.Errorf("pgbench: %w: %s", err, out)
 	}
 	after, err := s.cpu()
+	if err != nil {
+		return sample{}, err
+	}
+	agentAfter, err := cpuTime(b.agent())
 	if err != nil {
 		return sample{}, err
 	}
@@ -64,7 +73,8 @@ func (b *bench) load(ctx context.Context, s *system, sh shape) (sample, error) {
 	slices.Sort(us)
 	return sample{
 		tps: float64(len(us)) / float64(seconds), p50: us[len(us)/2], p99: us[len(us)*99/100],
-		cpu: float64((after - before).Microseconds()) / float64(len(us)),
+		cpu:   float64((after - before).Microseconds()) / float64(len(us)),
+		agent: float64((agentAfter - agentBefore).Microseconds()) / float64(len(us)),
 	}, nil
 }
 

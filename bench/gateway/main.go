@@ -24,6 +24,7 @@ func main() {
 	var b bench
 	flag.DurationVar(&b.time, "time", 5*time.Second, "length of a load")
 	flag.IntVar(&b.runs, "runs", 3, "loads of each kind; medians count")
+	flag.StringVar(&b.only, "only", "", "only loads whose name contains this, such as 'prepared UPDATE'")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -46,9 +47,11 @@ const (
 type bench struct {
 	time time.Duration
 	runs int
+	only string
 
-	dir, script, pgbench string
-	systems              []*system
+	dir, pgbench string
+	agent        func() int // the process of the server's site
+	systems      []*system
 }
 
 // shape is a kind of load.
@@ -56,22 +59,30 @@ type shape struct {
 	clients   int
 	protocol  string // pgbench's -M
 	reconnect bool   // a connection for each transaction
+	writes    bool   // an UPDATE of one row, else a SELECT of one
 }
 
 func (s shape) String() string {
-	if s.reconnect {
-		return fmt.Sprintf("%d clients, connecting anew each time", s.clients)
+	what := s.protocol
+	if s.writes {
+		what += " UPDATE"
 	}
-	return fmt.Sprintf("%d clients, %s", s.clients, s.protocol)
+	if s.reconnect {
+		what = "connecting anew each time"
+	}
+	return fmt.Sprintf("%d clients, %s", s.clients, what)
 }
 
-func shapes() (all []shape) {
-	for _, protocol := range []string{"simple", "prepared"} {
-		for _, clients := range []int{1, 8, 32} {
-			all = append(all, shape{clients, protocol, false})
+func (b *bench) shapes() (all []shape) {
+	for _, writes := range []bool{false, true} {
+		for _, protocol := range []string{"simple", "prepared"} {
+			for _, clients := range []int{1, 8, 32} {
+				all = append(all, shape{clients: clients, protocol: protocol, writes: writes})
+			}
 		}
 	}
-	return append(all, shape{8, "simple", true})
+	all = append(all, shape{clients: 8, protocol: "simple", reconnect: true})
+	return slices.DeleteFunc(all, func(s shape) bool { return !strings.Contains(s.String(), b.only) })
 }
 
 func (b *bench) run(ctx context.Context) (err error) {
@@ -93,10 +104,10 @@ func (b *bench) run(ctx context.Context) (err error) {
 	defer b.end()
 	results := map[string]map[string][]sample{}
 	for run := range b.runs {
-		for _, sh := range shapes() {
+		for _, sh := range b.shapes() {
 			fmt.Printf("run %d of %d: %s\n", run+1, b.runs, sh)
 			for _, s := range b.systems {
-				if s.only != "" && s.only != sh.protocol {
+				if s.only != "" && s.only != sh.protocol || sh.writes && s.name == duriSession { // that one is at the other site
 					continue
 				}
 				one, err := b.load(ctx, s, sh)
@@ -118,12 +129,16 @@ func (b *bench) run(ctx context.Context) (err error) {
 // report is the tables, and which aims hold.
 func (b *bench) report(results map[string]map[string][]sample) string {
 	var out, aims strings.Builder
-	for _, sh := range shapes() {
+	for _, sh := range b.shapes() {
 		fmt.Fprintf(&out, "\n### %s\n\n| way | tx/s | p50 us | p99 us | CPU us a transaction |\n| --- | --- | --- | --- | --- |\n", sh)
 		m := map[string]sample{}
 		for _, s := range b.systems {
 			if all := results[sh.String()][s.name]; len(all) > 0 {
-				m[s.name] = median(all)
+				one := median(all)
+				if sh.writes && s.name == duriTransaction { // it decodes, too, and did so behind the others
+					one.cpu -= m[direct].agent
+				}
+				m[s.name] = one
 				fmt.Fprintf(&out, "| %s | %.0f | %.0f | %.0f | %.1f |\n", s.name, m[s.name].tps, m[s.name].p50, m[s.name].p99, m[s.name].cpu)
 			}
 		}
@@ -178,6 +193,7 @@ func median(all []sample) sample {
 	return sample{
 		tps: of(func(s sample) float64 { return s.tps }), p50: of(func(s sample) float64 { return s.p50 }),
 		p99: of(func(s sample) float64 { return s.p99 }), cpu: of(func(s sample) float64 { return s.cpu }),
+		agent: of(func(s sample) float64 { return s.agent }),
 	}
 }
 
@@ -187,6 +203,9 @@ func (b *bench) start(ctx context.Context) (_ *pair.Pair, err error) {
 	binary, err := pair.Build(ctx, b.dir)
 	if err != nil {
 		return nil, err
+	}
+	if len(b.shapes()) == 0 {
+		return nil, fmt.Errorf("no load has %q in its name", b.only)
 	}
 	if err := b.prepare(); err != nil {
 		return nil, err

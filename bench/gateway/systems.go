@@ -35,14 +35,23 @@ type system struct {
 	cmd           *exec.Cmd
 }
 
-// prepare makes the script of the load.
+// prepare makes the scripts of the loads.
 func (b *bench) prepare() (err error) {
-	b.script = filepath.Join(b.dir, "select.sql")
-	if err := os.WriteFile(b.script, fmt.Appendf(nil, "\\set id random(1, %d)\nSELECT v FROM t WHERE id = :id;\n", rows), 0o600); err != nil {
-		return err
+	for _, sh := range []shape{{}, {writes: true}} {
+		sql := "SELECT v FROM t WHERE id = :id"
+		if sh.writes {
+			sql = "UPDATE t SET n = n + 1 WHERE id = :id"
+		}
+		if err := os.WriteFile(b.script(sh), fmt.Appendf(nil, "\\set id random(1, %d)\n%s;\n", rows, sql), 0o600); err != nil {
+			return err
+		}
 	}
 	b.pgbench, err = pair.FindPgbench()
 	return err
+}
+
+func (b *bench) script(sh shape) string {
+	return filepath.Join(b.dir, fmt.Sprintf("writes-%v.sql", sh.writes))
 }
 
 func (b *bench) sites(ctx context.Context, binary string) (_ *pair.Pair, err error) {
@@ -59,7 +68,7 @@ func (b *bench) sites(ctx context.Context, binary string) (_ *pair.Pair, err err
 			return text + fmt.Sprintf("\ngateway:\n  listen: %s\n  mode: %s\n", doors[site], modes[site])
 		},
 		Seed: func(ctx context.Context, a *pair.Site) error {
-			return a.Cluster.Exec(ctx, database, fmt.Sprintf("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT n, md5(n::text) FROM generate_series(1, %d) AS n", rows))
+			return a.Cluster.Exec(ctx, database, fmt.Sprintf("CREATE TABLE t (id int PRIMARY KEY, v text, n int) WITH (fillfactor = 50); INSERT INTO t SELECT n, md5(n::text), 0 FROM generate_series(1, %d) AS n", rows))
 		},
 	})
 	if err != nil {
@@ -71,7 +80,7 @@ func (b *bench) sites(ctx context.Context, binary string) (_ *pair.Pair, err err
 		}
 	}()
 	for _, s := range p.Sites {
-		sql := fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'; GRANT pg_read_all_data TO %[1]s", user, password)
+		sql := fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'; GRANT pg_read_all_data, pg_write_all_data TO %[1]s", user, password)
 		if err := errors.Join(s.Cluster.Exec(ctx, database, sql), s.Cluster.Exec(ctx, database, grants.SQL(grants.Spec{Gateway: true}))); err != nil {
 			return nil, err
 		}
@@ -82,6 +91,7 @@ func (b *bench) sites(ctx context.Context, binary string) (_ *pair.Pair, err err
 		return nil, err
 	}
 	b.systems = []*system{{name: direct, address: fmt.Sprintf("127.0.0.1:%d", p.Sites[1].Cluster.Port())}}
+	b.agent = p.Sites[1].AgentPID
 	if err := b.peers(ctx, p.Sites[1].Cluster); err != nil {
 		return nil, err
 	}
