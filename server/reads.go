@@ -17,10 +17,10 @@ import (
 
 // drawn is the site that a session reads at: each has as many of the sessions as its weight says, and a session always has the same
 // one. Empty: none has a weight.
-func drawn(weights map[string]int, key uint64) string {
+func drawn(sites []*siteLink, weights map[string]int, key uint64) string {
 	total := uint64(0)
-	for _, w := range weights {
-		total += uint64(w)
+	for _, l := range sites {
+		total += uint64(weights[l.target.Site])
 	}
 	if total == 0 {
 		return ""
@@ -30,12 +30,12 @@ func drawn(weights map[string]int, key uint64) string {
 	key = (key ^ key>>30) * 0xbf58476d1ce4e5b9
 	key = (key ^ key>>27) * 0x94d049bb133111eb
 	at := (key ^ key>>31) % total
-	for _, site := range slices.Sorted(maps.Keys(weights)) {
-		if w := uint64(weights[site]); at < w {
-			return site
-		} else {
-			at -= w
+	for _, l := range sites {
+		w := uint64(weights[l.target.Site])
+		if at < w {
+			return l.target.Site
 		}
+		at -= w
 	}
 	return "" // not reached
 }
@@ -104,7 +104,7 @@ func (s *sites) readsOf(l *gateway.Login, w gateway.Wish) (r config.Reads, home 
 // ReadAt is that of gateway.Reads.
 func (s *sites) ReadAt(l *gateway.Login, w gateway.Wish, key uint64) (t gateway.Target, wait time.Duration, ok bool) {
 	r, home := s.readsOf(l, w)
-	site := drawn(r.Weights, key)
+	site := drawn(s.links, r.Weights, key)
 	if w.Last != "" {
 		home = w.Last // where its transactions are, also while its home is away
 	}

@@ -17,6 +17,14 @@ import (
 	"github.com/duri-io/duri/wal"
 )
 
+// abcd are four sites.
+var abcd = func() (all []*siteLink) {
+	for _, name := range []string{"a", "b", "c", "d"} {
+		all = append(all, &siteLink{target: gateway.Target{Site: name}})
+	}
+	return all
+}()
+
 func TestSessionsAreDrawnByWeight(t *testing.T) {
 	for _, weights := range []map[string]int{{"a": 1, "b": 3}, {"a": 1}, {"a": 0, "b": 1}, {"a": 5, "b": 3, "c": 2}, {"a": 1, "b": 1}} {
 		total, n, got, even := 0, 20_000, map[string]int{}, map[string]int{}
@@ -24,8 +32,8 @@ func TestSessionsAreDrawnByWeight(t *testing.T) {
 			total += w
 		}
 		for key := range uint64(n) {
-			got[drawn(weights, key)]++
-			even[drawn(weights, 2*key)]++ // every other connection is a monitor's
+			got[drawn(abcd, weights, key)]++
+			even[drawn(abcd, weights, 2*key)]++ // every other connection is a monitor's
 		}
 		for site, w := range weights {
 			want := float64(n*w) / float64(total)
@@ -36,14 +44,14 @@ func TestSessionsAreDrawnByWeight(t *testing.T) {
 			}
 		}
 	}
-	if drawn(nil, 7) != "" || drawn(map[string]int{"a": 0}, 7) != "" {
+	if drawn(abcd, nil, 7) != "" || drawn(abcd, map[string]int{"a": 0}, 7) != "" {
 		t.Error("drawn from nothing")
 	}
 	rapid.Check(t, func(t *rapid.T) {
 		weights := rapid.MapOf(rapid.SampledFrom([]string{"a", "b", "c", "d"}), rapid.IntRange(0, 9)).Draw(t, "weights")
 		key := rapid.Uint64().Draw(t, "key")
-		site := drawn(weights, key)
-		if site != drawn(maps.Clone(weights), key) {
+		site := drawn(abcd, weights, key)
+		if site != drawn(abcd, maps.Clone(weights), key) {
 			t.Fatal("another site for the same session")
 		}
 		sum := 0
@@ -203,7 +211,7 @@ func TestWhoIsDelayed(t *testing.T) {
 func TestLagOfAPeer(t *testing.T) {
 	begun := time.Now()
 	var m lagMeter
-	at := func(after time.Duration) time.Time { return begun.Add(after) }
+	at := begun.Add
 	note := func(after, heard time.Duration, end, applied wal.LSN) { m.note(at(after), at(heard), end, applied) }
 	want := func(what string, after, lag time.Duration, known bool) {
 		t.Helper()

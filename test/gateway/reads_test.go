@@ -15,6 +15,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/duri-io/duri/server"
 )
@@ -315,6 +316,114 @@ func TestReadsSurviveTheLossOfTheirSite(t *testing.T) {
 		if t.Failed() {
 			t.FailNow()
 		}
+	}
+	tr.audit(all)
+}
+
+// shows asks the gateway's own database.
+func (t *trial) shows(ctx context.Context, conn *pgx.Conn, what string) ([]map[string]any, error) {
+	rows, err := conn.Query(ctx, "SHOW "+what)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowToMap)
+}
+
+// TestWritersAreDelayedWhileAPeerFallsBehind: b does not apply what is written at a; clients that write there are delayed, until it is
+// plain that this does not help.
+func TestWritersAreDelayedWhileAPeerFallsBehind(t *testing.T) {
+	tr := startReading(t, "  admins: [client]\n  slow_down: {from: 1MiB, to: 2MiB, most: 30ms}\n")
+	all := tr.clients(1)
+	tr.waitAt("a", all)
+	c := all[0]
+	admin, err := pgx.Connect(t.Context(), fmt.Sprintf("postgres://client:secret@%s/duri?sslmode=disable&default_query_exec_mode=simple_protocol", tr.address))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close(context.Background())
+	route := func(ctx context.Context) (backlog int64, delayMS float64, err error) {
+		rows, err := tr.shows(ctx, admin, "duri.routes")
+		if err != nil || len(rows) != 1 {
+			return 0, 0, fmt.Errorf("%v: %w", rows, err)
+		}
+		delay := rows[0]["delay_ms"].(pgtype.Numeric)
+		f, err := delay.Float64Value()
+		return rows[0]["backlog_bytes"].(int64), f.Float64, err
+	}
+	slowed := func(ctx context.Context) (n int64, err error) {
+		rows, err := tr.shows(ctx, admin, "duri.counters")
+		for _, r := range rows {
+			if r["name"] == "slowed" {
+				n = r["value"].(int64)
+			}
+		}
+		return n, err
+	}
+	if n, err := slowed(t.Context()); err != nil || n != 0 {
+		t.Fatalf("%d transactions were delayed before there was a reason, %v", n, err)
+	}
+	lock, err := pgconn.Connect(t.Context(), tr.b.Cluster.DSN(tr.b.Database, tr.b.Cluster.Superuser()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close(context.Background())
+	tr.within(time.Minute, func(ctx context.Context) error {
+		if err := tr.p.WaitApplied(ctx); err != nil {
+			return err
+		}
+		if _, err := lock.Exec(ctx, fmt.Sprintf("BEGIN; UPDATE t SET site = site WHERE client = %d AND seq = 1", c.n)).ReadAll(); err != nil {
+			return err
+		}
+		if _, err := c.conn.Exec(ctx, "UPDATE t SET site = 'changed' WHERE client = $1 AND seq = 1", c.n); err != nil {
+			return err
+		}
+		for n := 0; ; n++ {
+			if _, err := c.conn.Exec(ctx, "INSERT INTO t SELECT 50, $1, string_agg(md5(n::text), '') FROM generate_series(1, 10000) AS n", n); err != nil {
+				return err
+			}
+			if backlog, delay, err := route(ctx); err != nil || delay == 30 {
+				t.Logf("after %d writes the backlog is %d bytes", n+1, backlog)
+				return err
+			}
+		}
+	})
+	tr.within(time.Minute, func(ctx context.Context) error {
+		before, err := slowed(ctx)
+		if err != nil {
+			return err
+		}
+		for range 20 {
+			if _, err := c.conn.Exec(ctx, "SELECT count(*) FROM t"); err != nil {
+				return err
+			}
+		}
+		if n, err := slowed(ctx); err != nil || n != before {
+			return fmt.Errorf("%d reads were delayed: %w", n-before, err)
+		}
+		begun := time.Now()
+		if err := c.write(ctx); err != nil {
+			return err
+		}
+		if took := time.Since(begun); took < 30*time.Millisecond {
+			t.Errorf("a write took %v", took)
+		}
+		if n, err := slowed(ctx); err != nil || n != before+1 {
+			return fmt.Errorf("%d delays of one write: %w", n-before, err)
+		}
+		return nil
+	})
+	// b goes on to receive, and applies what is not locked, but does not get further: nobody is delayed for ever.
+	tr.within(time.Minute, func(ctx context.Context) error {
+		return tr.p.Wait(ctx, "nobody is delayed any more", func(ctx context.Context) (bool, error) {
+			if err := c.write(ctx); err != nil {
+				return false, err
+			}
+			_, delay, err := route(ctx)
+			return delay == 0, err
+		})
+	})
+	if _, err := lock.Exec(t.Context(), "ROLLBACK").ReadAll(); err != nil {
+		t.Fatal(err)
 	}
 	tr.audit(all)
 }
