@@ -411,6 +411,9 @@ func (s *sites) End(ctx context.Context, d gateway.Doubt) {
 	}
 }
 
+// positionMax bounds a question to a site whose PostgreSQL does not answer.
+const positionMax = time.Second
+
 // CatchUp is that of gateway.Sites.
 func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 	if from == to {
@@ -421,7 +424,12 @@ func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 		return fmt.Errorf("there is no site %q or %q", from, to)
 	}
 	if s.reachable(from) {
-		positions, err := there.asked.Position(ctx, database)
+		asking, cancel := ctx, func() {}
+		if v := s.seen.Load().view(from); v.heard && !v.state.Postgres {
+			asking, cancel = context.WithTimeout(ctx, positionMax) // It may hang.
+		}
+		positions, err := there.asked.Position(asking, database)
+		cancel()
 		if err == nil {
 			return here.asked.Reach(ctx, database, positions, "")
 		}
@@ -437,7 +445,7 @@ func (s *sites) reachable(site string) bool {
 	p := s.seen.Load()
 	for i, v := range p.sites {
 		if v.name == site {
-			return (v.heard && v.state.Postgres || !v.heard && s.isOwn(s.links[i])) && (p.members == nil || slices.Contains(p.members, site))
+			return (v.heard || s.isOwn(s.links[i])) && (p.members == nil || slices.Contains(p.members, site))
 		}
 	}
 	return false
