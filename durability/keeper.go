@@ -48,6 +48,9 @@ type Peer struct {
 	// Frozen and Armed are what it says, in the present epoch: sites that it gives no receipts and counts none of, and those
 	// that it waits for as they come back, having Passed there. It keeps to both until it knows a greater epoch.
 	Frozen, Armed []string
+	// Ghosts are its transactions that do not count, as a client was told, and that it has not reversed. It reverses them only while
+	// it is no member.
+	Ghosts int
 }
 
 // Server is the health of this site's own PostgreSQL and journals.
@@ -246,6 +249,8 @@ func (v View) gone(name string) string {
 		return fmt.Sprintf("the agent of %s refuses connections", name)
 	case p.Unfit != "":
 		return fmt.Sprintf("%s says of itself: %s", name, p.Unfit)
+	case p.Ghosts > 0:
+		return fmt.Sprintf("%d transactions of %s do not count, and have to be reversed there", p.Ghosts, name)
 	case p.Silent > v.Detect:
 		return fmt.Sprintf("%s is silent for %s", name, p.Silent.Round(100*time.Millisecond))
 	case p.Deaf > v.Detect:

@@ -53,6 +53,7 @@ func TestDecide(t *testing.T) {
 		{"its disk hangs", func(v *View) { v.Server.DiskStalled = 3 * time.Second }, Blocked, "b", "not even a promise"},
 		{"its disk is slow", func(v *View) { v.Server.DiskStalled = time.Second }, Nothing, "", ""},
 		{"alone, with a disk that hangs", func(v *View) { v.Members, v.Server.DiskStalled = []string{"a"}, time.Hour }, Nothing, "", ""},
+		{"the other one has kept what does not count", func(v *View) { v.Peers[0].Ghosts, v.Frozen = 2, []string{"b"} }, TakeOver, "b", "2 transactions of b do not count, and have to be reversed there"},
 		{"the other one says that it cannot", func(v *View) { v.Peers[0].Unfit, v.Frozen = "no disk", []string{"b"} }, TakeOver, "b", "b says of itself: no disk"},
 		{"neither can", func(v *View) { v.Peers[0].Unfit, v.Server.Unable = "no disk", "none here" }, Blocked, "b", "no other member"},
 		{"back, and it says that it cannot", func(v *View) {
@@ -158,7 +159,7 @@ func TestNothingIsTakenOverAgainstTheRules(t *testing.T) {
 		for _, s := range sites[1:] {
 			v.Peers = append(v.Peers, Peer{
 				s, duration.Draw(t, "silent"), duration.Draw(t, "deaf"), rapid.SampledFrom([]string{"", "no disk"}).Draw(t, "unfit"), rapid.Bool().Draw(t, "refuses"), rapid.Bool().Draw(t, "caught up"),
-				duration.Draw(t, "stable"), rapid.Bool().Draw(t, "passed"), some.Draw(t, "has frozen"), some.Draw(t, "has armed"),
+				duration.Draw(t, "stable"), rapid.Bool().Draw(t, "passed"), some.Draw(t, "has frozen"), some.Draw(t, "has armed"), rapid.IntRange(0, 1).Draw(t, "ghosts"),
 			})
 		}
 		a := Decide(v)

@@ -199,7 +199,7 @@ func (f *following) heartbeat(m *linkpb.Heartbeat) {
 	if ok {
 		f.c.clockSample(x)
 	}
-	h := Heartbeat{Sent: wal.Time(m.GetClock().GetSent()), End: wal.LSN(m.GetEnd()), Durable: wal.LSN(m.GetDurable()), Unfit: m.GetUnfit()}
+	h := Heartbeat{Sent: wal.Time(m.GetClock().GetSent()), End: wal.LSN(m.GetEnd()), Durable: wal.LSN(m.GetDurable()), Unfit: m.GetUnfit(), Uncaptured: m.GetUncaptured()}
 	if at := wal.Time(m.GetClock().GetEchoReceived()); at != 0 {
 		h.Heard = max(h.Sent.Sub(at), 0)
 	}

@@ -98,12 +98,17 @@ type Heartbeat struct {
 	Heard time.Duration
 	Clock Clock  // of the origin, as estimated here
 	Unfit string // why it cannot do its part in durability, by its own word; empty: it can
+	// Uncaptured: its database may have committed more than the journal has up to End (see Database.Uncaptured).
+	Uncaptured bool
 }
 
 // Database is what a site offers to its peers for one database. Implementations are safe for concurrent use.
 type Database interface {
 	// Journal is the journal of what this site commits. The error says, as a sentence, why there is none yet.
 	Journal() (*journal.Journal, error)
+	// Uncaptured reports that the database may have committed what the journal does not have yet, other than in the moment
+	// that decoding takes: its server has ended, or what it has recovered was not decoded yet.
+	Uncaptured() bool
 	// CopyOf is this site's copy of another site's journal, which a third one asks for. The error says why there is none.
 	CopyOf(site string) (*journal.Journal, error)
 	// Acknowledged tells how far site has come. It must not block. Calls for one site come one at a time, in order.

@@ -104,6 +104,8 @@ func (o *offer) Acknowledged(site string, a Ack) {
 	o.acks[site] = append(o.acks[site], a)
 }
 
+func (o *offer) Uncaptured() bool { return false }
+
 func (o *offer) Stated(site string, s Statement) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -250,7 +250,7 @@ func (s *Server) ship(ctx context.Context, cancel context.CancelFunc, w *wire, f
 	var parts sync.WaitGroup
 	failed := make(chan error, 3)
 	parts.Go(func() { failed <- pump(ctx, reader, pack, f, w, welcome) })
-	parts.Go(func() { failed <- s.beat(ctx, w, f, j) })
+	parts.Go(func() { failed <- s.beat(ctx, w, f, db, j) })
 	parts.Go(func() { failed <- s.listen(w, f, db, j) })
 	err = s.watchOver(ctx, f, failed)
 	cancel()
@@ -391,7 +391,7 @@ func pump(ctx context.Context, reader *journal.Reader, pack *packer, f *follower
 }
 
 // beat sends the heartbeats, after the welcome.
-func (s *Server) beat(ctx context.Context, w *wire, f *follower, j *journal.Journal) error {
+func (s *Server) beat(ctx context.Context, w *wire, f *follower, db Database, j *journal.Journal) error {
 	select {
 	case <-f.welcomed:
 	case <-ctx.Done():
@@ -402,7 +402,8 @@ func (s *Server) beat(ctx context.Context, w *wire, f *follower, j *journal.Jour
 	for {
 		select {
 		case <-beat.C:
-			h := &linkpb.Heartbeat{End: uint64(j.End()), Durable: uint64(j.Durable()), Unfit: s.c.Unfit()}
+			h := &linkpb.Heartbeat{Unfit: s.c.Unfit(), Uncaptured: db.Uncaptured()}
+			h.End, h.Durable = uint64(j.End()), uint64(j.Durable()) // after that: they hold what is captured
 			f.mu.Lock()
 			h.Clock = f.echo.say(s.c.Now())
 			f.mu.Unlock()

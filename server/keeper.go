@@ -299,6 +299,7 @@ func (k *keeper) peerView(site string, now time.Time) durability.Peer {
 		at, armed := k.arming[site]
 		out.CaughtUp = out.CaughtUp && s.caughtUp(armed) && s.ack.Epoch == k.reg.Epoch && k.holdsOthers(p) && p.lacking.Load() == nil &&
 			len(p.ghosts) == 0 && (armed || s.unjudged == 0 || len(p.n.peers) > 1) // with more sites there are no ghosts
+		out.Ghosts += len(p.ghosts)
 		said := p.says()
 		if said.Epoch != k.reg.Epoch {
 			said = link.Statement{}

@@ -29,6 +29,9 @@ func (o offered) Journal() (*journal.Journal, error) {
 	return nil, errNotReady
 }
 
+// Uncaptured is that of link.Database.
+func (o offered) Uncaptured() bool { return o.n.uncaptured() }
+
 // CopyOf is this site's copy of a third one's journal, for a site that lacks some of it and does not reach that one.
 func (o offered) CopyOf(site string) (*journal.Journal, error) {
 	for _, p := range o.n.peers {

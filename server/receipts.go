@@ -93,6 +93,14 @@ func (n *node) noteRecovered(ctx context.Context, conn *pgconn.PgConn) error {
 	return nil
 }
 
+// uncaptured reports that the database may have committed what the journal does not have: the server has ended, or what it had
+// recovered when its stream was opened is not decoded yet. Another site that takes this one back before would hear of it when it
+// may have decided long ago that it does not count.
+func (n *node) uncaptured() bool {
+	c, recovered := n.ready.Load(), wal.LSN(n.recover.Load())
+	return c == nil || !n.known.Load() || recovered == 0 || c.journal.End() < recovered
+}
+
 // unable says why this site cannot decode this database, so that nothing is acknowledged, or cannot receive some other
 // one's journal of it, on its own side. A stream of decoding that has ended may take a
 // moment to begin again: only one that ended before overdue counts.
@@ -141,6 +149,8 @@ type seenPeer struct {
 	// unjudged are bytes of its WAL whose transactions may turn out not to count.
 	unjudged wal.LSN
 	ack      link.Ack
+	// uncaptured: it may have committed what its journal does not have.
+	uncaptured bool
 }
 
 // nearlyAll is how much may be under way to a site that counts as caught up, in bytes of WAL; and how much both ways, once
@@ -150,8 +160,12 @@ const (
 	armedSlack = 16 << 20
 )
 
-// caughtUp reports whether the peer has nearly all of this site's journal, and this site all of its.
+// caughtUp reports whether the peer has nearly all of this site's journal, and this site all of its, which has all that the peer has
+// committed.
 func (s seenPeer) caughtUp(armed bool) bool {
+	if s.uncaptured {
+		return false
+	}
 	if armed {
 		return max(s.lacks, s.tail) <= armedSlack
 	}
@@ -170,7 +184,7 @@ func (p *peer) seenBy(now time.Time) (s seenPeer) {
 		return s
 	}
 	beat, at := in.copy.Heard()
-	s.heard, s.unfit = at, beat.Unfit
+	s.heard, s.unfit, s.uncaptured = at, beat.Unfit, beat.Uncaptured
 	if at.After(refusedAt) {
 		s.refused = false
 	}

@@ -1038,7 +1038,9 @@ type Heartbeat struct {
 	Durable uint64                 `protobuf:"varint,2,opt,name=durable,proto3" json:"durable,omitempty"`
 	Clock   *Clock                 `protobuf:"bytes,3,opt,name=clock,proto3" json:"clock,omitempty"`
 	// Why the answering site cannot do its part in durability; empty: it can.
-	Unfit         string `protobuf:"bytes,4,opt,name=unfit,proto3" json:"unfit,omitempty"`
+	Unfit string `protobuf:"bytes,4,opt,name=unfit,proto3" json:"unfit,omitempty"`
+	// Its database may have committed what its journal does not have yet, since its server has ended, or has just begun to tell.
+	Uncaptured    bool `protobuf:"varint,5,opt,name=uncaptured,proto3" json:"uncaptured,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1099,6 +1101,13 @@ func (x *Heartbeat) GetUnfit() string {
 		return x.Unfit
 	}
 	return ""
+}
+
+func (x *Heartbeat) GetUncaptured() bool {
+	if x != nil {
+		return x.Uncaptured
+	}
+	return false
 }
 
 // Clock lets both ends estimate the distance of their clocks. Times are microseconds since 2000-01-01 UTC; zero means
@@ -2797,12 +2806,15 @@ const file_link_proto_rawDesc = "" +
 	"\x04zstd\x18\x02 \x01(\bR\x04zstd\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x04 \x01(\x04R\x02to\x12\x12\n" +
-	"\x04more\x18\x05 \x01(\bR\x04more\"u\n" +
+	"\x04more\x18\x05 \x01(\bR\x04more\"\x95\x01\n" +
 	"\tHeartbeat\x12\x10\n" +
 	"\x03end\x18\x01 \x01(\x04R\x03end\x12\x18\n" +
 	"\adurable\x18\x02 \x01(\x04R\adurable\x12&\n" +
 	"\x05clock\x18\x03 \x01(\v2\x10.duri.link.ClockR\x05clock\x12\x14\n" +
-	"\x05unfit\x18\x04 \x01(\tR\x05unfit\"]\n" +
+	"\x05unfit\x18\x04 \x01(\tR\x05unfit\x12\x1e\n" +
+	"\n" +
+	"uncaptured\x18\x05 \x01(\bR\n" +
+	"uncaptured\"]\n" +
 	"\x05Clock\x12\x12\n" +
 	"\x04sent\x18\x01 \x01(\x12R\x04sent\x12\x1b\n" +
 	"\techo_sent\x18\x02 \x01(\x12R\bechoSent\x12#\n" +

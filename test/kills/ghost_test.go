@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -90,5 +91,56 @@ func ghosts(t *testing.T, tail string) {
 	}
 	if _, err := ask(b, 3); err == nil || !strings.Contains(err.Error(), "is a member") {
 		t.Errorf("a question when the site is a member again: %v", err)
+	}
+}
+
+// TestGhostThatWasNotDecoded: a server ends with a commit that nobody has decoded, while its agent lives and is in touch all the time.
+// The client was told that it was aborted. The site is not taken back before all that its server has recovered is in its journal, and
+// the commit is reversed.
+func TestGhostThatWasNotDecoded(t *testing.T) {
+	p := startPair(t, pair.Options{Config: func(_, text string) string {
+		return strings.Replace(text, "\ndurability:\n", "\ndurability:\n  detect: 6s\n", 1)
+	}})
+	settledPair(t, p)
+	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
+	unheeded(t, p, 0)
+	a, b := p.Sites[0], p.Sites[1]
+	walsender, err := a.Cluster.QueryText(t.Context(), a.Database, "SELECT active_pid FROM pg_replication_slots WHERE slot_name = 'duri_app'")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(walsender[0][0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil { // ends with the server
+		t.Fatal(err)
+	}
+	// To decode it takes longer than to take the site back, because of what it carries beside its rows.
+	const id = "the mark of a client"
+	w := beginWait(t, a, `BEGIN; INSERT INTO t SELECT n, 1 FROM generate_series(1000, 3000) AS n;
+		SELECT count(pg_logical_emit_message(true, 'bulk', repeat('x', 1000000))) FROM generate_series(1, 200);
+		SELECT duri.mark('`+id+"'); COMMIT")
+	if err := a.Cluster.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-w.answer; err == nil {
+		t.Error("a commit without a receipt was acknowledged")
+	}
+	soloAmong(t, b)
+	within(t, 20*time.Second, func(ctx context.Context) error {
+		out, err := b.Control.Outcome(ctx, server.OutcomeRequest{Database: a.Database, Origin: "a", LTXID: []byte(id)})
+		if err == nil && out.Committed {
+			t.Error("what nobody else has counts as committed")
+		}
+		return err
+	})
+	within(t, time.Minute, a.Cluster.Start)
+	settledPair(t, p)
+	within(t, time.Minute, p.WaitApplied)
+	for _, s := range p.Sites {
+		if n, err := s.Cluster.QueryText(t.Context(), s.Database, "SELECT count(*) FROM t"); err != nil || n[0][0] != "10" {
+			t.Errorf("site %s has %v rows, %v, want 10", s.Name, n, err)
+		}
 	}
 }
