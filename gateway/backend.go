@@ -102,7 +102,7 @@ func (g *Server) secure(ctx context.Context, t Target, conn net.Conn) (*tls.Conn
 		cfg.ServerName = host
 	}
 	cfg.NextProtos = []string{alpn}
-	secured := tls.Client(conn, cfg)
+	secured := tls.Client(pgwire.Quick(conn), cfg)
 	return secured, secured.HandshakeContext(ctx)
 }
 

@@ -87,7 +87,7 @@ func (g *Server) greet(ctx context.Context, raw net.Conn) (net.Conn, *pgwire.Sta
 }
 
 func (g *Server) handshake(ctx context.Context, c net.Conn) (*tls.Conn, error) {
-	t := tls.Server(c, g.cfg.TLS)
+	t := tls.Server(pgwire.Quick(c), g.cfg.TLS)
 	return t, t.HandshakeContext(ctx)
 }
 

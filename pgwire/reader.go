@@ -4,9 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"net"
 	"sync"
 	"syscall"
-	"unsafe"
 )
 
 // BufferSize is the size of the buffer of a Reader or Writer, in bytes, while it is busy.
@@ -277,14 +277,6 @@ func (r *Reader) readReady(fd uintptr) bool {
 	}
 }
 
-// call reads into b or writes it. The descriptor does not block, so that the scheduler need not be told, as syscall.Read does: its
-// monitor would look after the call on a busy machine, and hand what runs on this processor to another thread (measured: a seventh
-// of the processor time of a gateway with 8 clients).
-func call(trap, fd uintptr, b []byte) (n int, errno syscall.Errno) {
-	r, _, errno := syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-	return int(r), errno
-}
-
 // Release gives the buffer back if it is empty. The next read takes one again.
 func (r *Reader) Release() {
 	if r.buf != nil && r.r == r.w {
@@ -311,24 +303,18 @@ func noEOF(err error) error {
 // it.
 type Writer struct {
 	dst  io.Writer
-	raw  syscall.RawConn       // of a TCP or Unix-domain connection; else nil
-	push func(fd uintptr) bool // w.writeReady, made once
-	buf  *[BufferSize]byte     // nil while nothing is buffered
+	buf  *[BufferSize]byte // nil while nothing is buffered
 	n    int
-	at   int   // of what is being sent, how much the connection has taken
 	sent int64 // bytes given to dst
 	err  error
 }
 
 // NewWriter writes to dst.
 func NewWriter(dst io.Writer) *Writer {
-	w := &Writer{dst: dst}
-	if c, ok := dst.(syscall.Conn); ok {
-		if raw, err := c.SyscallConn(); err == nil {
-			w.raw, w.push = raw, w.writeReady
-		}
+	if conn, ok := dst.(net.Conn); ok {
+		dst = Quick(conn)
 	}
-	return w
+	return &Writer{dst: dst}
 }
 
 // Write buffers p, and writes to the connection what does not fit.
@@ -387,31 +373,9 @@ func (w *Writer) Flush() error {
 	return w.err
 }
 
-// writeReady writes to the descriptor of a connection; false means that it takes no more now.
-func (w *Writer) writeReady(fd uintptr) bool {
-	for w.at < w.n {
-		n, errno := call(syscall.SYS_WRITE, fd, w.buf[w.at:w.n])
-		switch {
-		case errno == syscall.EINTR:
-		case errno == syscall.EAGAIN:
-			return false
-		case errno != 0:
-			w.err = errno
-			return true
-		default:
-			w.at += n
-		}
-	}
-	return true
-}
-
 func (w *Writer) send() {
 	if w.n > 0 && w.err == nil {
-		if w.at = 0; w.raw == nil {
-			_, w.err = w.dst.Write(w.buf[:w.n])
-		} else if err := w.raw.Write(w.push); w.err == nil {
-			w.err = err
-		}
+		_, w.err = w.dst.Write(w.buf[:w.n])
 	}
 	w.sent += int64(w.n)
 	w.n = 0

@@ -153,7 +153,7 @@ func (e *entry) secure(ctx context.Context, conn net.Conn) (_ net.Conn, err erro
 	if answer[0] != 'S' {
 		return nil, &hinted{"PostgreSQL has no TLS, which postgres.dsn demands", "give it a certificate, or change sslmode in duri.yaml"}
 	}
-	secured := tls.Client(conn, e.tls)
+	secured := tls.Client(pgwire.Quick(conn), e.tls)
 	return secured, secured.HandshakeContext(ctx)
 }
 

@@ -46,7 +46,7 @@ func (b *bench) load(ctx context.Context, s *system, sh shape) (sample, error) {
 		return sample{}, err
 	}
 	cmd := exec.CommandContext(ctx, b.pgbench, append(args, database)...)
-	cmd.Env = append(os.Environ(), "PGPASSWORD="+password, "PGSSLMODE=disable")
+	cmd.Env = append(os.Environ(), "PGPASSWORD="+password, "PGSSLMODE="+b.sslmode())
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return sample{}, fmt.Errorf("pgbench: %w: %s", err, out)

@@ -7,7 +7,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	osuser "os/user"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"syscall"
 	"time"
@@ -15,6 +17,7 @@ import (
 	"github.com/duri-io/duri/grants"
 	"github.com/duri-io/duri/internal/pair"
 	"github.com/duri-io/duri/internal/pgcluster"
+	"github.com/duri-io/duri/internal/pki"
 )
 
 // The ways from the client to the server.
@@ -62,10 +65,20 @@ func (b *bench) sites(ctx context.Context, binary string) (_ *pair.Pair, err err
 		}
 	}
 	modes := map[string]string{"a": "session", "b": "transaction"}
+	settings, more := map[string]string{"max_connections": "200"}, ""
+	if b.tls {
+		cert, key, err := b.certificate()
+		if err != nil {
+			return nil, err
+		}
+		settings["ssl"], settings["ssl_cert_file"], settings["ssl_key_file"] = "on", cert, key
+		more = fmt.Sprintf("  cert: %s\n  key: %s\n", cert, key)
+	}
 	p, err := pair.Start(ctx, pair.Options{
-		Binary: binary, Settings: map[string]string{"max_connections": "200"},
+		Binary: binary, Settings: settings,
 		Config: func(site, text string) string {
-			return text + fmt.Sprintf("\ngateway:\n  listen: %s\n  mode: %s\n", doors[site], modes[site])
+			text = regexp.MustCompile(`dsn: "([^"]*)"`).ReplaceAllString(text, `dsn: "$1 sslmode=`+b.sslmode()+`"`)
+			return text + fmt.Sprintf("\ngateway:\n  listen: %s\n  mode: %s\n%s", doors[site], modes[site], more)
 		},
 		Seed: func(ctx context.Context, a *pair.Site) error {
 			return a.Cluster.Exec(ctx, database, fmt.Sprintf("CREATE TABLE t (id int PRIMARY KEY, v text, n int) WITH (fillfactor = 50); INSERT INTO t SELECT n, md5(n::text), 0 FROM generate_series(1, %d) AS n", rows))
@@ -99,6 +112,39 @@ func (b *bench) sites(ctx context.Context, binary string) (_ *pair.Pair, err err
 		&system{name: duriSession, address: doors["a"], pid: p.Sites[0].AgentPID},
 		&system{name: duriTransaction, address: doors["b"], pid: p.Sites[1].AgentPID})
 	return p, nil
+}
+
+// sslmode is libpq's, on both legs.
+func (b *bench) sslmode() string {
+	if b.tls {
+		return "require"
+	}
+	return "disable"
+}
+
+// certificate makes one with its key, for all that answer clients. PostgreSQL's user reads the key by its group, if that is another one.
+func (b *bench) certificate() (cert, key string, err error) {
+	ca, err := pki.NewCA("0b8d5c3e-7f13-4b3a-9a55-2d7f6c1e2b3a", "bench")
+	if err != nil {
+		return "", "", err
+	}
+	pair, err := ca.Issue("bench", "127.0.0.1")
+	if err != nil {
+		return "", "", err
+	}
+	cert, key = filepath.Join(b.dir, "server.crt"), filepath.Join(b.dir, "server.key")
+	if err := pair.Write(cert, key); err != nil || os.Getuid() != 0 {
+		return cert, key, err
+	}
+	group, err := osuser.LookupGroup("postgres")
+	if err != nil {
+		return "", "", err
+	}
+	gid, err := strconv.Atoi(group.Gid)
+	if err != nil {
+		return "", "", err
+	}
+	return cert, key, errors.Join(os.Chown(key, 0, gid), os.Chmod(key, 0o640))
 }
 
 // peers starts those that are installed.
@@ -137,6 +183,9 @@ func (b *bench) peers(ctx context.Context, c *pgcluster.Cluster) error {
 			return err
 		}
 		text := fmt.Sprintf(peer.config, address, host, c.Port(), port, filepath.Join(dir, "users.txt"))
+		if b.tls && peer.program == "pgbouncer" {
+			text += fmt.Sprintf("client_tls_sslmode = require\nclient_tls_cert_file = %s/server.crt\nclient_tls_key_file = %[1]s/server.key\nserver_tls_sslmode = require\n", b.dir)
+		}
 		files["peer.conf"] = text
 		for name, content := range files {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil { //nolint:gosec // PgBouncer is another user's, the password is a test's

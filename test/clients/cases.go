@@ -56,6 +56,7 @@ func Cases(testdata string) (all []Case) {
 			}
 			return Bouncer(ctx, dirs)
 		}},
+		Case{"check_postgres", Monitor},
 		Case{"5000 idle clients, TLS", func(ctx context.Context) (string, error) { return Idle(ctx, 5000, true) }},
 	)
 	return all

@@ -145,7 +145,7 @@ func serve(text string) error {
 		r.targets = append(r.targets, gateway.Target{Site: string(rune('a' + i)), Network: "tcp", Address: string(rune('a'+i)) + ":" + address})
 	}
 	cfg := gateway.Config{
-		Mode: gateway.TransactionMode, Router: r, Verifiers: &authid{dsn: o.Admin}, Sites: alive{}, ClientsMax: o.Clients, LoginRate: 1 << 20,
+		Mode: gateway.TransactionMode, Router: r, Verifiers: &authid{dsn: o.Admin}, Sites: alive{}, ClientsMax: o.Clients, LoginRate: 1 << 20, Admins: []string{bossRole},
 		Dial: func(ctx context.Context, t gateway.Target) (net.Conn, error) {
 			_, address, _ := strings.Cut(t.Address, ":")
 			return new(net.Dialer).DialContext(ctx, t.Network, address)
