@@ -231,6 +231,7 @@ func defaults() *Config {
 		Heartbeat:    Second,
 		Gateway: Gateway{
 			Mode: GatewayDoor, ClientsMax: 1000, PoolSize: 20, Hold: 15 * Second, Idle: 600 * Second, LoginRate: 1000,
+			Reads: Reads{LagMax: Second, WaitMax: 50 * Millisecond}, SlowDown: SlowDown{To: 256 * MiB, Most: 200 * Millisecond},
 		},
 		Log: Log{Level: "info", Format: "text"},
 	}

@@ -1,8 +1,12 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
+	"time"
 )
 
 // Gateway is the way of clients to PostgreSQL through the agent, or through a process of its own.
@@ -17,6 +21,10 @@ type Gateway struct {
 	Routes []Route `yaml:"routes" json:"routes"`
 	// RehomeEvery sends every n-th transaction to the next site, for tests of applications; 0: none.
 	RehomeEvery int `yaml:"rehome_every" json:"rehome_every"`
+	// Reads lets other sites than a session's home serve its reads. For GatewayTransaction.
+	Reads Reads `yaml:"reads" json:"reads"`
+	// SlowDown delays transactions that write when other sites fall behind. For GatewayTransaction.
+	SlowDown SlowDown `yaml:"slow_down" json:"slow_down"`
 
 	// These are not for GatewayDoor. They are read again by Agent.Reload.
 	Admins     []string `yaml:"admins" json:"admins"` // roles that may use the database duri; empty: the agent's
@@ -35,17 +43,76 @@ type Route struct {
 	Role        string `yaml:"role" json:"role"`
 	Application string `yaml:"application_name" json:"application_name"`
 	Site        string `yaml:"site" json:"site"`
+	// Reads are in the place of Gateway.Reads for these sessions; what is not given is as there.
+	Reads Reads `yaml:"reads" json:"reads"`
+}
+
+// Reads is where reads go.
+type Reads struct {
+	// Weights are shares of the sessions, by site; empty: all read at their home.
+	Weights map[string]int `yaml:"weights" json:"weights"`
+	// LagMax is how far a site may be behind the others and still serve reads.
+	LagMax Duration `yaml:"lag_max" json:"lag_max"`
+	// WaitMax is how long a read may wait until a site has what its session has seen, before it goes home instead.
+	WaitMax Duration `yaml:"wait_max" json:"wait_max"`
+}
+
+// SlowDown is how transactions that write are delayed: not at all below From, by Most from To on.
+type SlowDown struct {
+	From Size     `yaml:"from" json:"from"` // of a site's WAL that another one has not applied; 0: nobody is delayed
+	To   Size     `yaml:"to" json:"to"`
+	Most Duration `yaml:"most" json:"most"`
+}
+
+// On reports whether anybody is delayed.
+func (s SlowDown) On() bool { return s.From > 0 }
+
+// Delay is that of a transaction at a site of whose WAL another one has not applied so many bytes.
+func (s SlowDown) Delay(backlog int64) time.Duration {
+	switch {
+	case !s.On() || backlog <= s.From.Bytes():
+		return 0
+	case backlog >= s.To.Bytes():
+		return s.Most.Std()
+	}
+	return time.Duration(float64(s.Most) * (float64(backlog-s.From.Bytes()) / float64(s.To-s.From)))
 }
 
 // Home is the home that the routes give a session; empty: none fits.
 func (g Gateway) Home(database, role, application string) string {
-	fits := func(want, is string) bool { return want == "" || want == is }
-	for _, r := range g.Routes {
-		if fits(r.Database, database) && fits(r.Role, role) && fits(r.Application, application) {
-			return r.Site
-		}
+	if r := g.route(database, role, application); r != nil {
+		return r.Site
 	}
 	return ""
+}
+
+// ReadsOf is where a session's reads go.
+func (g Gateway) ReadsOf(database, role, application string) Reads {
+	reads := g.Reads
+	if r := g.route(database, role, application); r != nil {
+		if len(r.Reads.Weights) > 0 {
+			reads.Weights = r.Reads.Weights
+		}
+		reads.LagMax, reads.WaitMax = cmp.Or(r.Reads.LagMax, reads.LagMax), cmp.Or(r.Reads.WaitMax, reads.WaitMax)
+	}
+	return reads
+}
+
+// RoutesReads reports whether any session's reads may go to another site than its home.
+func (g Gateway) RoutesReads() bool {
+	return len(g.Reads.Weights) > 0 || slices.ContainsFunc(g.Routes, func(r Route) bool { return len(r.Reads.Weights) > 0 })
+}
+
+// route is the first that fits a session; nil: none does.
+func (g Gateway) route(database, role, application string) *Route {
+	fits := func(want, is string) bool { return want == "" || want == is }
+	for i := range g.Routes {
+		r := &g.Routes[i]
+		if fits(r.Database, database) && fits(r.Role, role) && fits(r.Application, application) {
+			return r
+		}
+	}
+	return nil
 }
 
 // GatewayMode is what the agent does with what passes.
@@ -73,6 +140,23 @@ func (d *decoder) validateGateway(c *Config) {
 		if _, ok := c.SiteByName(r.Site); !d.missing(key, r.Site == "", "the name of a site") && !ok {
 			d.invalid(key, fmt.Sprintf("%s %q is not in sites", key, r.Site), "name one of the sites")
 		}
+		key = fmt.Sprintf("gateway.routes[%d].reads", i)
+		d.validateWeights(key, r.Reads.Weights, c)
+		if r.Reads.LagMax != 0 {
+			within(d, key+".lag_max", r.Reads.LagMax, lagLeast, Hour)
+		}
+		within(d, key+".wait_max", r.Reads.WaitMax, 0, Second)
+	}
+	d.validateWeights("gateway.reads", g.Reads.Weights, c)
+	within(d, "gateway.reads.lag_max", g.Reads.LagMax, lagLeast, Hour)
+	within(d, "gateway.reads.wait_max", g.Reads.WaitMax, 0, Second)
+	d.validateSlowDown(g.SlowDown)
+	if g.Mode == GatewaySession {
+		for key, set := range map[string]bool{"gateway.reads": g.RoutesReads(), "gateway.slow_down": g.SlowDown.On()} {
+			if set {
+				d.invalid(key, key+" is not for the mode session", "transactions are not told apart there; remove it, or set gateway.mode: transaction")
+			}
+		}
 	}
 	within(d, "gateway.rehome_every", g.RehomeEvery, 0, 1_000_000)
 	within(d, "gateway.clients_max", g.ClientsMax, 1, 1_000_000)
@@ -92,7 +176,10 @@ func (d *decoder) validateGateway(c *Config) {
 		if g.Cert != "" || g.Key != "" {
 			d.invalid("gateway.cert", "gateway.cert and gateway.key are not for the mode door", "TLS is between client and PostgreSQL there; remove them, or set gateway.mode")
 		}
-		for key, set := range map[string]bool{"gateway.routes": len(g.Routes) > 0, "gateway.rehome_every": g.RehomeEvery > 0, "gateway.name": g.Name != ""} {
+		for key, set := range map[string]bool{
+			"gateway.routes": len(g.Routes) > 0, "gateway.rehome_every": g.RehomeEvery > 0, "gateway.name": g.Name != "",
+			"gateway.reads": len(g.Reads.Weights) > 0, "gateway.slow_down": g.SlowDown.On(),
+		} {
 			if set {
 				d.invalid(key, key+" is not for the mode door", "nothing is looked into there, and it leads to its own site only; remove it, or set gateway.mode")
 			}
@@ -102,6 +189,41 @@ func (d *decoder) validateGateway(c *Config) {
 	if (g.Cert == "") != (g.Key == "") {
 		d.invalid("gateway.cert", "gateway.cert and gateway.key go together", "give both files, or none for connections without TLS")
 	}
+}
+
+// lagLeast is the least lag that can be told from none: states of sites are told in steps of about that.
+const lagLeast = 100 * Millisecond
+
+// weightMax keeps sums of weights small.
+const weightMax = 1000
+
+// validateWeights checks what share of reads sites have.
+func (d *decoder) validateWeights(key string, weights map[string]int, c *Config) {
+	sum := 0
+	for _, site := range slices.Sorted(maps.Keys(weights)) {
+		at := entry(key+".weights", site)
+		if _, ok := c.SiteByName(site); !ok {
+			d.invalid(at, fmt.Sprintf("%s.weights: %q is not in sites", key, site), "name sites: "+strings.Join(c.SiteNames(), ", "))
+		}
+		within(d, at, weights[site], 0, weightMax)
+		sum += weights[site]
+	}
+	if len(weights) > 0 && sum == 0 {
+		d.invalid(key+".weights", key+".weights gives no site any reads", "give one of them 1, or remove the key: then reads stay at the home of their session")
+	}
+}
+
+// validateSlowDown checks the ramp.
+func (d *decoder) validateSlowDown(s SlowDown) {
+	if !s.On() {
+		return
+	}
+	within(d, "gateway.slow_down.from", s.From, MiB, TiB)
+	if s.To <= s.From {
+		d.invalid("gateway.slow_down.to", fmt.Sprintf("gateway.slow_down.to is %s, want more than gateway.slow_down.from, which is %s", s.To, s.From), "the delay grows between the two; a good beginning is four times as much")
+	}
+	within(d, "gateway.slow_down.to", s.To, MiB, TiB)
+	within(d, "gateway.slow_down.most", s.Most, Millisecond, 10*Second)
 }
 
 // validateAlone checks what the file of a gateway that runs alone has in place of a site's.

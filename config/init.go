@@ -459,8 +459,16 @@ gateway:   # the way of clients to PostgreSQL through the agent, which keeps the
   mode: {{.Default.Gateway.Mode}}   # session: the agent authenticates clients; transaction: and pools connections
   cert: ""   # certificate that clients see, PEM; not for the mode door
   key: ""
-  routes: []   # of {database, role, application_name, site}: the home of the sessions that fit; default: this site
+  routes: []   # of {database, role, application_name, site, reads}: the home of the sessions that fit; default: this site
   rehome_every: 0   # for tests of applications: every n-th transaction goes to the next site
+  reads:   # for the mode transaction: reads outside a transaction go also to other sites than the session's home
+    weights: {}   # share of the sessions by site, such as {seoul: 1, busan: 3}; default: all read at their home
+    lag_max: {{.Default.Gateway.Reads.LagMax}}   # a site that is further behind serves no reads
+    wait_max: {{.Default.Gateway.Reads.WaitMax}}   # how long a read waits until a site has what its session has seen, before it goes home instead
+  slow_down:   # for the mode transaction: transactions that write are delayed while another site falls behind
+    from: {{.Default.Gateway.SlowDown.From}}   # bytes of WAL that it has not applied; 0B: nobody is delayed
+    to: {{.Default.Gateway.SlowDown.To}}   # from here on the delay is
+    most: {{.Default.Gateway.SlowDown.Most}}
   name: ""   # in the file of a gateway that runs alone (duri gateway): that of its certificate
   # For session and transaction; SIGHUP to the agent, or RELOAD in the database duri, takes a change of these.
   admins: []   # roles that may use the gateway's own database, duri; default: the agent's role

@@ -4,10 +4,11 @@ package gateway
 // alone, which has no control socket, can be asked as well.
 func showCounters(g *Server) (rows [][]any) {
 	r := g.Report()
-	var transactions, moves, refused uint64
+	var transactions, moves, reads, refused uint64
 	for _, t := range r.Stats {
 		transactions += t.Transactions
 		moves += t.Moves
+		reads += t.ReadsAway
 	}
 	for _, n := range r.Refused {
 		refused += n
@@ -17,6 +18,9 @@ func showCounters(g *Server) (rows [][]any) {
 		{"refused", refused},
 		{"transactions", transactions},
 		{"moves", moves},
+		{"reads_away", reads},
+		{"slowed", r.Slowed},
+		{"slowed_ms", uint64(r.SlowedS * 1e3)},
 		{"in_doubt_committed", r.InDoubt["committed"]},
 		{"in_doubt_aborted", r.InDoubt["aborted"]},
 		{"in_doubt_unknown", r.InDoubt["unknown"]},

@@ -88,9 +88,9 @@ func init() { // The functions refer to the map.
 		"dns_zones": {columnsOf("zonename b:serial n:count"), func(*Server) [][]any { return nil }},
 
 		"duri.sessions": {columnsOf(`n:pid user database state site waiting_for_s pinned n:settings n:statements client connect_time request_time
-			application_name`), showSessions},
+			application_name read_site`), showSessions},
 		"duri.pins":     {columnsOf("reason n:sessions"), showPins},
-		"duri.routes":   {columnsOf("database user site address b:epoch problem"), showRoutes},
+		"duri.routes":   {columnsOf("database user site address b:epoch problem reads b:backlog_bytes d:delay_ms"), showRoutes},
 		"duri.counters": {columnsOf("name b:value"), showCounters},
 	}
 }
@@ -108,7 +108,7 @@ type socket struct {
 	pid                 uint32
 	tls, application    string
 	active              bool
-	site                string
+	site, readSite      string
 	pinned              string
 	settings, statments int
 }
@@ -153,7 +153,7 @@ func (g *Server) clientSockets() (all []socket) {
 			connected: s.since, ptr: pointer(s), tls: tlsOf(s.conn),
 		}
 		s.mu.Lock()
-		k.pid, k.asked, k.site, k.application = s.pid, s.asked, s.site, s.application()
+		k.pid, k.asked, k.site, k.readSite, k.application = s.pid, s.asked, s.site, s.readSite, s.application()
 		k.pinned, k.settings, k.statments = s.pinned(), len(s.settings), len(s.statements)
 		if !s.waitingAt.IsZero() {
 			k.state, k.waiting = "waiting", now.Sub(s.waitingAt)
@@ -576,8 +576,9 @@ type Session struct {
 	PID         uint32    `json:"pid"` // by which it is cancelled; of no process
 	User        string    `json:"user"`
 	Database    string    `json:"database"`
-	State       string    `json:"state"` // active: it has a connection; waiting: for one; idle
-	Site        string    `json:"site"`  // of its latest transaction; empty: it has had none
+	State       string    `json:"state"`               // active: it has a connection; waiting: for one; idle
+	Site        string    `json:"site"`                // of its latest transaction that was no read elsewhere; empty: it has had none
+	ReadSite    string    `json:"read_site,omitempty"` // of its latest read elsewhere
 	WaitingS    float64   `json:"waiting_s"`
 	Pinned      string    `json:"pinned,omitempty"` // why it keeps its connection
 	Settings    int       `json:"settings"`         // that it has made
@@ -594,7 +595,7 @@ func (g *Server) Sessions() []Session {
 	all := []Session{}
 	for _, k := range g.clientSockets() {
 		s := Session{
-			k.pid, k.user, k.database, "idle", k.site, k.waiting.Seconds(), k.pinned, k.settings, k.statments, k.remote.String(), k.tls, k.connected.UTC(),
+			k.pid, k.user, k.database, "idle", k.site, k.readSite, k.waiting.Seconds(), k.pinned, k.settings, k.statments, k.remote.String(), k.tls, k.connected.UTC(),
 			k.asked.UTC(), k.application,
 		}
 		switch {
@@ -610,7 +611,10 @@ func (g *Server) Sessions() []Session {
 
 func showSessions(g *Server) (rows [][]any) {
 	for _, s := range g.Sessions() {
-		var waiting, pinned any
+		var waiting, pinned, readSite any
+		if s.ReadSite != "" {
+			readSite = s.ReadSite
+		}
 		if s.WaitingS > 0 {
 			waiting = strconv.FormatFloat(s.WaitingS, 'f', 3, 64)
 		}
@@ -618,7 +622,7 @@ func showSessions(g *Server) (rows [][]any) {
 			pinned = s.Pinned
 		}
 		rows = append(rows, []any{
-			int(s.PID), s.User, s.Database, s.State, s.Site, waiting, pinned, s.Settings, s.Statements, s.Client, clock(s.Connected), clock(s.Asked), s.Application,
+			int(s.PID), s.User, s.Database, s.State, s.Site, waiting, pinned, s.Settings, s.Statements, s.Client, clock(s.Connected), clock(s.Asked), s.Application, readSite,
 		})
 	}
 	return rows
@@ -640,6 +644,28 @@ type Route struct {
 	Address  string `json:"address,omitempty"`
 	Epoch    uint64 `json:"epoch,omitempty"`
 	Problem  string `json:"problem,omitempty"` // why there is none
+	// Reads are the sites where reads go; none: they stay at Site.
+	Reads []ReadSite `json:"reads,omitempty"`
+	// BacklogBytes are what of the WAL of Site others have not applied, and DelayS is how long a transaction that writes is delayed
+	// for that, in seconds; with gateway.slow_down.
+	BacklogBytes int64   `json:"backlog_bytes,omitempty"`
+	DelayS       float64 `json:"delay_s,omitempty"`
+}
+
+// ReadsText prints where reads go, for people.
+func (r Route) ReadsText() string {
+	var all []string
+	for _, x := range r.Reads {
+		what := fmt.Sprintf("%s %d", x.Site, x.Weight)
+		switch {
+		case x.Problem != "":
+			what += " (not now: " + x.Problem + ")"
+		case x.LagS != nil:
+			what += fmt.Sprintf(" (lag %.3f s)", *x.LagS)
+		}
+		all = append(all, what)
+	}
+	return strings.Join(all, ", ")
 }
 
 // Routes asks the router for the users that are there, or have been.
@@ -656,11 +682,17 @@ func (g *Server) Routes() []Route {
 	}
 	all := []Route{}
 	for u := range users {
-		r := Route{Database: u.database, User: u.user}
-		if t, err := g.cfg.Router.Route(&Login{Database: u.database, User: u.user}, Wish{}); err != nil {
+		r, who := Route{Database: u.database, User: u.user}, &Login{Database: u.database, User: u.user}
+		if t, err := g.cfg.Router.Route(who, Wish{}); err != nil {
 			r.Problem = err.Error()
 		} else {
 			r.Site, r.Address, r.Epoch = t.Site, t.Address, t.Epoch
+		}
+		if g.cfg.Reads != nil {
+			r.Reads = g.cfg.Reads.ReadSites(who)
+		}
+		if g.cfg.Pace != nil && r.Site != "" {
+			r.BacklogBytes, r.DelayS = g.cfg.Pace.Backlog(r.Site, u.database), g.cfg.Pace.Delay(who, Wish{}, r.Site).Seconds()
 		}
 		all = append(all, r)
 	}
@@ -670,11 +702,14 @@ func (g *Server) Routes() []Route {
 
 func showRoutes(g *Server) (rows [][]any) {
 	for _, r := range g.Routes() {
-		var problem any
+		var problem, reads any
 		if r.Problem != "" {
 			problem = r.Problem
 		}
-		rows = append(rows, []any{r.Database, r.User, r.Site, r.Address, r.Epoch, problem})
+		if len(r.Reads) > 0 {
+			reads = r.ReadsText()
+		}
+		rows = append(rows, []any{r.Database, r.User, r.Site, r.Address, r.Epoch, problem, reads, r.BacklogBytes, int64(r.DelayS * 1e3)})
 	}
 	return rows
 }

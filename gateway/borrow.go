@@ -150,18 +150,26 @@ func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
 
 // catchUp waits until the session sees at b's site what it has seen at the one before. It does not go on with less.
 func (s *session) catchUp(ctx context.Context, b *backend) error {
-	to := b.target.Site
-	if !s.keeps() || s.last == "" || s.last == to {
+	from, to := s.last, b.target.Site
+	if s.g.cfg.Reads != nil {
+		from = s.seen.site
+	}
+	if !s.keeps() || from == "" || from == to {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
 	defer cancel()
-	err := s.g.cfg.Sites.CatchUp(ctx, s.who.Database, s.last, to)
+	var err error
+	if s.g.cfg.Reads != nil {
+		err = s.g.crossing(s.who.Database, from, b.target).wait(ctx, s.g, s.seen.at)
+	} else {
+		err = s.g.cfg.Sites.CatchUp(ctx, s.who.Database, from, to)
+	}
 	if err == nil {
 		return nil
 	}
 	b.pool.put(b)
-	return fatalError(codeNoSite, fmt.Sprintf("site %s does not have yet what this session has seen at site %s", to, s.last), err.Error(), "connect again")
+	return fatalError(codeNoSite, fmt.Sprintf("site %s does not have yet what this session has seen at site %s", to, from), err.Error(), "connect again")
 }
 
 // absent reports that no server may be used now, or that the one at hand starts or ends: the next moment may be different.
@@ -355,6 +363,7 @@ func (s *session) query(ctx context.Context) error {
 		return err
 	}
 	t := s.look(sql)
+	t.roams = t.roams && s.wholeRead(pgwire.Query, nil)
 	b, err := s.borrow(ctx, t)
 	if err != nil {
 		return err
@@ -436,6 +445,7 @@ func (s *session) look(sql []byte) text {
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
 		t.probe, t.dirty, t.deallocate = true, true, ""
 	}
+	t.roams = s.g.cfg.Reads != nil && s.lookRoaming(sql, escapes, &t)
 	return t
 }
 
@@ -455,7 +465,8 @@ func (s *session) parse(ctx context.Context) error {
 	}
 	s.nameTypes(p.OIDs)
 	t := s.look(p.SQL)
-	b, err := s.borrow(ctx, text{seq: t.seq}) // What it does, it does when it is executed.
+	// What it does, it does when it is executed.
+	b, err := s.borrow(ctx, text{seq: t.seq, roams: t.roams && s.wholeRead(pgwire.Parse, p.Name)})
 	if err != nil {
 		return err
 	}
@@ -642,6 +653,7 @@ func (s *session) bind(ctx context.Context) error {
 	var t text
 	if st != nil {
 		t = s.effectsOf(st)
+		t.roams = t.roams && s.wholeRead(pgwire.Bind, nil)
 	}
 	b, err := s.borrow(ctx, t)
 	if err != nil {
@@ -772,6 +784,12 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 	if err := s.holdPinned(ctx); err != nil {
 		return nil, err
 	}
+	if s.roamer != nil {
+		s.comeHome(t.roams)
+	}
+	if s.g.cfg.Pace != nil {
+		s.slowDown(ctx, t)
+	}
 	for try := 0; s.b == nil; try++ {
 		if s.loss != nil {
 			return nil, errLoss
@@ -779,7 +797,12 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 		if s.lost || s.ending.Load() {
 			return nil, errGone
 		}
+		s.roamer, s.reading = nil, t.roams
 		s.mu.Unlock()
+		if t.roams && try == 0 && s.roam() {
+			s.mu.Lock()
+			continue
+		}
 		b, err := s.fetchPatiently(ctx)
 		if err == nil {
 			err = s.catchUp(ctx, b)
@@ -949,7 +972,7 @@ func (s *session) rest(b *backend) {
 	s.unsettled = false
 	s.portal = nil
 	clear(s.portals)
-	s.last = b.target.Site
+	s.ran(b)
 	s.b = nil
 	b.owner.Store(nil)
 	b.pool.put(b)

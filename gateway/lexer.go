@@ -21,6 +21,7 @@ type text struct {
 	deallocate string   // the text is one DEALLOCATE of this name
 	does       deed
 	wrote      bool // one of its statements may write
+	roams      bool // it may run at another site than the session's home (Config.Reads)
 	statements int  // how many it has, if it was read
 
 	seems   bool // it looks like a read; does says otherwise as far as the database's catalogs do (taint.go)

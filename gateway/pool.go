@@ -27,6 +27,9 @@ type pool struct {
 	waiting []chan *backend
 	seq     bool // some session reads what it left in sequences
 
+	warming   int       // backends that are being opened for reads to come
+	coldUntil time.Time // none is before
+
 	all    map[*backend]struct{} // idle and in use
 	paused bool                  // nobody is served
 	renew  time.Time             // backends that were opened before are not used again

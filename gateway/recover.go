@@ -23,6 +23,7 @@ type loss struct {
 	under  bool       // something was sent to it, and not answered
 	pinned string     // why the session cannot go on without it
 	ready  bool       // all was done, but what it has made of the session is not known
+	roamed bool       // it served a read elsewhere
 }
 
 // recovery is what a session has to go on without a server. Guarded by mu, but for what the session's goroutine alone uses.
@@ -96,6 +97,7 @@ func (s *session) lostServer(b *backend, cause error) {
 	}
 	s.loss = &loss{
 		target: b.target, pid: b.pid, since: b.started, cause: why, sent: slices.Clone(b.line.sent[b.line.first:]), broken: inMessage(b), ready: s.heldReady, pinned: s.pinned(),
+		roamed: b == s.roamer,
 	}
 	s.heldReady = false
 	if s.parked && !s.poked {
@@ -165,6 +167,7 @@ func (s *session) recover(ctx context.Context) error {
 	replay := s.replays && f.replayable(time.Now())
 	how := f.decide(delivered, replay)
 	f.strange = false
+	s.sawUntilLoss(l.target.Site, l.roamed)
 	d := s.doubt(l)
 	l.under = len(f.outstanding()) > 0
 	unmarked := how == asks && f.outstanding()[0].unmarked
@@ -280,6 +283,7 @@ func (s *session) committed(l *loss, d Doubt) error {
 	s.mu.Lock()
 	s.flight.ready(pgwire.Idle, s.w.Total())
 	s.last = l.target.Site
+	s.sawUntilLoss(s.last, false) // once more: it may have become visible only now
 	changed := s.probe
 	s.unsettled, s.portal = false, nil
 	clear(s.portals)

@@ -26,6 +26,8 @@ type Report struct {
 	Stats    []Tally           `json:"stats"`
 	InDoubt  map[string]uint64 `json:"in_doubt"` // transactions whose answer was lost, by what became of them: committed, aborted, unknown
 	Refused  map[string]uint64 `json:"refused"`  // clients, by SQLSTATE
+	Slowed   uint64            `json:"slowed"`   // transactions that were delayed because other sites fell behind
+	SlowedS  float64           `json:"slowed_s"` // by how much, all together
 	Paused   []string          `json:"paused"`   // databases; "*": all
 	Disabled []string          `json:"disabled"`
 	Limits   LimitsReport      `json:"limits"`
@@ -50,6 +52,7 @@ func (g *Server) Report() Report {
 	r := Report{
 		Mode: g.poolMode(""), Shut: shut, UptimeS: time.Since(g.began).Seconds(), Clients: now, Logins: total, Sessions: g.Sessions(), Pools: g.Pools(),
 		Pins: g.Pins(), Routes: g.Routes(), Stats: g.Tallies(), InDoubt: g.fates.all(), Refused: g.refusals.all(),
+		Slowed: g.paces.delayed.Load(), SlowedS: time.Duration(g.paces.total.Load()).Seconds(),
 		Limits: LimitsReport{l.ClientsMax, l.PoolMax, l.HoldMax.Seconds(), l.IdleMax.Seconds(), l.Strict, l.LoginRate}, Predecessor: g.predecessor(),
 	}
 	g.mu.Lock()
@@ -136,6 +139,15 @@ func (g *Server) WriteMetrics(w io.Writer) error {
 	tallies("query_seconds_total", "Time in queries.", func(c Counts) float64 { return c.QueryS })
 	tallies("wait_seconds_total", "Time that clients waited for a connection to a server.", func(c Counts) float64 { return c.WaitS })
 	tallies("moves_total", "Transactions that ran at another site than the session's one before.", func(c Counts) float64 { return float64(c.Moves) })
+	tallies("reads_away_total", "Reads that ran at another site than the session's home.", func(c Counts) float64 { return float64(c.ReadsAway) })
+	one("slowed_total", "counter", "Transactions that were delayed because other sites fell behind.", float64(r.Slowed))
+	one("slowed_seconds_total", "counter", "How long they were delayed, all together.", r.SlowedS)
+	m.family("delay_seconds", "gauge", "How long a transaction that writes is delayed now.")
+	for _, x := range r.Routes {
+		if g.cfg.Pace != nil && x.Site != "" {
+			m.sample("delay_seconds", x.DelayS, "database", x.Database, "user", x.User, "site", x.Site)
+		}
+	}
 
 	m.family("in_doubt_total", "counter", "Transactions whose answer was lost, by what became of them.")
 	for _, fate := range []string{"committed", "aborted", "unknown"} {

@@ -88,6 +88,10 @@ type Config struct {
 	Verifiers Verifiers
 	// Sites lets the sessions of TransactionMode go on when a server is lost; nil: they end with it.
 	Sites Sites
+	// Reads, in TransactionMode with Sites, lets other sites than a session's home serve its reads; nil: none does.
+	Reads Reads
+	// Pace, in TransactionMode with Sites, delays transactions that write; nil: none is.
+	Pace Pace
 	// Standby, with Sites, gives the name under which a site's agent receives a database's WAL, as synchronous_standby_names
 	// has it where commits wait for other sites; nil: transactions are marked in a way that takes longer.
 	Standby func(database string) string
@@ -148,11 +152,16 @@ type Server struct {
 	nextPID   uint32
 	ending    atomic.Bool // set under mu
 
-	backends    sync.WaitGroup // goroutines of pooled backends
-	lastID      atomic.Uint64  // of sessions
-	clock       atomic.Uint64  // of preparing: counts what clients prepare
-	taints      sync.Map       // by database: *tainted
-	incarnation uint64         // random; part of the marks of transactions
+	backends  sync.WaitGroup // goroutines of pooled backends
+	lastID    atomic.Uint64  // of sessions
+	clock     atomic.Uint64  // of preparing: counts what clients prepare
+	taints    sync.Map       // by database: *tainted
+	crossings sync.Map       // by crossingKey: *crossing
+	paces     paces
+	// life ends with Serve: of what is done for several sessions.
+	life        context.Context
+	endLife     context.CancelFunc
+	incarnation uint64 // random; part of the marks of transactions
 
 	limits   atomic.Pointer[Limits]
 	logins   meter
@@ -175,6 +184,9 @@ type Server struct {
 func NewServer(cfg Config) (*Server, error) {
 	if cfg.Router == nil || cfg.Verifiers == nil {
 		return nil, errors.New("gateway: no router or no verifiers")
+	}
+	if (cfg.Reads != nil || cfg.Pace != nil) && (cfg.Sites == nil || cfg.Mode != TransactionMode) {
+		return nil, errors.New("gateway: reads elsewhere and a pace for writers need TransactionMode and Sites")
 	}
 	for _, d := range []struct {
 		n     *int
@@ -201,6 +213,7 @@ func NewServer(cfg Config) (*Server, error) {
 		floods: floods{log: cfg.Log}, began: time.Now(),
 		ops: newOps(), clients: map[*session]struct{}{}, kept: map[tallyKey]Counts{}, tallies: map[tallyKey]*tally{},
 	}
+	g.life, g.endLife = context.WithCancel(context.Background())
 	g.limits.Store(limitsOf(&cfg).complete())
 	if cfg.Sites != nil {
 		g.cfg.Sites = counted{cfg.Sites, &g.fates}
@@ -244,6 +257,7 @@ func (g *Server) Serve(ctx context.Context, l net.Listener) error {
 		}
 	}
 	close(ended)
+	g.endLife()
 	g.endAll()
 	wg.Wait()
 	g.tidy(time.Now().Add(time.Hour))

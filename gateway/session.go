@@ -35,6 +35,7 @@ type session struct {
 
 	borrowing
 	recovery
+	roaming
 	tallying
 	parting
 

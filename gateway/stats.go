@@ -19,6 +19,8 @@ type Counts struct {
 	Sent         uint64 `json:"sent_bytes"`     // to clients
 	// Moves are transactions that ran at another site than the session's transaction before.
 	Moves uint64 `json:"moves"`
+	// ReadsAway are transactions that were reads and ran at another site than the session's home (Config.Reads); they are no Moves.
+	ReadsAway uint64 `json:"reads_away"`
 	// In seconds: of transactions, from the first message of each to its end; of queries; and that clients waited for a
 	// connection to a server.
 	TransactionS float64 `json:"transaction_s"`
@@ -32,6 +34,7 @@ func (c *Counts) add(o Counts) {
 	c.Received += o.Received
 	c.Sent += o.Sent
 	c.Moves += o.Moves
+	c.ReadsAway += o.ReadsAway
 	c.TransactionS += o.TransactionS
 	c.QueryS += o.QueryS
 	c.WaitS += o.WaitS
@@ -40,7 +43,7 @@ func (c *Counts) add(o Counts) {
 // minus gives what was added since.
 func (c Counts) minus(o Counts) Counts {
 	return Counts{
-		c.Transactions - o.Transactions, c.Queries - o.Queries, c.Received - o.Received, c.Sent - o.Sent, c.Moves - o.Moves,
+		c.Transactions - o.Transactions, c.Queries - o.Queries, c.Received - o.Received, c.Sent - o.Sent, c.Moves - o.Moves, c.ReadsAway - o.ReadsAway,
 		c.TransactionS - o.TransactionS, c.QueryS - o.QueryS, c.WaitS - o.WaitS,
 	}
 }
@@ -72,6 +75,9 @@ func (s *session) start(b *backend) {
 		return
 	}
 	s.began = s.asked
+	if b == s.roamer {
+		return
+	}
 	if s.site != b.target.Site {
 		if s.told1st {
 			b.counts.Moves++
@@ -96,6 +102,9 @@ func (b *backend) tally(s *session, status byte) {
 	s.asked = now // of the next in a pipeline
 	if status == pgwire.Idle {
 		b.counts.Transactions++
+		if b == s.roamer {
+			b.counts.ReadsAway++
+		}
 		b.counts.TransactionS += now.Sub(s.began).Seconds()
 		s.began = now
 	}

@@ -17,6 +17,10 @@ type tainted struct {
 	all   bool // anything may: an operator or a cast does
 	// version is another one when an answer says something else than the one before; 0: nothing is known.
 	version uint64
+
+	// With Config.Reads: relations whose content is not the same at all sites; allLocal: they are not known.
+	local    map[string]bool
+	allLocal bool
 }
 
 // taintFor is how long an answer counts. What was created since then is not seen.
@@ -60,7 +64,12 @@ func (s *session) askTaints(b *backend) error {
 		t.all = t.all || row[0] == "*"
 		t.names[row[0]] = true
 	}
-	if t.version = old.version; t.version == 0 || t.all != old.all || !maps.Equal(t.names, old.names) {
+	if s.g.cfg.Reads != nil {
+		if err := s.askLocal(b, t); err != nil {
+			return err
+		}
+	}
+	if t.version = old.version; t.version == 0 || t.all != old.all || !maps.Equal(t.names, old.names) || t.allLocal != old.allLocal || !maps.Equal(t.local, old.local) {
 		t.version++
 	}
 	s.g.taints.Store(s.who.Database, t)
@@ -85,6 +94,7 @@ func (s *session) effectsOf(st *statement) text {
 			if s.g.mayWrite(s.who.Database, st.sql, st.effects.escapes) {
 				st.effects.does = writes
 			}
+			st.effects.roams = s.g.cfg.Reads != nil && s.lookRoaming(st.sql, st.effects.escapes, &st.effects)
 		}
 	}
 	return st.effects

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"math"
 	"net"
 	"slices"
 	"time"
@@ -30,6 +31,33 @@ type SiteState struct {
 	Postgres bool     // it answers
 	CaughtUp bool     // what the other sites have committed is visible there, all but a little
 	Server   string   // which history its server writes; empty: not known
+	// Databases are those that are replicated and open there.
+	Databases []DatabaseState
+}
+
+// DatabaseState is how far a site is with what the others write into a database, and they with what it writes.
+type DatabaseState struct {
+	Database string
+	Lags     []SiteLag // of each of the other sites
+	// Backlog is how many bytes of its WAL the slowest of the sites that make progress has not applied.
+	Backlog int64
+}
+
+// SiteLag is how old what a site has written is at the most that is not visible at another one.
+type SiteLag struct {
+	Site  string
+	Known bool
+	Lag   time.Duration
+}
+
+// Database finds what a site tells of one.
+func (s *SiteState) Database(name string) (DatabaseState, bool) {
+	for _, d := range s.Databases {
+		if d.Database == name {
+			return d, true
+		}
+	}
+	return DatabaseState{}, false
 }
 
 // FateQuestion is about a transaction whose answer was lost.
@@ -185,7 +213,7 @@ func (g gatewayServer) Watch(r *linkpb.WatchRequest, stream grpc.ServerStreaming
 	return g.s.answer(g.s.c.Gateways.Watch(ctx, func(st SiteState) error {
 		return stream.Send(&linkpb.SiteState{
 			Epoch: st.Epoch, Members: st.Members, Refuses: st.Refuses, Draining: st.Draining, Postgres: st.Postgres, CaughtUp: st.CaughtUp, Server: st.Server,
-			AsksToLeave: st.Leave,
+			AsksToLeave: st.Leave, Databases: fromDatabases(st.Databases),
 		})
 	}))
 }
@@ -262,6 +290,28 @@ func (g gatewayServer) Reach(ctx context.Context, r *linkpb.ReachRequest) (*link
 		return nil, g.s.answer(err)
 	}
 	return &linkpb.ReachReply{}, nil
+}
+
+func fromDatabases(all []DatabaseState) (out []*linkpb.DatabaseState) {
+	for _, d := range all {
+		to := &linkpb.DatabaseState{Database: d.Database, BacklogBytes: uint64(max(0, d.Backlog))}
+		for _, l := range d.Lags {
+			to.Lags = append(to.Lags, &linkpb.SiteLag{Site: l.Site, LagMicros: uint64(max(0, l.Lag.Microseconds())), Unknown: !l.Known})
+		}
+		out = append(out, to)
+	}
+	return out
+}
+
+func toDatabases(all []*linkpb.DatabaseState) (out []DatabaseState) {
+	for _, d := range all {
+		to := DatabaseState{Database: d.GetDatabase(), Backlog: int64(min(d.GetBacklogBytes(), math.MaxInt64))}
+		for _, l := range d.GetLags() {
+			to.Lags = append(to.Lags, SiteLag{l.GetSite(), !l.GetUnknown(), time.Duration(min(l.GetLagMicros(), 1<<50)) * time.Microsecond})
+		}
+		out = append(out, to)
+	}
+	return out
 }
 
 func fromPositions(all []SitePosition) []*linkpb.SitePosition {
@@ -383,7 +433,7 @@ func (c *Client) Watch(ctx context.Context, tell func(SiteState) error) error {
 		quiet.Reset(StateSilence)
 		st := SiteState{
 			Epoch: m.GetEpoch(), Members: m.GetMembers(), Refuses: m.GetRefuses(), Draining: m.GetDraining(), Postgres: m.GetPostgres(),
-			CaughtUp: m.GetCaughtUp(), Server: m.GetServer(), Leave: m.GetAsksToLeave(),
+			CaughtUp: m.GetCaughtUp(), Server: m.GetServer(), Leave: m.GetAsksToLeave(), Databases: toDatabases(m.GetDatabases()),
 		}
 		if err := tell(st); err != nil {
 			return err

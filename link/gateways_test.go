@@ -317,7 +317,9 @@ func TestStatesArePushed(t *testing.T) {
 		}()
 		return done
 	}
-	all := SiteState{Epoch: 3, Members: []string{"a", "b"}, Refuses: "no", Draining: true, Leave: true, Postgres: true, CaughtUp: true, Server: "7/1"}
+	all := SiteState{Epoch: 3, Members: []string{"a", "b"}, Refuses: "no", Draining: true, Leave: true, Postgres: true, CaughtUp: true, Server: "7/1", Databases: []DatabaseState{
+		{Database: "app", Lags: []SiteLag{{Site: "b", Known: true, Lag: 1500 * time.Millisecond}, {Site: "c"}}, Backlog: 7 << 30}, {Database: "other"},
+	}}
 	done := watch()
 	for _, st := range []SiteState{all, {}, {Epoch: 4}} {
 		states <- st

@@ -93,6 +93,26 @@ func (r *Reader) Received() uint64 { return r.got }
 // Buffered is how many bytes were read and not consumed yet, of the current message and later ones.
 func (r *Reader) Buffered() int { return r.w - r.r }
 
+// Ahead is what is buffered behind the current message, valid until the next call; nothing if that is not there wholly.
+func (r *Reader) Ahead() []byte {
+	if r.w-r.r <= r.left {
+		return nil
+	}
+	return r.buf[r.r+r.left : r.w]
+}
+
+// Cut takes the first message off m; false: it is not there wholly.
+func Cut(m []byte) (typ byte, body, rest []byte, ok bool) {
+	if len(m) < headerLen {
+		return 0, nil, nil, false
+	}
+	size := binary.BigEndian.Uint32(m[1:])
+	if size < 4 || int64(size) > int64(len(m)-1) {
+		return 0, nil, nil, false
+	}
+	return m[0], m[headerLen : 1+int(size)], m[1+int(size):], true
+}
+
 // Peek gives the next n bytes of the current message's body, or all of it when less is left, without consuming them. They
 // are valid until the next call. No more than BufferSize can be seen.
 func (r *Reader) Peek(n int) ([]byte, error) {

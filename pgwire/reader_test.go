@@ -441,3 +441,50 @@ func TestWhatWasNotSentCanBeTakenBack(t *testing.T) {
 		t.Error("a full buffer was sent")
 	}
 }
+
+// TestWhatIsAhead: what is buffered behind the message at hand, however much of that was consumed, and the messages in it.
+func TestWhatIsAhead(t *testing.T) {
+	stream := AppendQuery(nil, "SELECT 1")
+	first := len(stream)
+	stream = AppendHeader(AppendQuery(stream, "SELECT 22"), Sync, 0)
+	whole := len(stream)
+	stream = append(stream, AppendQuery(nil, "SELECT 333")[:9]...)
+	r := NewReader(bytes.NewReader(stream))
+	if r.Ahead() != nil {
+		t.Error("nothing was read yet")
+	}
+	if _, _, err := r.Next(FromClient); err != nil {
+		t.Fatal(err)
+	}
+	for _, consume := range []int{0, 3, 1 << 10} {
+		if err := r.Discard(consume); err != nil {
+			t.Fatal(err)
+		}
+		if got := r.Ahead(); !bytes.Equal(got, stream[first:]) {
+			t.Errorf("%q", got)
+		}
+	}
+	rest := r.Ahead()
+	var types, bodies []string
+	for {
+		typ, body, more, ok := Cut(rest)
+		if !ok {
+			break
+		}
+		types, bodies, rest = append(types, string(typ)), append(bodies, string(body)), more
+	}
+	if len(types) != 2 || types[0] != "Q" || bodies[0] != "SELECT 22\x00" || types[1] != "S" || bodies[1] != "" || !bytes.Equal(rest, stream[whole:]) {
+		t.Errorf("%q %q %q", types, bodies, rest)
+	}
+	for _, m := range [][]byte{nil, {'Q'}, {'Q', 0, 0, 0, 3}, {'Q', 0, 0, 0, 0}, {'Q', 255, 255, 255, 255, 0}, {'Q', 0, 0, 0, 5}} {
+		if _, _, _, ok := Cut(m); ok {
+			t.Errorf("%v was taken for a message", m)
+		}
+	}
+	// A message that is larger than the buffer has nothing ahead until it is consumed.
+	long := append(AppendQuery(nil, strings.Repeat("x", 2*BufferSize)), AppendHeader(nil, Sync, 0)...)
+	r = NewReader(bytes.NewReader(long))
+	if _, _, err := r.Next(FromClient); err != nil || r.Ahead() != nil {
+		t.Errorf("%v, %d bytes", err, len(r.Ahead()))
+	}
+}

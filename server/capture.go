@@ -71,6 +71,7 @@ func (c *capture) Commit(m *decode.Commit) error {
 		c.foreign = max(c.foreign, t.CommitTime)
 		return c.advance(t.EndLSN)
 	}
+	c.n.commits.note(t.XID)
 	t.Changes = slices.DeleteFunc(t.Changes, func(ch wal.Change) bool { return ch.Relation.Namespace == "duri" })
 	t.Origin, t.Seen, t.Received = c.n.self.ID, slices.Clone(c.seen), c.n.clock.Now()
 	c.behind.Store(t.Received.Sub(t.CommitTime) > behindAfter)

@@ -104,7 +104,7 @@ func (r *reloading) reload(first *config.Config, d administered, role string, lo
 		d.SetLimits(limits(c.Gateway, role))
 		merged := *now
 		g := &merged.Gateway
-		g.Admins, g.ClientsMax, g.PoolSize, g.Hold = c.Gateway.Admins, c.Gateway.ClientsMax, c.Gateway.PoolSize, c.Gateway.Hold
+		g.Replay, g.Admins, g.ClientsMax, g.PoolSize, g.Hold = c.Gateway.Replay, c.Gateway.Admins, c.Gateway.ClientsMax, c.Gateway.PoolSize, c.Gateway.Hold
 		g.Idle, g.Strict, g.LoginRate = c.Gateway.Idle, c.Gateway.Strict, c.Gateway.LoginRate
 		r.inForce = &merged
 	}
@@ -158,6 +158,7 @@ func (a *Agent) getMetrics(w http.ResponseWriter, _ *http.Request) {
 	}
 	if d, ok := a.door.(*served); ok {
 		d.sites.like.writeMetrics(w)
+		d.sites.writeMetrics(w)
 	}
 }
 

@@ -143,7 +143,7 @@ func TestGatewayIsAdministered(t *testing.T) {
 	if _, err := admin.Exec(t.Context(), "RELOAD").ReadAll(); err == nil || !strings.Contains(err.Error(), "pool_size") {
 		t.Errorf("a file with a problem was taken: %v", err)
 	}
-	file("  pool_size: 2\n  hold: 20s\n  admins: [duri, client]\njournal: {keep: 2h}\n")
+	file("  pool_size: 2\n  hold: 20s\n  admins: [duri, client]\n  replay: [client]\njournal: {keep: 2h}\n")
 	texts(t, admin, "RELOAD")
 	if log.count("journal.keep") != 1 || log.count("gateway.pool_size: 1 -> 2") != 1 {
 		t.Error("the log does not tell what was taken and what was not")
@@ -161,6 +161,9 @@ func TestGatewayIsAdministered(t *testing.T) {
 		t.Errorf("the new administrator: %v", err)
 	}
 	a.ReloadLogged()
+	if n := log.count("gateway.replay"); n != 1 {
+		t.Errorf("the log tells %d times that gateway.replay has changed", n)
+	}
 
 	// What the control socket tells.
 	ask := func(h http.HandlerFunc) *httptest.ResponseRecorder {

@@ -3,8 +3,10 @@ package server
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -144,6 +146,7 @@ func (h *host) state() link.SiteState {
 		}
 		k.mu.Unlock()
 	}
+	st.Databases = h.a.databaseStates(time.Now())
 	if st.Refuses == "" && (!st.Postgres || st.Server == "") {
 		st.Refuses = "PostgreSQL here does not answer"
 	}
@@ -199,8 +202,8 @@ func (h *host) Watch(ctx context.Context, tell func(link.SiteState) error) error
 }
 
 func sameState(a, b link.SiteState) bool {
-	same := slices.Equal(a.Members, b.Members)
-	a.Members, b.Members = nil, nil
+	same := slices.Equal(a.Members, b.Members) && alike(a.Databases, b.Databases)
+	a.Members, b.Members, a.Databases, b.Databases = nil, nil, nil, nil
 	return same && fmt.Sprint(a) == fmt.Sprint(b)
 }
 
@@ -221,22 +224,32 @@ func (h *host) Position(ctx context.Context, database string) ([]link.SitePositi
 		return nil, nil // nothing of it goes anywhere
 	}
 	at, err := h.positions.do(ctx, h.base, database, func(ctx context.Context) (any, error) {
-		var own wal.LSN
-		err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		seen := map[wal.SiteID]wal.LSN{}
+		err := n.withSQL(ctx, func(c *pgconn.PgConn) (err error) {
 			rows, err := pg.Query(ctx, c, "SELECT pg_catalog.pg_logical_emit_message(true, $1, '')", decode.MessagePrefix+".position")
 			if err == nil {
-				own, err = wal.ParseLSN(rows[0][0])
+				seen[n.self.ID], err = wal.ParseLSN(rows[0][0])
+			}
+			for _, p := range n.peers {
+				if err != nil {
+					return err
+				}
+				// Not what the worker says, which learns of its own commit a moment later than those who see it.
+				if rows, err = pg.Query(ctx, c, "SELECT coalesce(max(to_lsn), '0/0') FROM duri.applied WHERE origin = $1::int2", fmt.Sprint(p.site.ID)); err == nil {
+					seen[p.site.ID], err = wal.ParseLSN(rows[0][0])
+				}
 			}
 			return err
 		})
-		return own, err
+		return seen, err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("find the position of database %s: %w", database, err)
 	}
-	all := []link.SitePosition{{Site: h.a.self.Name, LSN: at.(wal.LSN)}}
+	seen := at.(map[wal.SiteID]wal.LSN)
+	all := []link.SitePosition{{Site: h.a.self.Name, LSN: seen[n.self.ID]}}
 	for _, p := range n.peers {
-		all = append(all, link.SitePosition{Site: p.site.Name, LSN: p.applied()})
+		all = append(all, link.SitePosition{Site: p.site.Name, LSN: max(seen[p.site.ID], p.applied())})
 	}
 	return all, nil
 }
@@ -246,6 +259,10 @@ func (h *host) Reach(ctx context.Context, database string, positions []link.Site
 	n, ok := h.a.node(database)
 	if !ok {
 		return nil
+	}
+	pending, err := n.committing(ctx)
+	if err != nil {
+		return err
 	}
 	for _, p := range n.peers {
 		to := wal.LSN(0)
@@ -261,7 +278,69 @@ func (h *host) Reach(ctx context.Context, database string, positions []link.Site
 			return err
 		}
 	}
+	return n.shown(ctx, pending)
+}
+
+// committingSQL are backends with a transaction, which may have written its commit.
+const committingSQL = `SELECT backend_xid, pid FROM pg_catalog.pg_stat_activity WHERE backend_xid IS NOT NULL AND state = 'active'`
+
+// committing are the transactions of this site that are committed and not visible yet: their backends wait for a receipt, or have
+// not been run since then. A site that follows this one may have applied them already.
+func (n *node) committing(ctx context.Context) (map[string]bool, error) {
+	all := map[string]bool{}
+	err := n.withSQL(ctx, func(c *pgconn.PgConn) error {
+		rows, err := pg.Query(ctx, c, committingSQL)
+		for _, r := range rows {
+			if xid, err := strconv.ParseUint(r[0], 10, 32); err == nil && n.commits.has(uint32(xid)) {
+				all[r[0]+" "+r[1]] = true
+			}
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("see whether what site %s has written is visible there: %w", n.self.Name, err)
+	}
+	return all, nil
+}
+
+// shown waits until transactions are visible that were committing.
+func (n *node) shown(ctx context.Context, pending map[string]bool) error {
+	for pause := time.Millisecond; len(pending) > 0; pause = min(2*pause, 16*time.Millisecond) {
+		now, err := n.committing(ctx)
+		if err != nil {
+			return err
+		}
+		if maps.DeleteFunc(pending, func(one string, _ bool) bool { return !now[one] }); len(pending) == 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%d commits of site %s are not visible there yet: %w", len(pending), n.self.Name, ctx.Err())
+		case <-time.After(pause):
+		}
+	}
 	return nil
+}
+
+// commits remembers the latest transactions of this site that were decoded: more than there can be backends that have not gone on
+// since. Safe for concurrent use.
+type commits struct {
+	mu   sync.Mutex // guards the rest
+	xids [8192]uint32
+	at   int
+}
+
+func (c *commits) note(xid uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.xids[c.at%len(c.xids)] = xid
+	c.at++
+}
+
+func (c *commits) has(xid uint32) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Contains(c.xids[:], xid)
 }
 
 // received is where this site's copy of the peer's journal ends.

@@ -470,3 +470,45 @@ func TestDrainRequests(t *testing.T) {
 		t.Errorf("undrain: %+v, %v", o, err)
 	}
 }
+
+// TestWhatIsCommittedButNotVisibleIsWaitedFor: at a site that is asked for what it has committed itself, a commit may still wait for a
+// receipt that the site which asks has given.
+func TestWhatIsCommittedButNotVisibleIsWaitedFor(t *testing.T) {
+	c := newFateCluster(t)
+	h := newTestHost(t, c)
+	n := h.a.nodes[0]
+	n.newSessions()
+	t.Cleanup(n.sql.close)
+	reach := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		return h.Reach(ctx, "app", []link.SitePosition{{Site: "a", LSN: 1}}, "")
+	}
+	conn, q := open(t, c) // has written, and does not commit
+	n.commits.note(uint32(q.XID))
+	if err := reach(); err != nil {
+		t.Errorf("an open transaction was waited for: %v", err)
+	}
+	pgtest.Exec(t, c, "app", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	pgtest.Exec(t, c, "app", "SELECT pg_reload_conf()")
+	done := make(chan error, 1)
+	go func() { done <- conn.Exec(context.Background(), "COMMIT").Close() }()
+	const waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+	for pgtest.Query(t, c, "app", waits)[0][0] != "1" {
+	}
+	if err := reach(); err == nil {
+		t.Error("a commit that is not visible was not waited for")
+	}
+	n.commits.xids = [8192]uint32{} // as if it had not been decoded, so that nobody can have seen it
+	if err := reach(); err != nil {
+		t.Error(err)
+	}
+	pgtest.Query(t, c, "app", "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	n.commits.note(uint32(q.XID))
+	if err := reach(); err != nil {
+		t.Error(err)
+	}
+}

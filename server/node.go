@@ -78,6 +78,7 @@ type node struct {
 	outcomes *apply.Outcomes           // of the other sites' marked transactions
 	marks    marks                     // of this site's own
 	recover  atomic.Uint64             // what the server had flushed when the stream was last opened
+	commits  commits                   // of this site
 	ages     []age                     // used by the maintenance loop alone
 	told     map[string]bool           // findings that are in the log; used by open alone
 	// statement is what this site says of itself to the others; nil without a register. Replaced by the keeper.

@@ -102,6 +102,12 @@ func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gatew
 	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, Log: log}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
+		if c.RoutesReads() {
+			g.Reads = s
+		}
+		if c.SlowDown.On() {
+			g.Pace = s
+		}
 	}
 	if s.own != nil {
 		g.ServerTLS = s.own.entry.tls

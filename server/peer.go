@@ -33,6 +33,7 @@ type peer struct {
 	live   atomic.Pointer[incoming] // set once the database is open
 	gate   gate                     // of following
 
+	lag     lagMeter    // of what is applied here
 	permit  permit      // of applying
 	running sync.Mutex  // held while the worker runs
 	theirs  *policy.Set // what the peer said is declared there; nil: it was never asked. Guarded by the node's policyMu
@@ -53,6 +54,7 @@ type peer struct {
 	held       fault          // why the permit is withdrawn, if it is
 	unasked    bool           // theirs is nil
 	ack        link.Ack       // what the peer says of our journal
+	movedAt    time.Time      // when it last had applied more of it
 	stated     link.Statement // what it says to all sites
 	linkFault  fault
 	gapFault   fault  // why a gap is not declared or closed
@@ -73,6 +75,9 @@ type incoming struct {
 // acknowledged notes what the peer has of our journal.
 func (p *peer) acknowledged(a link.Ack) {
 	p.mu.Lock()
+	if a.Applied != p.ack.Applied {
+		p.movedAt = time.Now()
+	}
 	p.ack = a
 	p.mu.Unlock()
 	if p.n.waits() {
@@ -138,7 +143,7 @@ func (p *peer) run(ctx context.Context) error {
 	return errors.Join(g.Wait(), in.copy.Close())
 }
 
-// ackLoop tells the origin how far its transactions are visible here.
+// ackLoop tells the origin how far its transactions are visible here, and measures how far that is behind.
 func (p *peer) ackLoop(ctx context.Context, in *incoming) error {
 	t := time.NewTicker(50 * time.Millisecond)
 	defer t.Stop()
@@ -149,6 +154,7 @@ func (p *peer) ackLoop(ctx context.Context, in *incoming) error {
 			return ctx.Err()
 		case <-t.C:
 		}
+		p.measureLag(in)
 		if now := in.worker.Status().Applied; now > last {
 			last = now
 			in.copy.SetApplied(now)

@@ -15,6 +15,7 @@ type siteView struct {
 	name  string
 	heard bool // its agent tells its state just now
 	state link.SiteState
+	told  time.Time // when it told that
 
 	settled bool        // it has served without a break for long enough to be gone back to
 	since   time.Time   // it serves; zero: it does not, or did from the beginning

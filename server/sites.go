@@ -154,7 +154,7 @@ func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
 		if v.name == l.target.Site {
 			changed = changed || v.heard != heard || v.state.Refuses != st.Refuses || v.state.Draining != st.Draining || v.state.Leave != st.Leave
 			if v.heard = heard; heard {
-				v.state = st
+				v.state, v.told = st, now
 			}
 		}
 		v.losses = slices.Clone(v.losses)
@@ -275,25 +275,44 @@ func (s *sites) whyShut(site string) string {
 
 // Route is that of gateway.Router.
 func (s *sites) Route(l *gateway.Login, w gateway.Wish) (gateway.Target, error) {
-	why := func(site string) string { return cmp.Or(s.whyShut(site), s.like.parts(l, w, site)) }
-	a := asked{home: w.Home, last: w.Last, shut: func(site string) bool { return why(site) != "" }}
-	if a.home == "" {
-		a.home = s.homeOf(l)
-	}
-	if n := s.cfg.RehomeEvery; n > 0 {
-		a.next = s.turns.Add(1)%uint64(n) == 0
-		if w.Last != "" {
-			a.home = w.Last
-		}
-	}
 	p := s.seen.Load()
-	v := p.choose(a)
+	v := p.choose(s.asks(l, w, true))
 	if v == nil {
-		return gateway.Target{}, p.none(why)
+		return gateway.Target{}, p.none(func(site string) string { return s.whyNot(l, w, site) })
 	}
 	t := s.link(v.name).target
 	t.Epoch, t.History = p.epochOf(v), v.state.Server
 	return t, nil
+}
+
+// whyNot says why a session does not go to a site that serves; empty: it may.
+func (s *sites) whyNot(l *gateway.Login, w gateway.Wish, site string) string {
+	return cmp.Or(s.whyShut(site), s.like.parts(l, w, site))
+}
+
+// asks is what the choice of a session's site depends on. Each transaction takes its turn.
+func (s *sites) asks(l *gateway.Login, w gateway.Wish, turn bool) asked {
+	a := asked{home: w.Home, last: w.Last, shut: func(site string) bool { return s.whyNot(l, w, site) != "" }}
+	if a.home == "" {
+		a.home = s.homeOf(l)
+	}
+	if n := s.cfg.RehomeEvery; n > 0 {
+		a.next = turn && s.turns.Add(1)%uint64(n) == 0
+		if w.Last != "" {
+			a.home = w.Last
+		}
+	}
+	return a
+}
+
+// application is what a session has called itself when it connected.
+func application(l *gateway.Login) (name string) {
+	for _, p := range l.Params {
+		if p.Name == "application_name" {
+			name = p.Value
+		}
+	}
+	return name
 }
 
 // homeOf is a session's home as configured.
@@ -301,13 +320,7 @@ func (s *sites) homeOf(l *gateway.Login) string {
 	if len(s.cfg.Routes) == 0 {
 		return s.home
 	}
-	application := ""
-	for _, p := range l.Params {
-		if p.Name == "application_name" {
-			application = p.Value
-		}
-	}
-	if home := s.cfg.Home(l.Database, l.User, application); home != "" {
+	if home := s.cfg.Home(l.Database, l.User, application(l)); home != "" {
 		return home
 	}
 	return s.home
@@ -428,6 +441,9 @@ func (s *sites) End(ctx context.Context, d gateway.Doubt) {
 	}
 }
 
+// positionMax bounds a question to a site whose PostgreSQL does not answer.
+const positionMax = time.Second
+
 // CatchUp is that of gateway.Sites.
 func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 	if from == to {
@@ -438,7 +454,12 @@ func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 		return fmt.Errorf("there is no site %q or %q", from, to)
 	}
 	if s.reachable(from) {
-		positions, err := there.asked.Position(ctx, database)
+		asking, cancel := ctx, func() {}
+		if v := s.seen.Load().view(from); v.heard && !v.state.Postgres {
+			asking, cancel = context.WithTimeout(ctx, positionMax) // It may hang.
+		}
+		positions, err := there.asked.Position(asking, database)
+		cancel()
 		if err == nil {
 			return here.asked.Reach(ctx, database, positions, "")
 		}

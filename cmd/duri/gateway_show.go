@@ -35,7 +35,7 @@ func addGatewayShow(a *app, parent *cobra.Command, socket *string) {
   sessions   clients that have logged in: where their latest transaction ran, what they wait for, what keeps them there
   pools      clients and connections to servers, per database and user
   pins       why sessions keep their connection, and how many
-  routes     where the next transaction of each user goes, or why nowhere
+  routes     where the next transaction of each user goes, or why nowhere; where reads go, and how long writers are delayed
   stats      what was counted since it started, per database, user and site`,
 		Example: `  duri gateway show pools
   duri gateway show sessions -o json
@@ -107,19 +107,19 @@ func pinsTable(r gateway.Report) *term.Table {
 }
 
 func routesTable(r gateway.Report) *term.Table {
-	t := term.NewTable("DATABASE", "USER", "SITE", "ADDRESS", "EPOCH", "PROBLEM").Right(4)
+	t := term.NewTable("DATABASE", "USER", "SITE", "ADDRESS", "EPOCH", "READS AT", "DELAY", "PROBLEM").Right(4, 6)
 	for _, x := range r.Routes {
-		t.Row(x.Database, x.User, x.Site, x.Address, x.Epoch, strings.ReplaceAll(x.Problem, "\n", " "))
+		t.Row(x.Database, x.User, x.Site, x.Address, x.Epoch, x.ReadsText(), lasting(x.DelayS), strings.ReplaceAll(x.Problem, "\n", " "))
 	}
 	return t
 }
 
 func statsTable(r gateway.Report) *term.Table {
-	t := term.NewTable("DATABASE", "USER", "SITE", "TRANSACTIONS", "QUERIES", "RECEIVED", "SENT", "MOVES", "IN TRANSACTIONS", "IN QUERIES", "WAITED").
-		Right(3, 4, 5, 6, 7, 8, 9, 10)
+	t := term.NewTable("DATABASE", "USER", "SITE", "TRANSACTIONS", "QUERIES", "RECEIVED", "SENT", "MOVES", "READS AWAY", "IN TRANSACTIONS", "IN QUERIES", "WAITED").
+		Right(3, 4, 5, 6, 7, 8, 9, 10, 11)
 	for _, x := range r.Stats {
 		t.Row(x.Database, x.User, x.Site, term.Count(int64(x.Transactions)), term.Count(int64(x.Queries)), term.Size(int64(x.Received)), term.Size(int64(x.Sent)),
-			term.Count(int64(x.Moves)), lasting(x.TransactionS), lasting(x.QueryS), lasting(x.WaitS))
+			term.Count(int64(x.Moves)), term.Count(int64(x.ReadsAway)), lasting(x.TransactionS), lasting(x.QueryS), lasting(x.WaitS))
 	}
 	return t
 }

@@ -2012,7 +2012,9 @@ type SiteState struct {
 	// Which history its server writes: system identifier and timeline; empty: it is not known.
 	Server string `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`
 	// It is drained, and sessions that cannot be moved are to leave it.
-	AsksToLeave   bool `protobuf:"varint,8,opt,name=asks_to_leave,json=asksToLeave,proto3" json:"asks_to_leave,omitempty"`
+	AsksToLeave bool `protobuf:"varint,8,opt,name=asks_to_leave,json=asksToLeave,proto3" json:"asks_to_leave,omitempty"`
+	// Its replicated databases that are open.
+	Databases     []*DatabaseState `protobuf:"bytes,9,rep,name=databases,proto3" json:"databases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2103,6 +2105,138 @@ func (x *SiteState) GetAsksToLeave() bool {
 	return false
 }
 
+func (x *SiteState) GetDatabases() []*DatabaseState {
+	if x != nil {
+		return x.Databases
+	}
+	return nil
+}
+
+// DatabaseState is how far a site is with what the others write into a database, and they with what it writes.
+type DatabaseState struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Database string                 `protobuf:"bytes,1,opt,name=database,proto3" json:"database,omitempty"`
+	// Each of the other sites.
+	Lags []*SiteLag `protobuf:"bytes,2,rep,name=lags,proto3" json:"lags,omitempty"`
+	// Bytes of the answering site's WAL that the slowest of the sites that make progress has not applied.
+	BacklogBytes  uint64 `protobuf:"varint,3,opt,name=backlog_bytes,json=backlogBytes,proto3" json:"backlog_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DatabaseState) Reset() {
+	*x = DatabaseState{}
+	mi := &file_link_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DatabaseState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DatabaseState) ProtoMessage() {}
+
+func (x *DatabaseState) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DatabaseState.ProtoReflect.Descriptor instead.
+func (*DatabaseState) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *DatabaseState) GetDatabase() string {
+	if x != nil {
+		return x.Database
+	}
+	return ""
+}
+
+func (x *DatabaseState) GetLags() []*SiteLag {
+	if x != nil {
+		return x.Lags
+	}
+	return nil
+}
+
+func (x *DatabaseState) GetBacklogBytes() uint64 {
+	if x != nil {
+		return x.BacklogBytes
+	}
+	return 0
+}
+
+// SiteLag is how old what a site has written is at the most that is not visible at the answering site.
+type SiteLag struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Site      string                 `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	LagMicros uint64                 `protobuf:"varint,2,opt,name=lag_micros,json=lagMicros,proto3" json:"lag_micros,omitempty"`
+	// It is not known: nothing was heard of that site yet, or what was has not been applied once.
+	Unknown       bool `protobuf:"varint,3,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SiteLag) Reset() {
+	*x = SiteLag{}
+	mi := &file_link_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SiteLag) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SiteLag) ProtoMessage() {}
+
+func (x *SiteLag) ProtoReflect() protoreflect.Message {
+	mi := &file_link_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SiteLag.ProtoReflect.Descriptor instead.
+func (*SiteLag) Descriptor() ([]byte, []int) {
+	return file_link_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *SiteLag) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *SiteLag) GetLagMicros() uint64 {
+	if x != nil {
+		return x.LagMicros
+	}
+	return 0
+}
+
+func (x *SiteLag) GetUnknown() bool {
+	if x != nil {
+		return x.Unknown
+	}
+	return false
+}
+
 type VerifierRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Hello         *Hello                 `protobuf:"bytes,1,opt,name=hello,proto3" json:"hello,omitempty"`
@@ -2113,7 +2247,7 @@ type VerifierRequest struct {
 
 func (x *VerifierRequest) Reset() {
 	*x = VerifierRequest{}
-	mi := &file_link_proto_msgTypes[29]
+	mi := &file_link_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2259,7 @@ func (x *VerifierRequest) String() string {
 func (*VerifierRequest) ProtoMessage() {}
 
 func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[29]
+	mi := &file_link_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2272,7 @@ func (x *VerifierRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifierRequest.ProtoReflect.Descriptor instead.
 func (*VerifierRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{29}
+	return file_link_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VerifierRequest) GetHello() *Hello {
@@ -2164,7 +2298,7 @@ type VerifierReply struct {
 
 func (x *VerifierReply) Reset() {
 	*x = VerifierReply{}
-	mi := &file_link_proto_msgTypes[30]
+	mi := &file_link_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2310,7 @@ func (x *VerifierReply) String() string {
 func (*VerifierReply) ProtoMessage() {}
 
 func (x *VerifierReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[30]
+	mi := &file_link_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2323,7 @@ func (x *VerifierReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifierReply.ProtoReflect.Descriptor instead.
 func (*VerifierReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{30}
+	return file_link_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VerifierReply) GetVerifier() string {
@@ -2223,7 +2357,7 @@ type FateRequest struct {
 
 func (x *FateRequest) Reset() {
 	*x = FateRequest{}
-	mi := &file_link_proto_msgTypes[31]
+	mi := &file_link_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2369,7 @@ func (x *FateRequest) String() string {
 func (*FateRequest) ProtoMessage() {}
 
 func (x *FateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[31]
+	mi := &file_link_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2382,7 @@ func (x *FateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FateRequest.ProtoReflect.Descriptor instead.
 func (*FateRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{31}
+	return file_link_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *FateRequest) GetHello() *Hello {
@@ -2352,7 +2486,7 @@ type FateReply struct {
 
 func (x *FateReply) Reset() {
 	*x = FateReply{}
-	mi := &file_link_proto_msgTypes[32]
+	mi := &file_link_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2364,7 +2498,7 @@ func (x *FateReply) String() string {
 func (*FateReply) ProtoMessage() {}
 
 func (x *FateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[32]
+	mi := &file_link_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2377,7 +2511,7 @@ func (x *FateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FateReply.ProtoReflect.Descriptor instead.
 func (*FateReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{32}
+	return file_link_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *FateReply) GetSite() string {
@@ -2451,7 +2585,7 @@ type EndReply struct {
 
 func (x *EndReply) Reset() {
 	*x = EndReply{}
-	mi := &file_link_proto_msgTypes[33]
+	mi := &file_link_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2463,7 +2597,7 @@ func (x *EndReply) String() string {
 func (*EndReply) ProtoMessage() {}
 
 func (x *EndReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[33]
+	mi := &file_link_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2476,7 +2610,7 @@ func (x *EndReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndReply.ProtoReflect.Descriptor instead.
 func (*EndReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{33}
+	return file_link_proto_rawDescGZIP(), []int{35}
 }
 
 type PositionRequest struct {
@@ -2489,7 +2623,7 @@ type PositionRequest struct {
 
 func (x *PositionRequest) Reset() {
 	*x = PositionRequest{}
-	mi := &file_link_proto_msgTypes[34]
+	mi := &file_link_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2635,7 @@ func (x *PositionRequest) String() string {
 func (*PositionRequest) ProtoMessage() {}
 
 func (x *PositionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[34]
+	mi := &file_link_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2648,7 @@ func (x *PositionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PositionRequest.ProtoReflect.Descriptor instead.
 func (*PositionRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{34}
+	return file_link_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PositionRequest) GetHello() *Hello {
@@ -2540,7 +2674,7 @@ type PositionReply struct {
 
 func (x *PositionReply) Reset() {
 	*x = PositionReply{}
-	mi := &file_link_proto_msgTypes[35]
+	mi := &file_link_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +2686,7 @@ func (x *PositionReply) String() string {
 func (*PositionReply) ProtoMessage() {}
 
 func (x *PositionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[35]
+	mi := &file_link_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +2699,7 @@ func (x *PositionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PositionReply.ProtoReflect.Descriptor instead.
 func (*PositionReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{35}
+	return file_link_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PositionReply) GetPositions() []*SitePosition {
@@ -2586,7 +2720,7 @@ type SitePosition struct {
 
 func (x *SitePosition) Reset() {
 	*x = SitePosition{}
-	mi := &file_link_proto_msgTypes[36]
+	mi := &file_link_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2598,7 +2732,7 @@ func (x *SitePosition) String() string {
 func (*SitePosition) ProtoMessage() {}
 
 func (x *SitePosition) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[36]
+	mi := &file_link_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2611,7 +2745,7 @@ func (x *SitePosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SitePosition.ProtoReflect.Descriptor instead.
 func (*SitePosition) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{36}
+	return file_link_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *SitePosition) GetSite() string {
@@ -2641,7 +2775,7 @@ type ReachRequest struct {
 
 func (x *ReachRequest) Reset() {
 	*x = ReachRequest{}
-	mi := &file_link_proto_msgTypes[37]
+	mi := &file_link_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2653,7 +2787,7 @@ func (x *ReachRequest) String() string {
 func (*ReachRequest) ProtoMessage() {}
 
 func (x *ReachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[37]
+	mi := &file_link_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2666,7 +2800,7 @@ func (x *ReachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReachRequest.ProtoReflect.Descriptor instead.
 func (*ReachRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{37}
+	return file_link_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReachRequest) GetHello() *Hello {
@@ -2705,7 +2839,7 @@ type ReachReply struct {
 
 func (x *ReachReply) Reset() {
 	*x = ReachReply{}
-	mi := &file_link_proto_msgTypes[38]
+	mi := &file_link_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2717,7 +2851,7 @@ func (x *ReachReply) String() string {
 func (*ReachReply) ProtoMessage() {}
 
 func (x *ReachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[38]
+	mi := &file_link_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2730,7 +2864,7 @@ func (x *ReachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReachReply.ProtoReflect.Descriptor instead.
 func (*ReachReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{38}
+	return file_link_proto_rawDescGZIP(), []int{40}
 }
 
 type FactsRequest struct {
@@ -2742,7 +2876,7 @@ type FactsRequest struct {
 
 func (x *FactsRequest) Reset() {
 	*x = FactsRequest{}
-	mi := &file_link_proto_msgTypes[39]
+	mi := &file_link_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2754,7 +2888,7 @@ func (x *FactsRequest) String() string {
 func (*FactsRequest) ProtoMessage() {}
 
 func (x *FactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[39]
+	mi := &file_link_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2767,7 +2901,7 @@ func (x *FactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsRequest.ProtoReflect.Descriptor instead.
 func (*FactsRequest) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{39}
+	return file_link_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *FactsRequest) GetHello() *Hello {
@@ -2786,7 +2920,7 @@ type FactsReply struct {
 
 func (x *FactsReply) Reset() {
 	*x = FactsReply{}
-	mi := &file_link_proto_msgTypes[40]
+	mi := &file_link_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2798,7 +2932,7 @@ func (x *FactsReply) String() string {
 func (*FactsReply) ProtoMessage() {}
 
 func (x *FactsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_link_proto_msgTypes[40]
+	mi := &file_link_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2811,7 +2945,7 @@ func (x *FactsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FactsReply.ProtoReflect.Descriptor instead.
 func (*FactsReply) Descriptor() ([]byte, []int) {
-	return file_link_proto_rawDescGZIP(), []int{40}
+	return file_link_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *FactsReply) GetFacts() []byte {
@@ -2953,7 +3087,7 @@ const file_link_proto_rawDesc = "" +
 	"\astaying\x18\x03 \x03(\v2\x12.duri.link.StayingR\astaying\"\x0e\n" +
 	"\fStayingReply\"6\n" +
 	"\fWatchRequest\x12&\n" +
-	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\xe6\x01\n" +
+	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\x9e\x02\n" +
 	"\tSiteState\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x18\n" +
 	"\amembers\x18\x02 \x03(\tR\amembers\x12\x18\n" +
@@ -2962,7 +3096,17 @@ const file_link_proto_rawDesc = "" +
 	"\bpostgres\x18\x05 \x01(\bR\bpostgres\x12\x1b\n" +
 	"\tcaught_up\x18\x06 \x01(\bR\bcaughtUp\x12\x16\n" +
 	"\x06server\x18\a \x01(\tR\x06server\x12\"\n" +
-	"\rasks_to_leave\x18\b \x01(\bR\vasksToLeave\"M\n" +
+	"\rasks_to_leave\x18\b \x01(\bR\vasksToLeave\x126\n" +
+	"\tdatabases\x18\t \x03(\v2\x18.duri.link.DatabaseStateR\tdatabases\"x\n" +
+	"\rDatabaseState\x12\x1a\n" +
+	"\bdatabase\x18\x01 \x01(\tR\bdatabase\x12&\n" +
+	"\x04lags\x18\x02 \x03(\v2\x12.duri.link.SiteLagR\x04lags\x12#\n" +
+	"\rbacklog_bytes\x18\x03 \x01(\x04R\fbacklogBytes\"V\n" +
+	"\aSiteLag\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12\x1d\n" +
+	"\n" +
+	"lag_micros\x18\x02 \x01(\x04R\tlagMicros\x12\x18\n" +
+	"\aunknown\x18\x03 \x01(\bR\aunknown\"M\n" +
 	"\x0fVerifierRequest\x12&\n" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"+\n" +
@@ -3065,7 +3209,7 @@ func file_link_proto_rawDescGZIP() []byte {
 }
 
 var file_link_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_link_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_link_proto_goTypes = []any{
 	(Code)(0),               // 0: duri.link.Code
 	(Outcome)(0),            // 1: duri.link.Outcome
@@ -3098,18 +3242,20 @@ var file_link_proto_goTypes = []any{
 	(*StayingReply)(nil),    // 28: duri.link.StayingReply
 	(*WatchRequest)(nil),    // 29: duri.link.WatchRequest
 	(*SiteState)(nil),       // 30: duri.link.SiteState
-	(*VerifierRequest)(nil), // 31: duri.link.VerifierRequest
-	(*VerifierReply)(nil),   // 32: duri.link.VerifierReply
-	(*FateRequest)(nil),     // 33: duri.link.FateRequest
-	(*FateReply)(nil),       // 34: duri.link.FateReply
-	(*EndReply)(nil),        // 35: duri.link.EndReply
-	(*PositionRequest)(nil), // 36: duri.link.PositionRequest
-	(*PositionReply)(nil),   // 37: duri.link.PositionReply
-	(*SitePosition)(nil),    // 38: duri.link.SitePosition
-	(*ReachRequest)(nil),    // 39: duri.link.ReachRequest
-	(*ReachReply)(nil),      // 40: duri.link.ReachReply
-	(*FactsRequest)(nil),    // 41: duri.link.FactsRequest
-	(*FactsReply)(nil),      // 42: duri.link.FactsReply
+	(*DatabaseState)(nil),   // 31: duri.link.DatabaseState
+	(*SiteLag)(nil),         // 32: duri.link.SiteLag
+	(*VerifierRequest)(nil), // 33: duri.link.VerifierRequest
+	(*VerifierReply)(nil),   // 34: duri.link.VerifierReply
+	(*FateRequest)(nil),     // 35: duri.link.FateRequest
+	(*FateReply)(nil),       // 36: duri.link.FateReply
+	(*EndReply)(nil),        // 37: duri.link.EndReply
+	(*PositionRequest)(nil), // 38: duri.link.PositionRequest
+	(*PositionReply)(nil),   // 39: duri.link.PositionReply
+	(*SitePosition)(nil),    // 40: duri.link.SitePosition
+	(*ReachRequest)(nil),    // 41: duri.link.ReachRequest
+	(*ReachReply)(nil),      // 42: duri.link.ReachReply
+	(*FactsRequest)(nil),    // 43: duri.link.FactsRequest
+	(*FactsReply)(nil),      // 44: duri.link.FactsReply
 }
 var file_link_proto_depIdxs = []int32{
 	0,  // 0: duri.link.Refusal.code:type_name -> duri.link.Code
@@ -3136,45 +3282,47 @@ var file_link_proto_depIdxs = []int32{
 	2,  // 21: duri.link.StayingRequest.hello:type_name -> duri.link.Hello
 	26, // 22: duri.link.StayingRequest.staying:type_name -> duri.link.Staying
 	2,  // 23: duri.link.WatchRequest.hello:type_name -> duri.link.Hello
-	2,  // 24: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
-	2,  // 25: duri.link.FateRequest.hello:type_name -> duri.link.Hello
-	1,  // 26: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
-	2,  // 27: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
-	38, // 28: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
-	2,  // 29: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
-	38, // 30: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
-	2,  // 31: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
-	15, // 32: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
-	18, // 33: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
-	20, // 34: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
-	22, // 35: duri.link.Link.Status:input_type -> duri.link.StatusRequest
-	24, // 36: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
-	29, // 37: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
-	31, // 38: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
-	33, // 39: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
-	33, // 40: duri.link.Gateways.End:input_type -> duri.link.FateRequest
-	36, // 41: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
-	39, // 42: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
-	41, // 43: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
-	27, // 44: duri.link.Gateways.Staying:input_type -> duri.link.StayingRequest
-	16, // 45: duri.link.Link.Copy:output_type -> duri.link.CopyReply
-	19, // 46: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
-	21, // 47: duri.link.Link.Compare:output_type -> duri.link.CompareReply
-	23, // 48: duri.link.Link.Status:output_type -> duri.link.StatusReply
-	25, // 49: duri.link.Link.Drain:output_type -> duri.link.DrainReply
-	30, // 50: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
-	32, // 51: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
-	34, // 52: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
-	35, // 53: duri.link.Gateways.End:output_type -> duri.link.EndReply
-	37, // 54: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
-	40, // 55: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
-	42, // 56: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
-	28, // 57: duri.link.Gateways.Staying:output_type -> duri.link.StayingReply
-	45, // [45:58] is the sub-list for method output_type
-	32, // [32:45] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	31, // 24: duri.link.SiteState.databases:type_name -> duri.link.DatabaseState
+	32, // 25: duri.link.DatabaseState.lags:type_name -> duri.link.SiteLag
+	2,  // 26: duri.link.VerifierRequest.hello:type_name -> duri.link.Hello
+	2,  // 27: duri.link.FateRequest.hello:type_name -> duri.link.Hello
+	1,  // 28: duri.link.FateReply.outcome:type_name -> duri.link.Outcome
+	2,  // 29: duri.link.PositionRequest.hello:type_name -> duri.link.Hello
+	40, // 30: duri.link.PositionReply.positions:type_name -> duri.link.SitePosition
+	2,  // 31: duri.link.ReachRequest.hello:type_name -> duri.link.Hello
+	40, // 32: duri.link.ReachRequest.positions:type_name -> duri.link.SitePosition
+	2,  // 33: duri.link.FactsRequest.hello:type_name -> duri.link.Hello
+	15, // 34: duri.link.Link.Copy:input_type -> duri.link.CopyRequest
+	18, // 35: duri.link.Link.FetchRow:input_type -> duri.link.FetchRowRequest
+	20, // 36: duri.link.Link.Compare:input_type -> duri.link.CompareRequest
+	22, // 37: duri.link.Link.Status:input_type -> duri.link.StatusRequest
+	24, // 38: duri.link.Link.Drain:input_type -> duri.link.DrainRequest
+	29, // 39: duri.link.Gateways.Watch:input_type -> duri.link.WatchRequest
+	33, // 40: duri.link.Gateways.Verifier:input_type -> duri.link.VerifierRequest
+	35, // 41: duri.link.Gateways.Fate:input_type -> duri.link.FateRequest
+	35, // 42: duri.link.Gateways.End:input_type -> duri.link.FateRequest
+	38, // 43: duri.link.Gateways.Position:input_type -> duri.link.PositionRequest
+	41, // 44: duri.link.Gateways.Reach:input_type -> duri.link.ReachRequest
+	43, // 45: duri.link.Gateways.Facts:input_type -> duri.link.FactsRequest
+	27, // 46: duri.link.Gateways.Staying:input_type -> duri.link.StayingRequest
+	16, // 47: duri.link.Link.Copy:output_type -> duri.link.CopyReply
+	19, // 48: duri.link.Link.FetchRow:output_type -> duri.link.FetchRowReply
+	21, // 49: duri.link.Link.Compare:output_type -> duri.link.CompareReply
+	23, // 50: duri.link.Link.Status:output_type -> duri.link.StatusReply
+	25, // 51: duri.link.Link.Drain:output_type -> duri.link.DrainReply
+	30, // 52: duri.link.Gateways.Watch:output_type -> duri.link.SiteState
+	34, // 53: duri.link.Gateways.Verifier:output_type -> duri.link.VerifierReply
+	36, // 54: duri.link.Gateways.Fate:output_type -> duri.link.FateReply
+	37, // 55: duri.link.Gateways.End:output_type -> duri.link.EndReply
+	39, // 56: duri.link.Gateways.Position:output_type -> duri.link.PositionReply
+	42, // 57: duri.link.Gateways.Reach:output_type -> duri.link.ReachReply
+	44, // 58: duri.link.Gateways.Facts:output_type -> duri.link.FactsReply
+	28, // 59: duri.link.Gateways.Staying:output_type -> duri.link.StayingReply
+	47, // [47:60] is the sub-list for method output_type
+	34, // [34:47] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_link_proto_init() }
@@ -3198,7 +3346,7 @@ func file_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_link_proto_rawDesc), len(file_link_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   41,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
