@@ -117,13 +117,7 @@ func TestOwnFate(t *testing.T) {
 	}
 
 	// A COMMIT that waits for a site which is not there has committed.
-	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
-	await(t, "commits wait", func() bool {
-		short, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-		defer cancel()
-		return proveOnce(short, c.DSN("", "duri"), "app") != nil
-	})
+	commitsWait(t, c)
 	conn, q = open(t, c)
 	done := make(chan error, 1)
 	go func() {
@@ -471,6 +465,18 @@ func TestDrainRequests(t *testing.T) {
 	}
 }
 
+// commitsWait makes commits wait for a site that is not there.
+func commitsWait(t *testing.T, c *pgcluster.Cluster) {
+	t.Helper()
+	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
+	await(t, "commits wait", func() bool {
+		short, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		return proveOnce(short, c.DSN("", "duri"), "app") != nil
+	})
+}
+
 // TestWhatIsCommittedButNotVisibleIsWaitedFor: at a site that is asked for what it has committed itself, a commit may still wait for a
 // receipt that the site which asks has given.
 func TestWhatIsCommittedButNotVisibleIsWaitedFor(t *testing.T) {
@@ -489,13 +495,12 @@ func TestWhatIsCommittedButNotVisibleIsWaitedFor(t *testing.T) {
 	if err := reach(); err != nil {
 		t.Errorf("an open transaction was waited for: %v", err)
 	}
-	pgtest.Exec(t, c, "app", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-	pgtest.Exec(t, c, "app", "SELECT pg_reload_conf()")
+	commitsWait(t, c)
 	done := make(chan error, 1)
 	go func() { done <- conn.Exec(context.Background(), "COMMIT").Close() }()
-	const waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-	for pgtest.Query(t, c, "app", waits)[0][0] != "1" {
-	}
+	await(t, "the commit waits", func() bool {
+		return pgtest.Query(t, c, "app", fmt.Sprintf("SELECT count(*) FROM pg_stat_activity WHERE pid = %d AND wait_event = 'SyncRep'", q.PID))[0][0] == "1"
+	})
 	if err := reach(); err == nil {
 		t.Error("a commit that is not visible was not waited for")
 	}
@@ -503,7 +508,7 @@ func TestWhatIsCommittedButNotVisibleIsWaitedFor(t *testing.T) {
 	if err := reach(); err != nil {
 		t.Error(err)
 	}
-	pgtest.Query(t, c, "app", "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+	pgtest.Query(t, c, "app", fmt.Sprintf("SELECT pg_cancel_backend(%d)", q.PID))
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
