@@ -26,6 +26,7 @@ type passed struct {
 	customs        []string
 	statements     map[string]*statement
 	home, last     string
+	seen           string // the site of the latest transaction, wherever it was
 	site           string
 	types          []uint32
 	since          time.Time
@@ -40,9 +41,13 @@ const passedMax = 16 << 20
 
 // passed gives the session as it is. Its goroutine calls it between two transactions. mu is held.
 func (s *session) passed() *passed {
+	seen := s.last
+	if s.g.cfg.Reads != nil {
+		seen = s.seen.site
+	}
 	return &passed{
 		id: s.id, database: s.who.Database, user: s.who.User, params: s.who.Params, keys: *s.keys, pid: s.pid, secret: s.secret,
-		told: s.told, settings: s.settings, customs: s.customs, statements: s.statements, home: s.home, last: s.last, site: s.site, types: s.types,
+		told: s.told, settings: s.settings, customs: s.customs, statements: s.statements, home: s.home, last: s.last, seen: seen, site: s.site, types: s.types,
 		since: s.since,
 	}
 }
@@ -55,6 +60,8 @@ func (s *session) adopt(p *passed) {
 	s.told, s.settings, s.customs, s.statements = p.told, p.settings, p.customs, p.statements
 	s.home, s.last, s.types, s.since = p.home, p.last, p.types, p.since
 	s.site, s.told1st = p.site, p.site != ""
+	now := s.g.tick() // All that it has seen, and done, was before.
+	s.seen, s.homeAt, s.actedAt = sighting{p.seen, now}, now, now
 	s.pinsTold, s.portals = map[string]bool{}, map[string]*statement{}
 	s.replays = s.keeps() && slices.Contains(s.g.lim().Replay, s.who.User)
 }
@@ -90,6 +97,7 @@ func (p *passed) encode() []byte {
 	}
 	b.text(p.home)
 	b.text(p.last)
+	b.text(p.seen)
 	b.text(p.site)
 	b.number(uint64(len(p.types)))
 	for _, oid := range p.types {
@@ -118,7 +126,7 @@ func decodePassed(b []byte) (*passed, error) {
 		name := u.text()
 		p.statements[name] = u.statement()
 	}
-	p.home, p.last, p.site = u.text(), u.text(), u.text()
+	p.home, p.last, p.seen, p.site = u.text(), u.text(), u.text(), u.text()
 	for range u.count() {
 		p.types = append(p.types, uint32(u.upTo(1<<32-1)))
 	}

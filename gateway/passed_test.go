@@ -33,7 +33,7 @@ func drawPassed(t *rapid.T) *passed {
 		id: rapid.Uint64().Draw(t, "id"), database: "d" + str.Draw(t, "database"), user: "u" + str.Draw(t, "user"), params: params("params"),
 		keys: scram.Keys{Salt: append(some("salt"), 1), Iterations: rapid.IntRange(1, 1<<31-1).Draw(t, "iterations")},
 		pid:  uint32(rapid.IntRange(1, 1<<31-1).Draw(t, "pid")), told: params("told"), settings: params("settings"), customs: words("customs"),
-		statements: map[string]*statement{}, home: str.Draw(t, "home"), last: str.Draw(t, "last"), site: str.Draw(t, "site"),
+		statements: map[string]*statement{}, home: str.Draw(t, "home"), last: str.Draw(t, "last"), seen: str.Draw(t, "seen"), site: str.Draw(t, "site"),
 		types: rapid.SliceOfN(rapid.Uint32(), 0, 10).Draw(t, "types"), since: time.UnixMicro(rapid.Int64Range(0, 1<<60).Draw(t, "since")),
 	}
 	for _, to := range [][]byte{p.keys.ClientKey[:], p.keys.ServerKey[:], p.secret[:]} {
@@ -80,15 +80,38 @@ func TestAPassedSessionIsWhatItWas(t *testing.T) {
 // TestNothingOfASessionIsForgotten: who adds a field to what is passed must add it to the encoding, and to the property above.
 func TestNothingOfASessionIsForgotten(t *testing.T) {
 	for typ, fields := range map[reflect.Type]int{
-		reflect.TypeFor[passed](): 16, reflect.TypeFor[statement](): 8, reflect.TypeFor[shape](): 2, reflect.TypeFor[text](): 14,
+		reflect.TypeFor[passed](): 17, reflect.TypeFor[statement](): 8, reflect.TypeFor[shape](): 2, reflect.TypeFor[text](): 15,
 		reflect.TypeFor[scram.Keys](): 4, reflect.TypeFor[Login](): 4,
-		// born and judged of a statement belong to a process: in a new one, nothing is older, and all is judged anew.
+		// born and judged of a statement, and what of its effects follows from the latter, belong to a process: in a new one, nothing is older, and all is judged anew.
 		// What of these a session without a backend, outside a transaction, has to lose is looked at in session.passed and adopt.
-		reflect.TypeFor[session](): 18, reflect.TypeFor[borrowing](): 17, reflect.TypeFor[recovery](): 19, reflect.TypeFor[tallying](): 9,
-		reflect.TypeFor[parting](): 4,
+		reflect.TypeFor[session](): 19, reflect.TypeFor[borrowing](): 17, reflect.TypeFor[recovery](): 19, reflect.TypeFor[tallying](): 9,
+		reflect.TypeFor[parting](): 4, reflect.TypeFor[roaming](): 12,
 	} {
 		if n := typ.NumField(); n != fields {
 			t.Errorf("%v has %d fields, not %d: see whether they have to go along when a session is handed to another process, and correct the number", typ, n, fields)
+		}
+	}
+}
+
+// TestWhatWasSeenGoesAlong: a session whose latest transaction was a read elsewhere must not see less in the new process.
+func TestWhatWasSeenGoesAlong(t *testing.T) {
+	reads := Config{Reads: struct{ Reads }{}}
+	for _, c := range []struct {
+		old, now Config
+		want     string
+	}{{reads, reads, "elsewhere"}, {Config{}, reads, "home"}} {
+		s := &session{g: &Server{cfg: c.old}, keys: &scram.Keys{}}
+		s.last = "home"
+		if c.old.Reads != nil {
+			s.seen = sighting{"elsewhere", 1}
+		}
+		g := &Server{cfg: c.now, began: time.Now().Add(-time.Minute)}
+		g.limits.Store(&Limits{})
+		n := &session{g: g}
+		before := g.tick()
+		n.adopt(s.passed())
+		if n.seen.site != c.want || n.seen.at < before || n.homeAt < before || n.actedAt < before {
+			t.Errorf("%+v, %d, %d; want %s, no earlier than %d", n.seen, n.homeAt, n.actedAt, c.want, before)
 		}
 	}
 }

@@ -447,6 +447,18 @@ func TestReadsThatWrite(t *testing.T) {
 	}
 }
 
+// commitsWait makes commits wait for a site that is not there: they do when one does.
+func commitsWait(t testing.TB, c *pgcluster.Cluster) {
+	t.Helper()
+	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
+	until(t, "commits wait", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		return c.Exec(ctx, "postgres", "SELECT pg_logical_emit_message(true, 'test', '')") != nil
+	})
+}
+
 // TestCommitWhoseWaitWasDisturbed: PostgreSQL reports such a commit with a warning only; here it is in doubt.
 func TestCommitWhoseWaitWasDisturbed(t *testing.T) {
 	c := markable(t)
@@ -454,8 +466,7 @@ func TestCommitWhoseWaitWasDisturbed(t *testing.T) {
 	_, addr := serve(t, Config{Mode: TransactionMode, Sites: k}, c)
 	conn := open1(t, dsn(addr, ""))
 	exec1(t, conn, "SELECT 1")
-	pgtest.Exec(t, c, "postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-	pgtest.Exec(t, c, "postgres", "SELECT pg_reload_conf()")
+	commitsWait(t, c)
 	for i, say := range []Fate{Committed, Unknown} {
 		k.mu.Lock()
 		k.say = &say
@@ -465,13 +476,13 @@ func TestCommitWhoseWaitWasDisturbed(t *testing.T) {
 			_, err := conn.Exec(context.Background(), "INSERT INTO ledger VALUES (8, $1)", i)
 			done <- err
 		}()
-		for cancelled := false; !cancelled; {
-			rows, err := c.QueryText(t.Context(), "postgres", "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
+		until(t, "its wait is cancelled", func() bool {
+			rows, err := c.QueryText(t.Context(), "postgres", "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND usename = '"+appUser+"'")
 			if err != nil {
 				t.Fatal(err)
 			}
-			cancelled = len(rows) > 0
-		}
+			return len(rows) > 0
+		})
 		err := <-done
 		switch say {
 		case Committed:

@@ -231,6 +231,10 @@ func TestAMarkThatFails(t *testing.T) {
 	} {
 		pgtest.Exec(t, c, "postgres", sql)
 	}
+	until(t, "the setting is there", func() bool {
+		rows, err := c.QueryText(t.Context(), "shop", "SHOW synchronous_standby_names")
+		return err == nil && rows[0][0] == "another"
+	})
 	pgtest.Exec(t, c, "shop", `CREATE OR REPLACE FUNCTION duri.mark(ltxid bytea) RETURNS void LANGUAGE plpgsql AS $$
 		BEGIN IF pg_current_xact_id_if_assigned() IS NOT NULL THEN RAISE 'no mark' USING ERRCODE = '57014'; END IF; END $$`)
 	conn := open1(t, dsn(addr, "default_query_exec_mode=simple_protocol"))
