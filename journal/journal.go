@@ -265,10 +265,22 @@ func (j *Journal) State() State {
 	defer j.mu.Unlock()
 	s := stateOf(&j.in.at)
 	s.Start, s.Durable, s.Segments = j.segments[0].head.From, j.durable, len(j.segments)
-	for _, seg := range j.segments {
-		s.DiskBytes += max(seg.size, seg.off)
-	}
+	s.DiskBytes = j.diskBytes()
 	return s
+}
+
+// DiskBytes is that of State.
+func (j *Journal) DiskBytes() int64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.diskBytes()
+}
+
+func (j *Journal) diskBytes() (bytes int64) {
+	for _, seg := range j.segments {
+		bytes += max(seg.size, seg.off)
+	}
+	return bytes
 }
 
 func stateOf(t *tally) State {

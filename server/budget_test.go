@@ -4,9 +4,15 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+
+	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/journal"
+	"github.com/duri-io/duri/wal"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -86,4 +92,40 @@ func TestSlotNamesOfDatabasesDiffer(t *testing.T) {
 	if Slot("my_app") != "duri_my_app" {
 		t.Errorf("an ordinary name: %s", Slot("my_app"))
 	}
+}
+
+// TestDecodingWaitsForTheLookAtTheBudget: only when the own journal is beyond it, and not for ever.
+func TestDecodingWaitsForTheLookAtTheBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := &config.Config{Databases: []config.Database{{Name: "app"}}, Journal: config.Journal{Budget: 1 << 20, Segment: 64 << 10}}
+		j, err := journal.Create(t.TempDir(), headerOf(config.Site{ID: 1, Name: "a"}), journal.Options{SegmentBytes: 64 << 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+		n := &node{cfg: cfg}
+		c := &capture{n: n, j: j, dirty: make(chan struct{}, 1)}
+		took := func() time.Duration {
+			begun := time.Now()
+			if err := c.awaitLook(); err != nil {
+				t.Fatal(err)
+			}
+			return time.Since(begun)
+		}
+		if d := took(); d != 0 {
+			t.Errorf("within the budget it waited %v", d)
+		}
+		for at := wal.LSN(0x200); j.DiskBytes() <= n.share(); at += 0x100 {
+			if err := j.AppendPosition(at, nil, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.AfterFunc(100*time.Millisecond, n.looked.tell)
+		if d := took(); d != 100*time.Millisecond {
+			t.Errorf("the look came after 100ms, it waited %v", d)
+		}
+		if d := took(); d != lookMax {
+			t.Errorf("without a look it waited %v", d)
+		}
+	})
 }

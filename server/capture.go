@@ -96,6 +96,27 @@ func (c *capture) Commit(m *decode.Commit) error {
 	}
 	c.maxTime = max(c.maxTime, t.VersionTime) // only now: a transaction delivered again must get the same stamp
 	c.pending, c.waited = 0, false
+	return c.awaitLook()
+}
+
+// lookMax bounds how long is waited for a look at the budget: longer than one takes, as a rule.
+const lookMax = 2 * time.Second
+
+// awaitLook waits, when the own journal alone is beyond the budget, until that was looked at: then either there is room again, or
+// decoding is paused. So a journal exceeds its budget by no more than a transaction, however fast is decoded.
+func (c *capture) awaitLook() error {
+	if c.j.DiskBytes() <= c.n.share() {
+		return nil
+	}
+	if err := c.handOver(); err != nil { // nobody is to wait for what is here
+		return err
+	}
+	t := time.NewTimer(lookMax)
+	defer t.Stop()
+	select {
+	case <-c.n.looked.wait():
+	case <-t.C:
+	}
 	return nil
 }
 

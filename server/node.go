@@ -45,6 +45,7 @@ type node struct {
 	keeper   *keeper // nil without a register
 	peers    []*peer
 	ready    atomic.Pointer[captured]     // set once journal and index are open
+	looked   broadcast                    // the budget was looked at
 	over     atomic.Bool                  // the journal budget is used up
 	room     atomic.Pointer[BudgetStatus] // of the journals
 	walRoom  atomic.Pointer[BudgetStatus] // of the WAL that the slot holds; nil: max_slot_wal_keep_size does not bound it
@@ -102,9 +103,9 @@ type captured struct {
 
 // ownBytes is the disk that this site's own journal takes, with what it remembers of what it let go of.
 func (c *captured) ownBytes() int64 {
-	bytes := c.journal.State().DiskBytes
+	bytes := c.journal.DiskBytes()
 	if c.past != nil {
-		bytes += c.past.State().DiskBytes
+		bytes += c.past.DiskBytes()
 	}
 	return bytes
 }
@@ -546,7 +547,7 @@ func (n *node) beat(ctx context.Context, c *captured) error {
 	return n.emit(ctx, "heartbeat")
 }
 
-// maintainEvery is how often retention and the budget are looked at: about how long a journal may grow beyond it.
+// maintainEvery is how often retention and the budget are looked at. Who fills the own journal beyond it waits for that (capture.awaitLook).
 const maintainEvery = 250 * time.Millisecond
 
 // progressEvery is how often it is asked for retention how far the peers have been applied.
@@ -628,6 +629,7 @@ func (n *node) retain(ctx context.Context, c *captured, applied []wal.Seen) erro
 	n.makeRoom(ctx, now, c, sizes)
 	n.measure(now, c, sizes)
 	n.pause(sizes)
+	n.looked.tell()
 	return nil
 }
 

@@ -231,15 +231,14 @@ func TestTheNewProcessIsKilled(t *testing.T) {
 		if err := next.Start(); err != nil {
 			t.Fatal(err)
 		}
-		if round%2 == 0 {
+		if round%3 > 0 { // else at once
+			left := 1 + rnd.IntN(21) // one stays with the old process in any case
 			tr.within(time.Minute, func(ctx context.Context) error {
-				return tr.p.Wait(ctx, "the new process has the socket", func(ctx context.Context) (bool, error) {
+				return tr.p.Wait(ctx, fmt.Sprintf("no more than %d clients are left to the old process", left), func(ctx context.Context) (bool, error) {
 					r, err := next.Control().StandaloneGateway(ctx)
-					return r.Predecessor != nil, err
+					return r.Predecessor != nil && r.Predecessor.Clients <= left, err
 				})
 			})
-		} else {
-			time.Sleep(time.Duration(rnd.Int64N(int64(60 * time.Millisecond)))) // any moment
 		}
 		if err := next.Signal(syscall.SIGKILL); err != nil {
 			t.Fatal(err)
