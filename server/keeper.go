@@ -31,10 +31,11 @@ type keeper struct {
 
 	mu       sync.Mutex // guards the rest; never held while a report is computed or waited for
 	reg      quorum.Register
-	memberAt uint64    // epoch since which the register counts this site in without a break, as far as is known
-	doubt    bool      // a swap was sent and its answer is not known, or was sent in a former life of the agent
-	leaving  bool      // this site has proposed to leave, or is about to
-	began    time.Time // when the register was first read without doubt; zero: nothing may be acknowledged yet
+	memberAt uint64          // epoch since which the register counts this site in without a break, as far as is known
+	doubt    bool            // a swap was sent and its answer is not known, or was sent in a former life of the agent
+	leaving  bool            // this site has proposed to leave, or is about to
+	began    time.Time       // when the register was first read without doubt; zero: nothing may be acknowledged yet
+	ahead    quorum.Register // what the watch told before that: it tells each value once
 	frozen   map[string]freeze
 	owed     bool                         // the marker may be there although nothing is promised any more
 	arming   map[string]map[*node]wal.LSN // what had been acknowledged without the site, by database
@@ -143,11 +144,14 @@ func (k *keeper) run(ctx context.Context) error {
 	}
 }
 
-// watched takes a value that the register was changed to. What comes before the first reading is left to that, which
+// watched takes a value that the register was changed to. What comes before the end of the first reading waits for it, which
 // compares with what this site has seen in its former life.
 func (k *keeper) watched(r quorum.Register) {
 	k.mu.Lock()
 	begun := !k.began.IsZero()
+	if !begun {
+		k.ahead = r
+	}
 	k.mu.Unlock()
 	if begun {
 		k.adopt(r)
@@ -476,13 +480,18 @@ func (k *keeper) read(ctx context.Context) {
 		}
 	}
 	k.mu.Lock()
+	ahead := k.ahead
 	if !k.doubt {
 		k.problem = fault{}
 		if k.began.IsZero() {
 			k.began = time.Now()
 		}
 	}
+	begun := !k.began.IsZero()
 	k.mu.Unlock()
+	if begun {
+		k.adopt(ahead)
+	}
 	k.kickAll()
 }
 

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"os"
@@ -159,6 +160,40 @@ func TestLostRegisterIsNotBegunAnew(t *testing.T) {
 	again.read(t.Context())
 	if _, err := empty.Client().Get(t.Context()); !errors.Is(err, quorum.ErrAbsent) || again.epoch() != 0 || !strings.Contains(again.problem.Text, "seen epoch 2") || again.problem.Hint == "" {
 		t.Errorf("%v, epoch %d, %+v", err, again.epoch(), again.problem)
+	}
+}
+
+// askedWhile is a store that does something while its first answer is under way.
+type askedWhile struct {
+	quorum.Store
+	do func()
+}
+
+func (s *askedWhile) Get(ctx context.Context) (quorum.Register, error) {
+	r, err := s.Store.Get(ctx)
+	if do := s.do; do != nil {
+		s.do = nil
+		do()
+	}
+	return r, err
+}
+
+// TestChangeDuringTheFirstReading: the watch delivers each value once, so what it tells before this site has read the register
+// must not be forgotten; this site would be left out and not know, for ever.
+func TestChangeDuringTheFirstReading(t *testing.T) {
+	reg := quorumtest.New()
+	a := testKeeper(t, "a", reg.Client())
+	a.read(t.Context())
+	store := &askedWhile{Store: reg.Client()}
+	b := testKeeper(t, "b", store)
+	store.do = func() {
+		a.do(t, durability.Freeze, "b", "b refuses connections")
+		a.do(t, durability.TakeOver, "b", "b refuses connections")
+		b.watched(a.reg)
+	}
+	b.read(t.Context())
+	if st := b.standing(); a.epoch() != 2 || st.Epoch != 2 || st.Member {
+		t.Errorf("epoch %d there, here %+v", a.epoch(), st)
 	}
 }
 
