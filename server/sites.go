@@ -401,8 +401,13 @@ func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, er
 	var errs []error
 	for _, l := range s.whoKnows(d.Site) {
 		one, cancel := context.WithTimeout(ctx, fateAskMax)
+		end := func() {}
+		if p := s.seen.Load(); l.target.Site == d.Site && p.knowsItself(p.view(d.Site)) {
+			one, end = s.whileThat(one, func(p *picture) (bool, time.Duration) { return p.knowsItself(p.view(d.Site)), 0 })
+		}
 		q.Age = time.Since(d.At)
 		a, err := l.asked.Fate(one, q)
+		end()
 		cancel()
 		if err == nil {
 			if fate := verdict(d, a); fate != gateway.Unknown {
@@ -415,18 +420,32 @@ func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, er
 	return gateway.Unknown, errors.Join(errs...)
 }
 
-// whoKnows are the sites to ask for a transaction of one: that one first, if it can be heard.
-func (s *sites) whoKnows(site string) []*siteLink {
-	var own, others []*siteLink
-	for i, v := range s.seen.Load().sites {
-		switch l := s.links[i]; {
-		case v.name == site && (v.heard || s.isOwn(l)):
-			own = append(own, l)
-		case v.name != site && (v.heard || s.isOwn(l)):
-			others = append(others, l)
+// whoKnows are the sites to ask for a transaction of one, as far as they can be heard: that one first, unless the others have to
+// decide, or its PostgreSQL does not answer.
+func (s *sites) whoKnows(site string) (all []*siteLink) {
+	p := s.seen.Load()
+	var own *siteLink
+	for i := range p.sites {
+		switch v, l := &p.sites[i], s.links[i]; {
+		case !v.heard && !s.isOwn(l):
+		case v.name != site:
+			all = append(all, l)
+		default:
+			own = l
 		}
 	}
-	return append(own, others...)
+	switch {
+	case own == nil:
+		return all
+	case p.knowsItself(p.view(site)):
+		return append([]*siteLink{own}, all...)
+	}
+	return append(all, own)
+}
+
+// knowsItself reports whether a site looks as if it could tell what became of its transactions.
+func (p *picture) knowsItself(v *siteView) bool {
+	return (!v.heard || v.state.Postgres) && (p.members == nil || slices.Contains(p.members, v.name))
 }
 
 // End is that of gateway.Sites.

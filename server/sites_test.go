@@ -34,6 +34,15 @@ func (m *mute) Reach(ctx context.Context, _ string, _ []link.SitePosition, gone 
 	return ctx.Err()
 }
 
+func (m *mute) Fate(ctx context.Context, _ link.FateQuestion) (link.FateAnswer, error) {
+	if m.asked != nil {
+		close(m.asked)
+		<-ctx.Done()
+		return link.FateAnswer{}, ctx.Err()
+	}
+	return link.FateAnswer{Site: "b", Outcome: link.OutcomeCommitted}, nil
+}
+
 // twoMute are two sites that serve, of which a does not say what it has.
 func twoMute() (s *sites, a, b *mute) {
 	s = &sites{log: slog.New(slog.DiscardHandler), retire: func(string) {}, leave: func(string, bool) {}}
@@ -107,5 +116,43 @@ func TestCatchUpEndsWithTheSiteToGoTo(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestFateIsNotWaitedForWhereItCannotBeTold: a site whose PostgreSQL hangs is asked last, and for no longer than it looks well.
+func TestFateIsNotWaitedForWhereItCannotBeTold(t *testing.T) {
+	losses := map[string]link.SiteState{
+		"it is left out":          {Postgres: true, Epoch: 2, Members: []string{"b"}, Refuses: "left out"},
+		"its server does not run": {Epoch: 1, Members: []string{"a", "b"}, Refuses: "PostgreSQL here is down"},
+	}
+	for name, loss := range losses {
+		for _, before := range []bool{true, false} { // it is asked
+			synctest.Test(t, func(t *testing.T) {
+				s, a, _ := twoMute()
+				if before {
+					s.learn(s.links[0], true, loss, nil)
+				}
+				begun := time.Now()
+				done := make(chan gateway.Fate, 1)
+				go func() {
+					f, err := s.Fate(t.Context(), gateway.Doubt{Target: gateway.Target{Site: "a"}, XID: 1})
+					if err != nil {
+						t.Error(err)
+					}
+					done <- f
+				}()
+				if !before {
+					<-a.asked
+					s.learn(s.links[0], true, loss, nil)
+				}
+				if f := <-done; f != gateway.Committed || time.Since(begun) != 0 {
+					t.Errorf("%s, before %t: %v after %s", name, before, f, time.Since(begun))
+				}
+			})
+		}
+	}
+	s, _, _ := twoMute()
+	if all := s.whoKnows("a"); len(all) != 2 || all[0].target.Site != "a" {
+		t.Error("a site that serves is not asked first for what ran there")
 	}
 }
