@@ -30,6 +30,8 @@ const (
 	msgCancel   = 'X' // new to old: pid and secret of a request to cancel a session that is not here
 	msgProgress = 'P' // old to new: progress, as JSON
 	msgDone     = 'D' // old to new: nothing more will come; the rest ends with the old process
+	msgMayEnd   = 'E' // new to old, which has stayed after msgDone: it may end
+	msgEnds     = 'Z' // old to new: it ends now, and takes nothing back
 )
 
 const (

@@ -31,6 +31,7 @@ type welcome struct {
 	Paused   []string `json:"paused"`
 	Disabled []string `json:"disabled"`
 	Sessions int      `json:"sessions"`
+	PID      int      `json:"pid"` // of the old process
 }
 
 // progress is what is left at the old process.
@@ -52,6 +53,7 @@ type handing struct {
 	waiting map[uint64]chan string
 	cause   error // why it is broken
 	moved   int
+	mayEnd  chan struct{} // closed when the new process lets this one end; nil: this one does not ask
 }
 
 // HandOver are options of the old process.
@@ -62,6 +64,10 @@ type HandOver struct {
 	Drain time.Duration
 	// Ready bounds how long the new process may take to begin (30 s).
 	Ready time.Duration
+	// Stay, if there is more that ends with this process than its clients, lets HandOver return only when the new process says that
+	// it can do without, whose Takeover must have Leave then. It is called when all is handed over, or the time is over, and with
+	// false when the takeover breaks after that. It must not block.
+	Stay func(stays bool)
 }
 
 const (
@@ -84,6 +90,9 @@ var errHanding = errors.New("another takeover is under way")
 // all that it still has. Sessions that cannot be handed over are asked to leave with 57P01 when they are outside a transaction.
 func (g *Server) HandOver(ctx context.Context, c *net.UnixConn, o HandOver) error {
 	h := &handing{g: g, ch: &channel{c: c}, broken: make(chan struct{}), waiting: map[uint64]chan string{}}
+	if o.Stay != nil {
+		h.mayEnd = make(chan struct{})
+	}
 	if err := g.beginHanding(h); err != nil {
 		return errors.Join(err, c.Close())
 	}
@@ -100,7 +109,7 @@ func (g *Server) HandOver(ctx context.Context, c *net.UnixConn, o HandOver) erro
 		}
 	}
 	accept(false)
-	err := h.run(ctx, o.Drain)
+	err := h.run(ctx, o)
 	if err != nil {
 		accept(true)
 	}
@@ -155,7 +164,7 @@ func (h *handing) greet(ctx context.Context, o HandOver) error {
 	g.lives = append(g.lives, w) // It ends with this process.
 	m := welcome{
 		NextPID: (g.nextPID+pidsAhead)%(1<<31-1) + 1, Mock: g.mock, Paused: slices.Sorted(maps.Keys(g.paused)), Disabled: slices.Sorted(maps.Keys(g.disabled)),
-		Sessions: len(g.clients),
+		Sessions: len(g.clients), PID: os.Getpid(),
 	}
 	g.mu.Unlock()
 	body, err := json.Marshal(m)
@@ -189,7 +198,7 @@ func (h *handing) greet(ctx context.Context, o HandOver) error {
 }
 
 // run hands sessions over until none is left.
-func (h *handing) run(ctx context.Context, drain time.Duration) error {
+func (h *handing) run(ctx context.Context, o HandOver) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer func() { _ = h.ch.c.Close() }()
@@ -213,12 +222,12 @@ func (h *handing) run(ctx context.Context, drain time.Duration) error {
 			empty = 0
 		}
 		switch {
-		case empty > 2, now.Sub(begun) >= drain, ctx.Err() != nil:
+		case empty > 2, now.Sub(begun) >= o.Drain, ctx.Err() != nil:
 			h.g.cfg.Log.Info("clients were handed over", "sessions", h.movedSoFar(), "left", clients, "after", now.Sub(begun).Round(time.Millisecond))
 			if err := h.ch.send(msgDone, nil); err != nil {
 				return fmt.Errorf("tell the new process that all is done: %w", err)
 			}
-			return nil
+			return h.stay(ctx, o.Stay)
 		case now.Sub(told) >= progressEvery:
 			told = now
 			h.g.tidy(now.Add(-progressEvery)) // The new process needs connections of its own.
@@ -233,12 +242,38 @@ func (h *handing) run(ctx context.Context, drain time.Duration) error {
 		select {
 		case <-tick.C:
 		case <-h.broken:
-			h.mu.Lock()
-			defer h.mu.Unlock()
-			h.g.cfg.Log.Warn("a takeover broke: this process goes on with the clients that it still has", "error", h.cause, "handed_over", h.moved, "left", clients)
-			return h.cause
+			return h.goOn(clients)
 		}
 	}
+}
+
+// goOn says why the takeover broke.
+func (h *handing) goOn(left int) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.g.cfg.Log.Warn("a takeover broke: this process goes on with the clients that it still has", "error", h.cause, "handed_over", h.moved, "left", left)
+	return h.cause
+}
+
+// stay waits until the new process lets this one end, if it is to; sessions are handed over still.
+func (h *handing) stay(ctx context.Context, tell func(stays bool)) error {
+	if h.mayEnd == nil {
+		return nil
+	}
+	tell(true)
+	select {
+	case <-h.mayEnd:
+	case <-ctx.Done():
+	case <-h.broken:
+	}
+	err := h.ch.send(msgEnds, nil)
+	if err == nil {
+		return nil
+	}
+	h.breakOff(fmt.Errorf("tell the new process that this one ends: %w", err))
+	tell(false)
+	clients, _ := h.g.here()
+	return h.goOn(clients)
 }
 
 // here tells how many clients there are, and connections that have not logged in.
@@ -316,6 +351,8 @@ func (h *handing) hear(ctx context.Context, cancels *sync.WaitGroup, kind byte, 
 			why = []byte("it did not say why")
 		}
 		answer <- string(why)
+	case msgMayEnd:
+		return h.letEnd()
 	case msgCancel:
 		if len(body) < 4 {
 			return errors.New("a request to cancel without a pid")
@@ -330,6 +367,20 @@ func (h *handing) hear(ctx context.Context, cancels *sync.WaitGroup, kind byte, 
 		return fmt.Errorf("a message of kind %q came", kind)
 	}
 	return nil
+}
+
+// letEnd takes the new process's word that this one may end. It is called by listen only.
+func (h *handing) letEnd() error {
+	if h.mayEnd == nil {
+		return errors.New("it lets this process end, which does not wait for that")
+	}
+	select {
+	case <-h.mayEnd:
+		return errors.New("it lets this process end a second time")
+	default:
+		close(h.mayEnd)
+		return nil
+	}
 }
 
 // pass hands a session and its client's connection over. moved: it is the other process's, and nothing more may be done with it here.

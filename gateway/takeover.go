@@ -20,10 +20,14 @@ import (
 type Takeover struct {
 	// Listeners are those of the old process, in its order. They are paused until it accepts no more.
 	Listeners []*Listener
+	// Leave, for a process that has HandOver.Stay, is called when that one has handed over all that it will, or its time is over. When
+	// it returns, the old process may end. Its context ends with the takeover. It is to be set before Run.
+	Leave func(ctx context.Context)
 
 	ch      *channel
 	welcome welcome
 	life    *os.File // is at its end when the old process has ended
+	dead    bool     // it was seen there; of whoever calls Run and AwaitEnd
 
 	mu      sync.Mutex // guards the rest
 	adopted map[uint64]chan bool
@@ -77,6 +81,9 @@ func (t *Takeover) begin(kind byte, body []byte, fds []int) error {
 	return json.Unmarshal(body, &t.welcome)
 }
 
+// PID is the old process's, as that one sees it; 0: it has not told.
+func (t *Takeover) PID() int { return t.welcome.PID }
+
 // Close gives up, unless Run has been called. The old process goes on.
 func (t *Takeover) Close() error {
 	err := t.ch.c.Close()
@@ -113,11 +120,16 @@ var errTakenBack = errors.New("the old process has taken the gateway back")
 const deadMax = 2 * time.Second
 
 // Run takes over: from its call on Accept of Listeners gives clients, those that come and those of the old process. It returns when
-// the old process has nothing more to give. After an error the old process goes on, and this one must end.
+// the old process has nothing more to give, and with Leave when that one is about to end, or has. After an error the old process goes on,
+// and this one must end.
 func (t *Takeover) Run(ctx context.Context, g *Server) error {
 	stop := context.AfterFunc(ctx, func() { _ = t.ch.c.Close() })
 	defer stop()
 	defer t.end()
+	var leaving sync.WaitGroup
+	defer leaving.Wait()
+	running, cancel := context.WithCancel(ctx)
+	defer cancel()
 	accepts, done := false, false
 	err := t.ch.send(msgReady, nil)
 	for err == nil && !done {
@@ -135,6 +147,14 @@ func (t *Takeover) Run(ctx context.Context, g *Server) error {
 			}
 			g.cfg.Log.Info("clients are taken over", "sessions", t.welcome.Sessions)
 		case msgDone:
+			if done = t.Leave == nil; !done {
+				leaving.Go(func() {
+					if t.Leave(running); running.Err() == nil {
+						_ = t.ch.send(msgMayEnd, nil) // it has ended, then, which is seen here
+					}
+				})
+			}
+		case msgEnds:
 			done = true
 		default:
 			err = t.hear(kind, body, fds)
@@ -174,11 +194,26 @@ func (t *Takeover) Alone() bool {
 
 // oldIsDead waits for the end of the old process.
 func (t *Takeover) oldIsDead() bool {
-	if t.life.SetReadDeadline(time.Now().Add(deadMax)) != nil {
-		return false
+	dead, _ := t.AwaitEnd(context.Background(), deadMax)
+	return dead
+}
+
+// AwaitEnd waits for the end of the old process, for no longer than a time; an error is that of ctx. With Leave it may be called after
+// Run.
+func (t *Takeover) AwaitEnd(ctx context.Context, most time.Duration) (ended bool, err error) {
+	if t.dead {
+		return true, nil
 	}
-	_, err := t.life.Read(make([]byte, 1))
-	return errors.Is(err, io.EOF)
+	if err := t.life.SetReadDeadline(time.Now().Add(most)); err != nil {
+		return false, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = t.life.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err = t.life.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
+		t.dead = true
+		return true, t.life.Close()
+	}
+	return false, ctx.Err()
 }
 
 // end lets nobody wait any more.
@@ -188,7 +223,9 @@ func (t *Takeover) end() {
 	t.ended, t.left = true, progress{}
 	close(t.broken)
 	_ = t.ch.c.Close()
-	_ = t.life.Close()
+	if t.Leave == nil {
+		_ = t.life.Close()
+	}
 }
 
 func (t *Takeover) over() bool {

@@ -72,6 +72,7 @@ func (a *Agent) serveControl(ctx context.Context, ln net.Listener) error {
 	mux.HandleFunc("GET /v1/check", a.getCheck)
 	mux.HandleFunc("GET /metrics", a.getMetrics)
 	mux.HandleFunc("POST /v1/drain", a.postDrain)
+	mux.HandleFunc("POST /v1/takeover", a.postTakeover)
 	return serveHTTP(ctx, mux, ln)
 }
 

@@ -44,6 +44,15 @@ func readDrain(path string) (link.DrainOrder, error) {
 	return o, nil
 }
 
+// readOrder takes the order that the agent's former life has left.
+func (h *host) readOrder() error {
+	o, err := readDrain(h.drainFile())
+	h.drainMu.Lock()
+	defer h.drainMu.Unlock()
+	h.drains = draining{DrainOrder: o, since: time.Now(), told: map[string]stayings{}, gateways: h.drains.gateways}
+	return err
+}
+
 func drainText(o link.DrainOrder) string {
 	switch {
 	case !o.Drain:
@@ -103,6 +112,9 @@ func (d *draining) left(now time.Time) (sessions map[string]int, all bool) {
 func (h *host) drained() (yes, leave bool) {
 	h.drainMu.Lock()
 	defer h.drainMu.Unlock()
+	if h.leaves.Load() {
+		return true, true
+	}
 	leave, _ = h.drains.asks(time.Now())
 	return h.drains.Drain, leave
 }

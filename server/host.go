@@ -27,6 +27,8 @@ type host struct {
 	news      broadcast
 	fates     *life // asks for fates of transactions
 
+	former *former                // its agent until this one begins; nil: there is none
+	leaves atomic.Bool            // the agent is about to end for another process
 	up     atomic.Bool            // PostgreSQL answers
 	server atomic.Pointer[string] // which history it writes; nil: not known yet
 
@@ -52,9 +54,7 @@ func newHost(a *Agent) (*host, error) {
 		return nil, err
 	}
 	h.base, h.end = context.WithCancel(context.Background())
-	h.drains = draining{since: time.Now(), told: map[string]stayings{}}
-	h.drains.DrainOrder, err = readDrain(h.drainFile())
-	return h, err
+	return h, h.readOrder()
 }
 
 // broadcast wakes all who wait for news.

@@ -33,19 +33,18 @@ type servedDoor interface {
 // openDoor listens for clients, if the agent is their way to PostgreSQL, and lets gateways in, if they may come. Without a
 // register the door is open from the beginning.
 func (a *Agent) openDoor() (net.Listener, error) {
-	if err := a.newDoor(); err != nil {
-		return nil, err
-	}
-	var ln net.Listener
-	if a.cfg.Gateway.Listen != "" {
-		var err error
-		if ln, err = listenForClients(a.cfg.Gateway.Listen); err != nil {
+	if a.door == nil { // else it serves already
+		if err := a.newDoor(); err != nil {
 			return nil, err
 		}
 	}
+	ln, err := a.listenDoor()
+	if err != nil {
+		return nil, err
+	}
 	var d door
 	switch {
-	case ln != nil:
+	case a.door != nil && a.cfg.Gateway.Listen != "":
 		d = a.door
 	case a.host != nil:
 		d = a.host.entry
@@ -57,7 +56,25 @@ func (a *Agent) openDoor() (net.Listener, error) {
 	} else {
 		a.keeper.door = d
 	}
+	if a.host != nil && a.host.former != nil {
+		a.host.former.advance(begun)
+	}
 	return ln, nil
+}
+
+// listenDoor listens for clients; nil: nobody does, or somebody does already.
+func (a *Agent) listenDoor() (net.Listener, error) {
+	if a.cfg.Gateway.Listen == "" || a.onClients != nil {
+		return nil, nil
+	}
+	ln, err := listenForClients(a.cfg.Gateway.Listen)
+	if err != nil || a.host == nil {
+		return ln, err
+	}
+	if a.onClients, err = gateway.NewListener(ln); err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	return a.onClients, nil
 }
 
 func listenForClients(address string) (net.Listener, error) {
@@ -86,6 +103,9 @@ func (a *Agent) newDoor() (err error) {
 	}
 	if a.host, err = newHost(a); err != nil || a.cfg.Gateway.Listen == "" {
 		return err
+	}
+	if a.former != nil {
+		a.host.former = newFormer(a.host, a.former)
 	}
 	s := newSites(a.cfg, a.self.Name, a.host, a.clients, a.log)
 	g, err := newGateway(a.cfg, s, a.log, a.administer)

@@ -5,9 +5,19 @@ package server
 import (
 	"errors"
 	"net"
+	"time"
 )
 
-// peerUID is the user whose process is at the other end of a Unix-domain socket.
-func peerUID(*net.UnixConn) (int, error) {
-	return 0, errors.New("a gateway is taken over on Linux only")
-}
+var errLinux = errors.New("a gateway, or an agent, is taken over on Linux only")
+
+// peerOf is the process at the other end of a Unix-domain socket, and its user.
+func peerOf(*net.UnixConn) (uid, pid int, err error) { return 0, 0, errLinux }
+
+// mortal is a process whose end is waited for.
+type mortal struct{}
+
+func mortalOf(int) (*mortal, error) { return nil, errLinux }
+
+func (*mortal) dead(time.Duration) bool { return true }
+
+func (*mortal) close() {}

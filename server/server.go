@@ -17,6 +17,7 @@ import (
 
 	"github.com/duri-io/duri/apply"
 	"github.com/duri-io/duri/config"
+	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/journal"
 	"github.com/duri-io/duri/link"
@@ -33,6 +34,7 @@ type Agent struct {
 	watches map[*node][]*verify.Watch // comparisons in the background that this site drives
 	clients map[string]*link.Client
 	serverT *tls.Config
+	clientT *tls.Config
 	started time.Time
 	version string
 	hooks   Hooks
@@ -40,6 +42,10 @@ type Agent struct {
 	door    servedDoor // nil: clients do not come through the agent
 	host    *host      // nil: gateways elsewhere do not come through it
 	role    string     // the agent's, at its server
+
+	onClients *gateway.Listener // on which the agent's gateway serves, so that both can be taken over; nil: they cannot
+	finish    func()            // ends the agent for one that takes it over
+	former    *link.Client      // the agent that this one takes over; nil: there is none
 
 	reloading reloading
 }
@@ -62,7 +68,7 @@ func NewHooked(cfg *config.Config, version string, log *slog.Logger, hooks Hooks
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, version: version, hooks: hooks}
+	a := &Agent{cfg: cfg, self: cfg.Self(), log: log, clients: map[string]*link.Client{}, watches: map[*node][]*verify.Watch{}, serverT: server, clientT: client, version: version, hooks: hooks}
 	for _, s := range cfg.Peers() {
 		c, err := link.NewClient(link.ClientConfig{
 			Address: s.Address, Peer: s.Name, TLS: client, ClusterID: cfg.Cluster.ID, Site: cfg.Site,
@@ -100,8 +106,16 @@ func (a *Agent) newNode(d config.Database) *node {
 	return n
 }
 
-// Run works until ctx ends. Nothing half-started remains when it returns.
+// Run works until ctx ends, or another process has taken the agent over. Nothing half-started remains when it returns. It may be called
+// once.
 func (a *Agent) Run(ctx context.Context) error {
+	ctx, a.finish = context.WithCancel(ctx)
+	defer a.finish()
+	return a.run(ctx)
+}
+
+// run is Run, also when clients are served already.
+func (a *Agent) run(ctx context.Context) error {
 	a.started = time.Now()
 	if err := os.MkdirAll(a.cfg.DataDir, 0o700); err != nil {
 		return fmt.Errorf("create data_dir: %w", err)
@@ -122,7 +136,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, ln.Close(), control.Close(), closeRegister())
 	}
-	a.log.Info("agent starts", "site", a.self.Name, "listen", ln.Addr().String(), "version", a.version)
+	a.log.Info("agent starts", "site", a.self.Name, "listen", ln.Addr().String(), "version", a.version, "pid", os.Getpid())
 	g, ctx := errgroup.WithContext(ctx)
 	offered := link.ServerConfig{
 		TLS: a.serverT, ClusterID: a.cfg.Cluster.ID, Site: a.self.Name, Databases: a.offer,
@@ -148,11 +162,15 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err = g.Wait(); errors.Is(err, context.Canceled) {
 		err = nil
 	}
+	err = errors.Join(err, a.closeClients(), closeRegister())
+	a.log.Info("agent ended", "site", a.self.Name)
+	return err
+}
+
+func (a *Agent) closeClients() (err error) {
 	for _, c := range a.clients {
 		err = errors.Join(err, c.Close())
 	}
-	err = errors.Join(err, closeRegister())
-	a.log.Info("agent ended", "site", a.self.Name)
 	return err
 }
 

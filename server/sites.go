@@ -61,7 +61,7 @@ func newSites(cfg *config.Config, home string, own *host, clients map[string]*li
 	for _, site := range cfg.Sites {
 		l := &siteLink{compare: make(chan struct{}, 1), conns: map[*tunneled]struct{}{}}
 		if own != nil && site.Name == own.a.self.Name {
-			l.asked, l.dial = own, own.entry.dialOwn
+			l.asked, l.dial = own.way()
 			l.target = gateway.Target{Site: site.Name, Network: own.entry.network, Address: own.entry.address}
 		} else {
 			c := clients[site.Name]
@@ -152,7 +152,7 @@ func (s *sites) learn(l *siteLink, heard bool, st link.SiteState, lost error) {
 		v := &p.sites[i]
 		was := old.sites[i].good(old.members)
 		if v.name == l.target.Site {
-			changed = changed || v.heard != heard || v.state.Refuses != st.Refuses || v.state.Draining != st.Draining || v.state.Leave != st.Leave
+			changed = changed || v.heard != heard || heard && (v.state.Refuses != st.Refuses || v.state.Draining != st.Draining || v.state.Leave != st.Leave)
 			if v.heard = heard; heard {
 				v.state, v.told = st, now
 			}
@@ -270,7 +270,7 @@ func (s *sites) whyShut(site string) string {
 	if s.own == nil || site != s.own.a.self.Name {
 		return ""
 	}
-	return s.own.entry.reason()
+	return s.own.shut()
 }
 
 // Route is that of gateway.Router.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -21,7 +22,7 @@ import (
 )
 
 // A gateway that runs alone has a control socket as an agent has. A new process of the same configuration that connects to it takes
-// the gateway over: its listeners and, as far as that goes, its clients.
+// the gateway over: its listeners and, as far as that goes, its clients. An agent is taken over in the same way (succession.go).
 
 // GatewayRun says how a Gateway runs.
 type GatewayRun struct {
@@ -50,6 +51,7 @@ const takeoverProtocol = "duri-takeover"
 
 // takeoverRequest is what the new process says of itself. The two must agree.
 type takeoverRequest struct {
+	Kind    string  `json:"kind,omitempty"` // kindAgent; empty: a gateway that runs alone
 	Format  int     `json:"format"`
 	Version string  `json:"version"`
 	Cluster string  `json:"cluster"`
@@ -57,13 +59,26 @@ type takeoverRequest struct {
 	Listen  string  `json:"listen"`
 	Mode    string  `json:"mode"`
 	DrainS  float64 `json:"drain_s"`
+	Link    string  `json:"link,omitempty"` // where an agent listens for other agents
 }
 
-func (g *Gateway) takeoverRequest(drain time.Duration) takeoverRequest {
+// kindAgent is the agent of a site.
+const kindAgent = "agent"
+
+func (r takeoverRequest) noun() string { return cmp.Or(r.Kind, "gateway") }
+
+// newTakeoverRequest is that of a process with a configuration.
+func newTakeoverRequest(cfg *config.Config, kind, version string, drain time.Duration) takeoverRequest {
 	return takeoverRequest{
-		Format: gateway.HandOverFormat, Version: g.version, Cluster: g.cfg.Cluster.ID, Name: g.cfg.Name(), Listen: g.cfg.Gateway.Listen, Mode: string(g.cfg.Gateway.Mode),
+		Kind: kind, Format: gateway.HandOverFormat, Version: version, Cluster: cfg.Cluster.ID, Name: cfg.Name(), Listen: cfg.Gateway.Listen, Mode: string(cfg.Gateway.Mode),
 		DrainS: cmp.Or(drain, DefaultDrain).Seconds(),
 	}
+}
+
+func (r takeoverRequest) drain() time.Duration { return time.Duration(r.DrainS * float64(time.Second)) }
+
+func (g *Gateway) takeoverRequest(drain time.Duration) takeoverRequest {
+	return newTakeoverRequest(g.cfg, "", g.version, drain)
 }
 
 // against says what keeps a process like r from taking over from one like own; nil: nothing.
@@ -72,15 +87,17 @@ func (r takeoverRequest) against(own takeoverRequest) error {
 		what       string
 		mine, hers any
 	}{
+		{"kind", own.noun(), r.noun()},
 		{"format of the hand-over", own.Format, r.Format},
 		{"cluster", own.Cluster, r.Cluster},
 		{"name", own.Name, r.Name},
 		{"gateway.listen", own.Listen, r.Listen},
 		{"gateway.mode", own.Mode, r.Mode},
+		{"listen", own.Link, r.Link},
 	} {
 		if c.mine != c.hers {
 			return &hinted{
-				fmt.Sprintf("the running gateway (version %s) is not taken over: its %s is %v, and that of the new process %v", own.Version, c.what, c.mine, c.hers),
+				fmt.Sprintf("the running %s (version %s) is not taken over: its %s is %v, and that of the new process %v", own.noun(), own.Version, c.what, c.mine, c.hers),
 				"end it and start the new one; clients connect again",
 			}
 		}
@@ -93,7 +110,7 @@ func (r takeoverRequest) against(own takeoverRequest) error {
 
 // sameUser refuses a peer that runs as somebody else, but for root.
 func sameUser(c *net.UnixConn) error {
-	uid, err := peerUID(c)
+	uid, _, err := peerOf(c)
 	if err != nil {
 		return err
 	}
@@ -115,7 +132,7 @@ func (s *sockets) close() error { return errors.Join(s.clients.Close(), s.contro
 func (g *Gateway) open(ctx context.Context, run GatewayRun) (*sockets, *gateway.Takeover, error) {
 	path := cmp.Or(run.Control, GatewayControl(g.cfg))
 	if run.Takeover {
-		t, err := g.askTakeover(ctx, path, run.Drain)
+		t, _, err := askTakeover(ctx, path, g.takeoverRequest(run.Drain), 2)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -145,18 +162,19 @@ func (g *Gateway) open(ctx context.Context, run GatewayRun) (*sockets, *gateway.
 	return s, nil, nil
 }
 
-// askTakeover connects to the running gateway; nil: there is none.
-func (g *Gateway) askTakeover(ctx context.Context, path string, drain time.Duration) (*gateway.Takeover, error) {
+// askTakeover connects to the running process, which has a number of listeners to hand over; nil: there is none.
+// pid is its process, 0 if that cannot be told.
+func askTakeover(ctx context.Context, path string, r takeoverRequest, listeners int) (t *gateway.Takeover, pid int, err error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", path)
 	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, nil
+		return nil, 0, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("connect to the running gateway: %w", err)
+		return nil, 0, fmt.Errorf("connect to the running %s: %w", r.noun(), err)
 	}
 	c := conn.(*net.UnixConn)
-	fail := func(err error) (*gateway.Takeover, error) { return nil, errors.Join(err, c.Close()) }
+	fail := func(err error) (*gateway.Takeover, int, error) { return nil, 0, errors.Join(err, c.Close()) }
 	if err := sameUser(c); err != nil {
 		return fail(err)
 	}
@@ -165,23 +183,27 @@ func (g *Gateway) askTakeover(ctx context.Context, path string, drain time.Durat
 	if err := c.SetDeadline(time.Now().Add(askTakeoverMax)); err != nil {
 		return fail(err)
 	}
-	if err := upgrade(c, g.takeoverRequest(drain)); err != nil {
+	if err := upgrade(c, r); err != nil {
 		return fail(err)
 	}
 	if err := c.SetDeadline(time.Time{}); err != nil {
 		return fail(err)
 	}
-	t, err := gateway.TakeOver(c)
-	if err == nil && len(t.Listeners) != 2 {
-		err = errors.Join(fmt.Errorf("the running gateway has handed %d listeners over, not 2", len(t.Listeners)), t.Close())
+	_, pid, err = peerOf(c)
+	if err != nil {
+		return fail(err)
+	}
+	t, err = gateway.TakeOver(c)
+	if err == nil && len(t.Listeners) != listeners {
+		err = errors.Join(fmt.Errorf("the running %s has handed %d listeners over, not %d", r.noun(), len(t.Listeners), listeners), t.Close())
 	}
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	return t, nil
+	return t, pid, nil
 }
 
-// askTakeoverMax bounds how long the running gateway may take to answer.
+// askTakeoverMax bounds how long the running process may take to answer.
 const askTakeoverMax = 10 * time.Second
 
 // upgrade begins the conversation, reading no byte of it.
@@ -197,12 +219,12 @@ func upgrade(c net.Conn, r takeoverRequest) error {
 	req.Header.Set("Connection", "Upgrade")
 	req.Header.Set("Upgrade", takeoverProtocol)
 	if err := req.Write(c); err != nil {
-		return fmt.Errorf("ask the running gateway: %w", err)
+		return fmt.Errorf("ask the running %s: %w", r.noun(), err)
 	}
 	// Byte by byte, because descriptors come with what follows.
 	res, err := http.ReadResponse(bufio.NewReaderSize(oneByOne{c}, 16), req)
 	if err != nil {
-		return fmt.Errorf("the running gateway did not answer: %w", err)
+		return fmt.Errorf("the running %s did not answer: %w", r.noun(), err)
 	}
 	if res.StatusCode == http.StatusSwitchingProtocols {
 		return nil
@@ -210,7 +232,7 @@ func upgrade(c net.Conn, r takeoverRequest) error {
 	defer func() { _ = res.Body.Close() }()
 	var p Problem
 	if err := json.NewDecoder(res.Body).Decode(&p); err != nil || p.Error == "" {
-		return &hinted{"the running gateway answered " + res.Status, "it may be of a version that cannot be taken over: end it and start the new one"}
+		return &hinted{"the running " + r.noun() + " answered " + res.Status, "it may be of a version that cannot be taken over: end it and start the new one"}
 	}
 	return &remoteError{p, exitCode(res.StatusCode)}
 }
@@ -225,19 +247,29 @@ func (o oneByOne) Read(p []byte) (int, error) {
 	return o.r.Read(p[:1])
 }
 
-// postTakeover hands the gateway over to the caller. Its connection is used for that.
-func (g *Gateway) postTakeover(w http.ResponseWriter, r *http.Request, s *sockets, taken context.CancelFunc) {
+// givesWay is a running process that another one may take over.
+type givesWay struct {
+	own    takeoverRequest
+	server *gateway.Server
+	with   gateway.HandOver // but for Drain
+	log    *slog.Logger
+	taken  func() // it was handed over, and is to end
+	status string // the command that tells how far a takeover is
+}
+
+// post hands the process over to the caller. Its connection is used for that.
+func (g givesWay) post(w http.ResponseWriter, r *http.Request) {
 	var req takeoverRequest
 	err := json.NewDecoder(io.LimitReader(r.Body, 1<<16)).Decode(&req)
 	if err == nil && r.Header.Get("Upgrade") != takeoverProtocol {
 		err = errors.New("a takeover begins with an upgrade")
 	}
 	if err == nil {
-		err = req.against(g.takeoverRequest(0))
+		err = req.against(g.own)
 	}
 	if err == nil {
 		if busy := g.server.MayHandOver(); busy != nil {
-			err = &hinted{"the running gateway is not taken over: " + busy.Error(), "wait until that is through: `duri gateway status` tells"}
+			err = &hinted{"the running " + g.own.noun() + " is not taken over: " + busy.Error(), "wait until that is through: " + g.status + " tells"}
 		}
 	}
 	if err != nil {
@@ -260,17 +292,17 @@ func (g *Gateway) postTakeover(w http.ResponseWriter, r *http.Request, s *socket
 		refuseUpgrade(conn, err)
 		return
 	}
-	g.log.Info("another process takes this gateway over", "version", req.Version, "drain", req.DrainS)
+	g.log.Info("another process takes this "+g.own.noun()+" over", "version", req.Version, "drain", req.DrainS)
 	if _, err := io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+takeoverProtocol+"\r\n\r\n"); err != nil {
 		_ = conn.Close()
 		return
 	}
-	drain := time.Duration(req.DrainS * float64(time.Second))
-	if err := g.server.HandOver(r.Context(), c, gateway.HandOver{Listeners: []*gateway.Listener{s.clients, s.control}, Drain: drain}); err != nil {
-		g.log.Error("the gateway was not taken over, and goes on", "error", err)
+	g.with.Drain = req.drain()
+	if err := g.server.HandOver(r.Context(), c, g.with); err != nil {
+		g.log.Error("the "+g.own.noun()+" was not taken over, and goes on", "error", err)
 		return
 	}
-	taken()
+	g.taken()
 }
 
 // refuseUpgrade answers on a connection that is no longer the HTTP server's.
@@ -292,7 +324,11 @@ func (g *Gateway) serveControl(ctx context.Context, s *sockets, taken context.Ca
 		_ = g.server.WriteMetrics(w) // the client is gone, then
 		g.sites.like.writeMetrics(w)
 	})
-	mux.HandleFunc("POST /v1/takeover", func(w http.ResponseWriter, r *http.Request) { g.postTakeover(w, r, s, taken) })
+	gives := givesWay{
+		own: g.takeoverRequest(0), server: g.server, with: gateway.HandOver{Listeners: []*gateway.Listener{s.clients, s.control}}, log: g.log, taken: taken,
+		status: "`duri gateway status`",
+	}
+	mux.HandleFunc("POST /v1/takeover", gives.post)
 	return serveHTTP(ctx, mux, s.control)
 }
 

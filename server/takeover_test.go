@@ -31,6 +31,7 @@ func TestWhoMayTakeOver(t *testing.T) {
 		t.Errorf("another version: %v", err)
 	}
 	for what, change := range map[string]func(*takeoverRequest){
+		"kind is gateway": func(r *takeoverRequest) { r.Kind = kindAgent }, "its listen is": func(r *takeoverRequest) { r.Link = ":7400" },
 		"format": func(r *takeoverRequest) { r.Format = 2 }, "cluster": func(r *takeoverRequest) { r.Cluster = "d" }, "name": func(r *takeoverRequest) { r.Name = "web2" },
 		"gateway.listen": func(r *takeoverRequest) { r.Listen = ":1" }, "gateway.mode": func(r *takeoverRequest) { r.Mode = "session" },
 		"waited for": func(r *takeoverRequest) { r.DrainS = 0 }, "for -1 s": func(r *takeoverRequest) { r.DrainS = -1 },

@@ -84,7 +84,8 @@ type Site struct {
 	// Door is the address at which clients come in through the agent, with Options.Sync or Options.Gateway.
 	Door   string
 	binary string
-	agent  process
+	agent  *process
+	former []*process // agents that were taken over, or were to be
 }
 
 // Build compiles the duri command into dir and returns its path. It must be called within the module.
@@ -181,7 +182,7 @@ func (p *Pair) StartAgents() error {
 func (p *Pair) databases() []string { return append([]string{p.Database}, p.opts.More...) }
 
 func (p *Pair) addSite(ctx context.Context, i int) error {
-	s := &Site{Name: p.opts.Names[i], Database: p.Database, binary: p.opts.Binary}
+	s := &Site{Name: p.opts.Names[i], Database: p.Database, binary: p.opts.Binary, agent: &process{}}
 	if p.opts.Clusters != nil {
 		s.Cluster = p.opts.Clusters[i]
 		p.Sites = append(p.Sites, s)
@@ -334,6 +335,44 @@ func (s *Site) StartAgent() error {
 	return nil
 }
 
+// Agent is one of several processes of a site's agent.
+type Agent struct {
+	name    string
+	process *process
+}
+
+// Agent is the process of the site's agent.
+func (s *Site) Agent() *Agent { return &Agent{s.Name, s.agent} }
+
+// TakeOverAgent starts a further agent, with --takeover, which is the site's agent from now on, and gives the former one, which ends
+// by itself. It dies with this process.
+func (s *Site) TakeOverAgent(more ...string) (former *Agent, err error) {
+	former = s.Agent()
+	s.former = append(s.former, s.agent)
+	s.agent = &process{logFile: filepath.Join(filepath.Dir(s.ConfigFile), fmt.Sprintf("agent-%d.log", len(s.former)+1))}
+	if err := s.agent.start(s.binary, append([]string{"agent", "-c", s.ConfigFile, "--takeover"}, more...)...); err != nil {
+		return former, fmt.Errorf("start a further agent %s: %w", s.Name, err)
+	}
+	return former, nil
+}
+
+// Resume makes a process the site's agent again that TakeOverAgent has put another one in the place of.
+func (s *Site) Resume(a *Agent) {
+	s.former = append(slices.DeleteFunc(s.former, func(p *process) bool { return p == a.process }), s.agent)
+	s.agent = a.process
+}
+
+// Signal sends it a signal; with SIGKILL or SIGTERM it waits until the process is gone.
+func (a *Agent) Signal(sig syscall.Signal) error { return a.process.signal(sig) }
+
+// End waits until it has ended and gives its exit code, -1 when a signal ended it.
+func (a *Agent) End(ctx context.Context) (code int, err error) {
+	return a.process.end(ctx, "agent "+a.name)
+}
+
+// Log returns the end of its log.
+func (a *Agent) Log() string { return a.process.log() }
+
 // HoldDoor gives the agent, when it is started the next time, a socket for its clients, as a service manager does.
 func (s *Site) HoldDoor(socket *os.File) { s.agent.socket = socket }
 
@@ -401,6 +440,9 @@ func (p *Pair) logs() string {
 	var b strings.Builder
 	for _, s := range p.Sites {
 		if s.Cluster != nil {
+			for _, f := range s.former {
+				fmt.Fprintf(&b, "\nformer agent %s: %s", s.Name, f.log())
+			}
 			fmt.Fprintf(&b, "\nagent %s: %s", s.Name, s.Log())
 		}
 	}
@@ -500,6 +542,9 @@ func (p *Pair) Close() error {
 	for _, s := range p.Sites {
 		if s.Disk != nil {
 			_ = s.Disk.Thaw() // it fails when nothing hangs; a process that hangs would not end
+		}
+		for _, f := range s.former {
+			errs = append(errs, f.signal(syscall.SIGKILL))
 		}
 		errs = append(errs, s.SignalAgent(syscall.SIGKILL))
 		errs = append(errs, s.Relay.close(), s.Disk.close())
