@@ -61,6 +61,9 @@ func (l *Login) certify() {
 	l.certified, l.key = true, "\x00certificate\x00"+l.key
 }
 
+// ByCertificate reports whether the client has logged in by certificate, so that it needs no verifier at any site.
+func (l *Login) ByCertificate() bool { return l.certified }
+
 // mayBe reports, as an error without one, whether the chain that a client has shown, its own certificate first, is that of a user.
 func mayBe(chain []*x509.Certificate, authorities *x509.CertPool, user string, now time.Time) error {
 	if err := verify(chain, authorities, now); err != nil {

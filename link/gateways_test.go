@@ -280,6 +280,35 @@ func TestLoginsByCertificateNameTheirRole(t *testing.T) {
 	}
 }
 
+// TestLoginsByCertificateAtAnOlderAgent: which does not know of them, and must not take one for a login without.
+func TestLoginsByCertificateAtAnOlderAgent(t *testing.T) {
+	w := newWorld(t, nil)
+	server, _ := w.ca.tls(t, "seoul")
+	server.NextProtos = []string{sqlProtocol, "h2"}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		c, err := l.Accept()
+		if err == nil {
+			err = c.(*tls.Conn).Handshake()
+			_ = c.Close()
+		}
+		done <- err
+	}()
+	cl := w.client(func(c *ClientConfig) { c.Address = l.Addr().String() })
+	var e *Error
+	if _, err := cl.DialAs(t.Context(), "app"); !errors.Is(err, ErrVersion) || !errors.As(err, &e) || !strings.Contains(e.Hint, "same version") {
+		t.Errorf("%v", err)
+	}
+	if err := <-done; err == nil {
+		t.Error("the older agent agreed")
+	}
+	_ = l.Close()
+}
+
 // TestGatewaysMayDoNoMore: with the certificate of a gateway, nothing of what sites ask each other is answered.
 func TestGatewaysMayDoNoMore(t *testing.T) {
 	w := newWorld(t, func(c *ServerConfig) {

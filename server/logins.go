@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"sync/atomic"
 
 	"github.com/duri-io/duri/config"
@@ -36,6 +37,17 @@ func newLogins(c config.LoginCA) (*logins, error) {
 		return nil, err
 	}
 	return &logins{ca, c.Roles}, nil
+}
+
+// loginsText says which roles are logged in by certificate; empty: none.
+func loginsText(c config.LoginCA) string {
+	switch {
+	case !c.On():
+		return ""
+	case len(c.Roles) == 0:
+		return "for all roles"
+	}
+	return "for " + strings.Join(slices.Sorted(slices.Values(c.Roles)), ", ")
 }
 
 // setLogins lets roles be logged in by certificate.
