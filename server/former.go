@@ -84,11 +84,11 @@ func (f *former) to() (link.Asked, error) {
 }
 
 // way is how the agent's own gateway reaches its own site.
-func (h *host) way() (asked link.Asked, dial func(ctx context.Context) (net.Conn, error)) {
+func (h *host) way() (asked link.Asked, dial func(ctx context.Context) (net.Conn, error), dialAs func(ctx context.Context, role string) (net.Conn, error)) {
 	if h.former != nil {
-		return h.former, h.former.dial
+		return h.former, h.former.dial, h.former.dialAs
 	}
-	return h, h.entry.dialOwn
+	return h, h.entry.dialOwn, h.entry.dialOwnAs
 }
 
 // shut is why the agent's own gateway may not use its own site, which it learns here at once; empty: it may.
@@ -106,13 +106,25 @@ func (h *host) shut() string {
 }
 
 func (f *former) dial(ctx context.Context) (net.Conn, error) {
-	switch f.now() {
-	case begun:
+	if f.now() == begun {
 		return f.h.entry.dialOwn(ctx)
-	case formerGone:
+	}
+	return f.tunnel(func() (net.Conn, error) { return f.client.Dial(ctx) })
+}
+
+func (f *former) dialAs(ctx context.Context, role string) (net.Conn, error) {
+	if f.now() == begun {
+		return f.h.entry.dialOwnAs(ctx, role)
+	}
+	return f.tunnel(func() (net.Conn, error) { return f.client.DialAs(ctx, role) })
+}
+
+// tunnel connects through the former agent.
+func (f *former) tunnel(dial func() (net.Conn, error)) (net.Conn, error) {
+	if f.now() >= formerGone {
 		return nil, errBetween
 	}
-	conn, err := f.client.Dial(ctx)
+	conn, err := dial()
 	if err != nil {
 		return nil, err
 	}

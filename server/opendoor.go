@@ -8,13 +8,13 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/pki"
 )
 
 // door is the way of clients to this site's PostgreSQL: the keeper shuts it when they must stay out.
@@ -119,7 +119,7 @@ func (a *Agent) newDoor() (err error) {
 // newGateway makes the server for clients.
 func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
 	c := cfg.Gateway
-	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, Log: log}
+	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, DialAs: s.dialAs, Log: log}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
 		if c.RoutesReads() {
@@ -138,6 +138,12 @@ func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gatew
 			return nil, &hinted{fmt.Sprintf("certificate for clients: %v", err), "check gateway.cert and gateway.key in duri.yaml"}
 		}
 		g.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+	}
+	if c.ClientCA != "" {
+		var err error
+		if g.ClientCAs, err = pki.Authorities(c.ClientCA); err != nil {
+			return nil, fmt.Errorf("gateway.client_ca: %w", err)
+		}
 	}
 	role := ""
 	if s.own != nil {
@@ -186,67 +192,4 @@ func serveGateway(ctx context.Context, g *gateway.Server, s *sites, l net.Listen
 	g.Open()
 	ready()
 	return g.Serve(ctx, l)
-}
-
-// verifiers asks the function that duri grants makes. It keeps one connection, as a login asks for one row.
-type verifiers struct {
-	config *pgconn.Config
-
-	mu   sync.Mutex // guards conn, and orders questions
-	conn *pgconn.PgConn
-}
-
-// nameMax is PostgreSQL's, in bytes.
-const nameMax = 63
-
-// verifierTimeoutMax bounds one question.
-const verifierTimeoutMax = 5 * time.Second
-
-// read gives the text of a role's verifier; empty: there is none.
-func (v *verifiers) read(ctx context.Context, user string) (string, error) {
-	if len(user) > nameMax {
-		return "", nil // PostgreSQL would cut it, and find somebody else.
-	}
-	ctx, cancel := context.WithTimeout(ctx, verifierTimeoutMax)
-	defer cancel()
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	rows, err := v.ask(ctx, user)
-	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok && (pgErr.Code == "42883" || pgErr.Code == "42501") {
-		return "", &hinted{"read SCRAM verifiers: " + pgErr.Message, "run `duri grants --gateway` and its SQL as superuser once more"}
-	}
-	if err != nil {
-		return "", fmt.Errorf("read SCRAM verifiers: %w", err)
-	}
-	if len(rows) == 0 || len(rows[0]) == 0 {
-		return "", nil
-	}
-	return rows[0][0], nil
-}
-
-// ask tries once more when the connection had broken since the last question.
-func (v *verifiers) ask(ctx context.Context, user string) (rows [][]string, err error) {
-	for range 2 {
-		fresh := v.conn == nil || v.conn.IsClosed()
-		if fresh {
-			if v.conn, err = pgconn.ConnectConfig(ctx, v.config); err != nil {
-				return nil, err
-			}
-		}
-		rows, err = pg.Query(ctx, v.conn, "SELECT duri.verifier($1)", user)
-		if err == nil || fresh || !v.conn.IsClosed() {
-			return rows, err
-		}
-	}
-	return nil, err
-}
-
-func (v *verifiers) close() {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.conn != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), verifierTimeoutMax)
-		defer cancel()
-		_ = v.conn.Close(ctx) // the server may have ended it already
-	}
 }

@@ -285,15 +285,24 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 	if err := p.n.withSQL(ctx, func(c *pgconn.PgConn) error { return catalog.UnparkForGap(ctx, c, g.ID) }); err != nil {
 		return err
 	}
-	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, refused: refused, count: p.countMended}
-	rep, err := verify.Repair(ctx, here, p.remote(), verify.RepairOptions{
+	rows, err := p.ghostRows(ctx, g)
+	if err != nil {
+		return err
+	}
+	o := verify.RepairOptions{
 		Apply: true, From: p.site.Name, Settle: p.settle, Sites: [2]wal.SiteID{p.n.self.ID, p.site.ID}, SiteName: p.n.siteName,
 		Progress: func(x verify.Progress) {
 			p.mu.Lock()
 			p.mending.progress = x
 			p.mu.Unlock()
 		},
-	})
+	}
+	if rows != nil {
+		o.Only, o.Rounds = rows.choose, 2 // what is still written then is held still
+	}
+	begun := time.Now()
+	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, refused: refused, count: p.countMended}
+	rep, err := verify.Repair(ctx, here, p.remote(), o)
 	if err != nil {
 		return err
 	}
@@ -301,7 +310,7 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 		return err
 	}
 	p.countMended(func(g *catalog.Gap) { g.Passes++ })
-	p.log.Info("re-synchronising", "from", p.site.Name, "made_equal", rep.Done, "left", rep.Left, "unsettled", rep.Unsettled, "problems", len(rep.Problems))
+	p.log.Info("re-synchronising", "from", p.site.Name, "took", time.Since(begun).Round(time.Millisecond).String(), "everything", rows == nil, "made_equal", rep.Done, "left", rep.Left, "unsettled", rep.Unsettled, "problems", len(rep.Problems))
 	p.mu.Lock()
 	p.mending.refused = refusedBy(rep, refused)
 	p.mu.Unlock()
@@ -398,36 +407,23 @@ func (p *peer) mendedAll(ctx context.Context, in *incoming, g catalog.Gap) error
 	return p.n.emit(ctx, "gap") // so that the peer hears of it soon
 }
 
-// noneParked makes sure that no row is hidden at either site: such a row is not compared. What was parked at the peer until now
-// is in its next count.
+// noneParked makes sure that no row is hidden at either site: such a row is not compared.
 func (p *peer) noneParked(ctx context.Context) error {
-	began, _, err := p.statusThere(ctx)
+	there, err := p.remote().Parked(ctx)
 	if err != nil {
 		return err
 	}
-	for {
-		_, there, err := p.statusThere(ctx)
-		if err == nil && there.ParkedAt.After(began) {
-			err = p.n.countParked(ctx)
-		}
-		if err != nil {
-			return err
-		}
-		if here := p.n.status().Parked; there.ParkedAt.After(began) && there.Parked+here > 0 {
-			return &hinted{
-				fmt.Sprintf("all rows that are visible are equal, but %d here and %d at %s are hidden because of a unique value, and these are not compared", here, there.Parked, p.site.Name),
-				"they are in duri.parked: give the rows that hide them other values, or delete them; it goes on by itself then",
-			}
-		}
-		if there.ParkedAt.After(began) {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(mendEvery):
+	here, err := side{p.n.db, p.n}.Parked(ctx)
+	if err != nil {
+		return err
+	}
+	if there+here > 0 {
+		return &hinted{
+			fmt.Sprintf("all rows that are visible are equal, but %d here and %d at %s are hidden because of a unique value, and these are not compared", here, there, p.site.Name),
+			"they are in duri.parked: give the rows that hide them other values, or delete them; it goes on by itself then",
 		}
 	}
+	return nil
 }
 
 // countMended changes the counts of the gap that this site repairs.
