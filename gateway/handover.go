@@ -224,18 +224,18 @@ func (h *handing) run(ctx context.Context, o HandOver) error {
 		switch {
 		case empty > 2, now.Sub(begun) >= o.Drain, ctx.Err() != nil:
 			h.g.cfg.Log.Info("clients were handed over", "sessions", h.movedSoFar(), "left", clients, "after", now.Sub(begun).Round(time.Millisecond))
-			if err := h.ch.send(msgDone, nil); err != nil {
+			err := h.tell(clients)
+			if err == nil {
+				err = h.ch.send(msgDone, nil)
+			}
+			if err != nil {
 				return fmt.Errorf("tell the new process that all is done: %w", err)
 			}
 			return h.stay(ctx, o.Stay)
 		case now.Sub(told) >= progressEvery:
 			told = now
 			h.g.tidy(now.Add(-progressEvery)) // The new process needs connections of its own.
-			body, err := json.Marshal(progress{clients, h.g.waitsFor()})
-			if err == nil {
-				err = h.ch.send(msgProgress, body)
-			}
-			if err != nil {
+			if err := h.tell(clients); err != nil {
 				h.breakOff(err)
 			}
 		}
@@ -274,6 +274,15 @@ func (h *handing) stay(ctx context.Context, tell func(stays bool)) error {
 	tell(false)
 	clients, _ := h.g.here()
 	return h.goOn(clients)
+}
+
+// tell tells the new process what is left.
+func (h *handing) tell(clients int) error {
+	body, err := json.Marshal(progress{clients, h.g.waitsFor()})
+	if err != nil {
+		return err
+	}
+	return h.ch.send(msgProgress, body)
 }
 
 // here tells how many clients there are, and connections that have not logged in.

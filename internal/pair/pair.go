@@ -370,6 +370,9 @@ func (a *Agent) End(ctx context.Context) (code int, err error) {
 	return a.process.end(ctx, "agent "+a.name)
 }
 
+// Ended reports whether it has ended since it was started.
+func (a *Agent) Ended() bool { return a.process.ended() }
+
 // Log returns the end of its log.
 func (a *Agent) Log() string { return a.process.log() }
 
