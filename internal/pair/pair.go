@@ -335,7 +335,7 @@ func (s *Site) StartAgent() error {
 	return nil
 }
 
-// Agent is one of several processes of a site's agent.
+// Agent is one of several processes of a site's agent. What makes one of them the site's is not for concurrent use.
 type Agent struct {
 	name    string
 	process *process
@@ -354,6 +354,18 @@ func (s *Site) TakeOverAgent(more ...string) (former *Agent, err error) {
 		return former, fmt.Errorf("start a further agent %s: %w", s.Name, err)
 	}
 	return former, nil
+}
+
+// RestartAgent starts the site's agent, which has ended, as a service manager does; but when that was to take over from a former one, which
+// has not ended, then that is the agent.
+func (s *Site) RestartAgent() error {
+	for _, f := range s.former {
+		if !f.ended() {
+			s.Resume(&Agent{s.Name, f})
+			return nil
+		}
+	}
+	return s.StartAgent()
 }
 
 // Resume makes a process the site's agent again that TakeOverAgent has put another one in the place of.

@@ -326,6 +326,9 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 		}
 	}
 	r.Violations = append(judge(all, names, sites), unfit(clients, r.faults())...)
+	if r.Kind == takeOver && r.Again > 0 {
+		r.Violations = append(r.Violations, fmt.Sprintf("%d transactions were rolled back by a planned restart", r.Again))
+	}
 	return r, nil
 }
 
@@ -387,7 +390,7 @@ func (c *campaign) settled(ctx context.Context) error {
 		}
 		for _, s := range c.p.Sites {
 			if s.AgentEnded() { // as a service manager does
-				if err := s.StartAgent(); err != nil {
+				if err := s.RestartAgent(); err != nil {
 					return false, err
 				}
 			}

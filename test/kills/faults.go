@@ -32,6 +32,7 @@ const (
 	endWait     = "termination of waiting commits"
 	diskFull    = "full disk of the journal"
 	diskHangs   = "hanging disk of the journal"
+	takeOver    = "takeover of the agent" // planned; only where it is asked for, as it needs gateways
 )
 
 // Kinds lists them all.
@@ -108,6 +109,9 @@ func (f *fault) begin(ctx context.Context, p *pair.Pair) error {
 		return s.Disk.Fill()
 	case diskHangs:
 		return s.Disk.Hang()
+	case takeOver:
+		_, err := s.TakeOverAgent("--drain", "5s")
+		return err
 	default:
 		return fmt.Errorf("there is no fault %q; there are %s", f.kind, strings.Join(Kinds(), ", "))
 	}
@@ -122,11 +126,11 @@ func (f *fault) end(ctx context.Context, p *pair.Pair) error {
 	case stopServer:
 		return s.Cluster.Signal(syscall.SIGCONT)
 	case killAgent:
-		return s.StartAgent()
+		return s.RestartAgent()
 	case stopAgent:
 		return s.SignalAgent(syscall.SIGCONT)
 	case killSite:
-		return errors.Join(s.Cluster.Start(ctx), s.StartAgent())
+		return errors.Join(s.Cluster.Start(ctx), s.RestartAgent())
 	case stopSite:
 		return errors.Join(s.Cluster.Signal(syscall.SIGCONT), s.SignalAgent(syscall.SIGCONT))
 	case diskFull:
@@ -191,8 +195,8 @@ func disturbWaiters(ctx context.Context, s *pair.Site, end bool) error {
 // CheckKinds says which name is no kind of fault.
 func CheckKinds(names []string) error {
 	for _, n := range names {
-		if !slices.Contains(Kinds(), n) {
-			return fmt.Errorf("there is no fault %q; there are %s", n, strings.Join(Kinds(), ", "))
+		if n != takeOver && !slices.Contains(Kinds(), n) {
+			return fmt.Errorf("there is no fault %q; there are %s, and with gateways %s", n, strings.Join(Kinds(), ", "), takeOver)
 		}
 	}
 	return nil
