@@ -453,21 +453,47 @@ func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 	if there == nil || here == nil {
 		return fmt.Errorf("there is no site %q or %q", from, to)
 	}
-	if s.reachable(from) {
-		asking, cancel := ctx, func() {}
-		if v := s.seen.Load().view(from); v.heard && !v.state.Postgres {
-			asking, cancel = context.WithTimeout(ctx, positionMax) // It may hang.
-		}
-		positions, err := there.asked.Position(asking, database)
-		cancel()
-		if err == nil {
-			return here.asked.Reach(ctx, database, positions, "")
-		}
-		if ctx.Err() != nil {
-			return err
-		}
+	positions, err := s.positions(ctx, there, database)
+	if err == nil {
+		return here.asked.Reach(ctx, database, positions, "")
+	}
+	if ctx.Err() != nil {
+		return err
 	}
 	return here.asked.Reach(ctx, database, nil, from)
+}
+
+// errLost is why a site is not waited for any more.
+var errLost = errors.New("the site was lost")
+
+// positions asks a site up to where it has what, for as long as it may tell: it may be lost before it answers.
+func (s *sites) positions(ctx context.Context, l *siteLink, database string) ([]link.SitePosition, error) {
+	if !s.reachable(l.target.Site) {
+		return nil, errLost
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		var limit <-chan time.Time
+		for {
+			news := s.news.wait()
+			if v := s.seen.Load().view(l.target.Site); !s.reachable(l.target.Site) {
+				cancel(errLost)
+			} else if v.heard && !v.state.Postgres && limit == nil {
+				limit = time.After(positionMax)
+			}
+			select {
+			case <-ended:
+				return
+			case <-limit:
+				cancel(errLost)
+			case <-news:
+			}
+		}
+	}()
+	return l.asked.Position(ctx, database)
 }
 
 // reachable reports whether a site can be asked what it has.

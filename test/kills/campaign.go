@@ -36,8 +36,10 @@ type Options struct {
 	Rearm    time.Duration
 	// Gateway lets the clients go through gateways that run alone, one beside the clients of each site.
 	Gateway bool
-	Out     io.Writer
-	Keep    bool // keep everything on disk when a round fails
+	// Slow ends the campaign, with a picture of all processes at that moment, when a client waits for longer; 0: none does.
+	Slow time.Duration
+	Out  io.Writer
+	Keep bool // keep everything on disk when a round fails
 }
 
 // Round is what one round showed.
@@ -104,7 +106,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	defer func() {
 		if o.Keep && (err != nil || res.Failed()) {
 			fmt.Fprintln(o.Out, "kept:", p.Dir())
-			c.picture()
+			c.pictured.Do(c.picture)
 			err = errors.Join(err, p.Leave())
 			return
 		}
@@ -128,12 +130,21 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		c.dsns = append(c.dsns, fmt.Sprintf("postgres://%s:%s@%s/%s?sslmode=disable", role, secret, s.Door, s.Database))
 	}
 	if o.Gateway {
-		if c.dsns, err = startGateways(ready, p); err != nil {
+		if c.dsns, c.gateways, err = startGateways(ready, p); err != nil {
 			return res, err
 		}
 	}
+	if o.Slow > 0 {
+		var end context.CancelCauseFunc
+		ctx, end = context.WithCancelCause(ctx)
+		defer end(nil)
+		go c.watch(ctx, end)
+	}
 	for n := range o.Rounds {
 		r, err := c.round(ctx, n+1)
+		if why := context.Cause(ctx); why != nil {
+			return res, fmt.Errorf("round %d, seed %d: %s: %w", n+1, o.Seed, r.Fault, why)
+		}
 		res.Rounds = append(res.Rounds, r)
 		fmt.Fprintf(o.Out, "round %d: %s\n", n+1, r)
 		if err != nil || len(r.Violations) > 0 {
@@ -143,7 +154,20 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	return res, nil
 }
 
-// picture keeps what the agents know when something has gone wrong: each one's status, beside the data, and what it is doing, in its log.
+// watch ends the campaign when a client waits for longer than Options.Slow.
+func (c *campaign) watch(ctx context.Context, end context.CancelCauseFunc) {
+	for ctx.Err() == nil {
+		sleep(ctx, 100*time.Millisecond)
+		if a, ok := c.l.oldest(); ok && time.Since(a.begun) > c.o.Slow {
+			end(fmt.Errorf("client %s of site %s waits for longer than %s", a.client, a.site, c.o.Slow))
+			c.pictured.Do(c.picture)
+			return
+		}
+	}
+}
+
+// picture keeps what the processes know when something has gone wrong: each agent's status, beside the data, and what it and the gateways
+// are doing, in their logs. It ends them.
 func (c *campaign) picture() {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -163,6 +187,15 @@ func (c *campaign) picture() {
 		}
 		if err != nil {
 			fmt.Fprintf(c.o.Out, "site %s: %v\n", s.Name, err)
+		}
+	}
+	for _, g := range c.gateways {
+		err := g.Signal(syscall.SIGQUIT)
+		if err == nil {
+			_, err = g.End(ctx)
+		}
+		if err != nil {
+			fmt.Fprintf(c.o.Out, "gateway %s: %v\n", g.Address, err)
 		}
 	}
 }
@@ -210,8 +243,11 @@ type campaign struct {
 	res *Result
 	l   *ledger
 	rng *rand.Rand
-	// dsns are how the clients of each site connect.
-	dsns []string
+	// dsns are how the clients of each site connect, and gateways what these lead to; none without Options.Gateway.
+	dsns     []string
+	gateways []*pair.Gateway
+
+	pictured sync.Once
 }
 
 // settleMax bounds how long the sites may take until all is as it was before a fault.

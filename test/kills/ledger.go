@@ -59,6 +59,18 @@ func (l *ledger) all() []attempt {
 	return slices.Clone(l.attempts)
 }
 
+// oldest is the attempt that has waited for its answer for the longest time; false: none waits.
+func (l *ledger) oldest() (a attempt, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, one := range l.attempts {
+		if one.outcome == open {
+			return one, true
+		}
+	}
+	return a, false
+}
+
 // schema is what the clients write: a row of the ledger by key, the same without a key, which shows what is applied
 // twice, and rows that all clients of both sites update. The log has a replica identity so that what does not count can be
 // deleted from it: PostgreSQL refuses that else.

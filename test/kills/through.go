@@ -124,17 +124,17 @@ func goal(kind string) time.Duration {
 	return 0
 }
 
-// startGateways starts one beside each site's clients, and gives how these connect, in the order of the sites.
-func startGateways(ctx context.Context, p *pair.Pair) (dsns []string, err error) {
+// startGateways starts one beside each site's clients, and gives how these connect and the gateways, in the order of the sites.
+func startGateways(ctx context.Context, p *pair.Pair) (dsns []string, all []*pair.Gateway, err error) {
 	for i, s := range p.Sites {
 		g := p.Gateway
 		if i > 0 {
 			if g, err = p.GatewayAt(s.Name); err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 		}
 		if err := g.Start(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		dsn := g.DSN(s.Database, role, secret)
 		err := p.Wait(ctx, "the gateway of site "+s.Name+" serves", func(ctx context.Context) (bool, error) {
@@ -145,9 +145,9 @@ func startGateways(ctx context.Context, p *pair.Pair) (dsns []string, err error)
 			return true, conn.Close(ctx)
 		})
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		dsns = append(dsns, dsn)
+		dsns, all = append(dsns, dsn), append(all, g)
 	}
-	return dsns, nil
+	return dsns, all, nil
 }

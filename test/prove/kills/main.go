@@ -37,6 +37,7 @@ func main() {
 	flag.StringVar(&faults, "faults", "", "kinds of faults to choose from, separated by commas; default all: "+strings.Join(kills.Kinds(), ", "))
 	flag.Float64Var(&o.Twice, "twice", 0.1, "share of rounds in which a second fault comes while the first one is being repaired")
 	flag.BoolVar(&o.Gateway, "gateway", false, "clients go through gateways that run alone, and keep their connections")
+	flag.DurationVar(&o.Slow, "slow", 0, "end, and keep what all processes are doing, when a client waits for longer than this; 0: never")
 	flag.BoolVar(&o.Keep, "keep", true, "keep everything on disk when a round fails")
 	flag.Parse()
 	if faults != "" {
