@@ -14,6 +14,7 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
+	"github.com/duri-io/duri/internal/alive"
 	"github.com/duri-io/duri/internal/pg"
 )
 
@@ -79,8 +80,13 @@ func (a *Agent) newDoor() (err error) {
 			return err
 		}
 		network, address := pgconn.NetworkAddress(c.Host, c.Port)
+		servers := alive.New(silentServer)
 		a.door = gateway.NewDoor(func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, network, address)
+			conn, err := new(net.Dialer).DialContext(ctx, network, address)
+			if err == nil {
+				servers.Watch(conn) // until it is closed
+			}
+			return conn, err
 		}, a.log)
 		return nil
 	}
@@ -99,7 +105,7 @@ func (a *Agent) newDoor() (err error) {
 // newGateway makes the server for clients.
 func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
 	c := cfg.Gateway
-	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, Log: log}
+	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, Watch: alive.New(silentClient).Watch, Log: log}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
 		if c.RoutesReads() {
