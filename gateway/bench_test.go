@@ -182,6 +182,38 @@ func memory() float64 {
 	return float64(m.HeapInuse + m.StackInuse)
 }
 
+// BenchmarkLogin is a client that connects, has one statement answered, and leaves.
+func BenchmarkLogin(b *testing.B) {
+	for name, c := range map[string]Config{"transaction": {Mode: TransactionMode}, "sites": {Mode: TransactionMode, Sites: &knowing{}}} {
+		b.Run(name, func(b *testing.B) {
+			connect := connector(b, c)
+			query, end := pgwire.AppendQuery(nil, "SELECT 1"), pgwire.AppendHeader(nil, pgwire.Terminate, 0)
+			b.ReportAllocs()
+			before := cpu(b)
+			for b.Loop() {
+				conn := connect()
+				if _, err := conn.Write(query); err != nil {
+					b.Fatal(err)
+				}
+				for r := pgwire.NewReader(conn); ; {
+					if typ, _, err := r.Next(pgwire.FromServer); err != nil {
+						b.Fatal(err)
+					} else if typ == pgwire.ReadyForQuery {
+						break
+					}
+				}
+				if _, err := conn.Write(end); err != nil {
+					b.Fatal(err)
+				}
+				if err := conn.Close(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64((cpu(b)-before).Nanoseconds())/1000/float64(b.N), "cpu-us/op") // of client and gateway together
+		})
+	}
+}
+
 // BenchmarkExchange is one statement from client to server and back over loopback: 4 messages forwarded for a simple one, 7
 // for a prepared one. Client and server run in the same process and allocate nothing. "direct" is without a gateway.
 func BenchmarkExchange(b *testing.B) {

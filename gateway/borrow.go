@@ -122,12 +122,15 @@ func (s *session) fetch(ctx context.Context) (*backend, error) {
 const retryEvery = 25 * time.Millisecond
 
 // fetchPatiently is fetch for a session that has begun: between two transactions nothing is lost when no server may be used just
-// now, so that the client waits for one, no longer than HoldMax.
+// now, or when the one at hand does not have yet what the session has seen, so that the client waits, no longer than HoldMax.
 func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
 	deadline := time.Now().Add(s.g.lim().HoldMax)
 	waited := func(*backend) {}
 	for first := true; ; first = false {
 		b, err := s.fetch(ctx)
+		if err == nil {
+			b, err = s.catchUp(ctx, b, deadline)
+		}
 		if err == nil || !absent(err) || s.ending.Load() || time.Now().After(deadline) {
 			waited(b)
 			return b, err
@@ -144,28 +147,32 @@ func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
 	}
 }
 
-// catchUp waits until the session sees at b's site what it has seen at the one before. It does not go on with less.
-func (s *session) catchUp(ctx context.Context, b *backend) error {
+// catchUp waits until the session sees at b's site what it has seen at the one before. It does not go on with less: b is put back
+// when that site is lost meanwhile, or at the deadline.
+func (s *session) catchUp(ctx context.Context, b *backend, deadline time.Time) (*backend, error) {
 	from, to := s.last, b.target.Site
 	if s.g.cfg.Reads != nil {
 		from = s.seen.site
 	}
 	if !s.keeps() || from == "" || from == to {
-		return nil
+		return b, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.g.lim().HoldMax)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	var err error
 	if s.g.cfg.Reads != nil {
-		err = s.g.crossing(s.who.Database, from, b.target).wait(ctx, s.g, s.seen.at)
+		err = s.g.crossing(s.who.Database, from, b.target).wait(ctx, s.g, s.seen.at, func() bool {
+			t, err := s.route()
+			return err == nil && t.Site == to
+		})
 	} else {
 		err = s.g.cfg.Sites.CatchUp(ctx, s.who.Database, from, to)
 	}
 	if err == nil {
-		return nil
+		return b, nil
 	}
 	b.pool.put(b)
-	return fatalError(codeNoSite, fmt.Sprintf("site %s does not have yet what this session has seen at site %s", to, from), err.Error(), "connect again")
+	return nil, fatalError(codeNoSite, fmt.Sprintf("site %s does not have yet what this session has seen at site %s", to, from), err.Error(), "connect again")
 }
 
 // absent reports that no server may be used now, or that the one at hand starts or ends: the next moment may be different.
@@ -212,9 +219,6 @@ func (s *session) borrow(ctx context.Context, t text) (*backend, error) {
 			continue
 		}
 		b, err := s.fetchPatiently(ctx)
-		if err == nil {
-			err = s.catchUp(ctx, b)
-		}
 		if err == nil {
 			err = s.attach(b, t.seq)
 		}

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -67,8 +68,9 @@ func (c *crossing) soon(g *Server) {
 	}
 }
 
-// wait waits until what had ended at a tick is visible at the other site.
-func (c *crossing) wait(ctx context.Context, g *Server, at int64) error {
+// wait waits until what had ended at a tick is visible at the other site, or a call has failed and leads says that this way is the
+// right one no more; nil: it stays so.
+func (c *crossing) wait(ctx context.Context, g *Server, at int64, leads func() bool) error {
 	c.waiting.Add(1)
 	defer c.waiting.Add(-1)
 	for {
@@ -85,6 +87,9 @@ func (c *crossing) wait(ctx context.Context, g *Server, at int64) error {
 		}
 		select {
 		case <-news:
+			if leads != nil && c.until.Load() <= at && !leads() {
+				return errors.New("the site is not the one to go to any more")
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}

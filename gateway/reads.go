@@ -257,7 +257,7 @@ func (s *session) mayCross(seen sighting, t Target, wait time.Duration) bool {
 	}
 	ctx, cancel := context.WithTimeout(s.g.life, wait)
 	defer cancel()
-	if c.wait(ctx, s.g, seen.at) != nil {
+	if c.wait(ctx, s.g, seen.at, nil) != nil {
 		s.vainlyAt = now
 		return false
 	}

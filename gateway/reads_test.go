@@ -483,7 +483,7 @@ func TestCrossingSaysOnlyWhatIsVisible(t *testing.T) {
 						at := g.tick()
 						c := g.crossing("d", "a", Target{Site: "b"})
 						if (i+s)%3 == 0 {
-							if err := c.wait(t.Context(), g, at); err != nil {
+							if err := c.wait(t.Context(), g, at, nil); err != nil {
 								t.Error(err)
 							}
 						} else if c.until.Load() <= at {

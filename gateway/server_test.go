@@ -105,6 +105,13 @@ func (r *routes) Route(*Login, Wish) (Target, error) {
 	return r.targets[r.calls%len(r.targets)], nil
 }
 
+// lead lets all go to one target from now on.
+func (r *routes) lead(to Target) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.targets = []Target{to}
+}
+
 func target(c *pgcluster.Cluster, name string) Target {
 	return Target{Site: name, Network: "tcp", Address: "127.0.0.1:" + strconv.Itoa(c.Port())}
 }

@@ -401,8 +401,13 @@ func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, er
 	var errs []error
 	for _, l := range s.whoKnows(d.Site) {
 		one, cancel := context.WithTimeout(ctx, fateAskMax)
+		end := func() {}
+		if p := s.seen.Load(); l.target.Site == d.Site && p.knowsItself(p.view(d.Site)) {
+			one, end = s.whileThat(one, func(p *picture) (bool, time.Duration) { return p.knowsItself(p.view(d.Site)), 0 })
+		}
 		q.Age = time.Since(d.At)
 		a, err := l.asked.Fate(one, q)
+		end()
 		cancel()
 		if err == nil {
 			if fate := verdict(d, a); fate != gateway.Unknown {
@@ -415,18 +420,32 @@ func (s *sites) fateOnce(ctx context.Context, d gateway.Doubt) (gateway.Fate, er
 	return gateway.Unknown, errors.Join(errs...)
 }
 
-// whoKnows are the sites to ask for a transaction of one: that one first, if it can be heard.
-func (s *sites) whoKnows(site string) []*siteLink {
-	var own, others []*siteLink
-	for i, v := range s.seen.Load().sites {
-		switch l := s.links[i]; {
-		case v.name == site && (v.heard || s.isOwn(l)):
-			own = append(own, l)
-		case v.name != site && (v.heard || s.isOwn(l)):
-			others = append(others, l)
+// whoKnows are the sites to ask for a transaction of one, as far as they can be heard: that one first, unless the others have to
+// decide, or its PostgreSQL does not answer.
+func (s *sites) whoKnows(site string) (all []*siteLink) {
+	p := s.seen.Load()
+	var own *siteLink
+	for i := range p.sites {
+		switch v, l := &p.sites[i], s.links[i]; {
+		case !v.heard && !s.isOwn(l):
+		case v.name != site:
+			all = append(all, l)
+		default:
+			own = l
 		}
 	}
-	return append(own, others...)
+	switch {
+	case own == nil:
+		return all
+	case p.knowsItself(p.view(site)):
+		return append([]*siteLink{own}, all...)
+	}
+	return append(all, own)
+}
+
+// knowsItself reports whether a site looks as if it could tell what became of its transactions.
+func (p *picture) knowsItself(v *siteView) bool {
+	return (!v.heard || v.state.Postgres) && (p.members == nil || slices.Contains(p.members, v.name))
 }
 
 // End is that of gateway.Sites.
@@ -444,7 +463,10 @@ func (s *sites) End(ctx context.Context, d gateway.Doubt) {
 // positionMax bounds a question to a site whose PostgreSQL does not answer.
 const positionMax = time.Second
 
-// CatchUp is that of gateway.Sites.
+// errLost ends what is asked of a site that is lost meanwhile.
+var errLost = errors.New("the site was lost")
+
+// CatchUp is that of gateway.Sites. Either site may be lost in the middle of it, and is then waited for no more.
 func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 	if from == to {
 		return nil
@@ -453,56 +475,65 @@ func (s *sites) CatchUp(ctx context.Context, database, from, to string) error {
 	if there == nil || here == nil {
 		return fmt.Errorf("there is no site %q or %q", from, to)
 	}
+	ctx, end := s.whileThat(ctx, func(p *picture) (bool, time.Duration) { return p.view(to).serves(p.members) == "", 0 })
+	defer end()
 	positions, err := s.positions(ctx, there, database)
-	if err == nil {
-		return here.asked.Reach(ctx, database, positions, "")
+	gone := ""
+	if err != nil {
+		gone = from // What was received of it has to do.
 	}
-	if ctx.Err() != nil {
-		return err
+	if ctx.Err() == nil {
+		err = here.asked.Reach(ctx, database, positions, gone)
 	}
-	return here.asked.Reach(ctx, database, nil, from)
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("site %s: %w", to, context.Cause(ctx))
+	}
+	return err
 }
 
-// errLost is why a site is not waited for any more.
-var errLost = errors.New("the site was lost")
-
-// positions asks a site up to where it has what, for as long as it may tell: it may be lost before it answers.
+// positions asks a site up to where it has what, for as long as it may tell.
 func (s *sites) positions(ctx context.Context, l *siteLink, database string) ([]link.SitePosition, error) {
-	if !s.reachable(l.target.Site) {
-		return nil, errLost
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	ended := make(chan struct{})
-	defer close(ended)
-	go func() {
-		var limit <-chan time.Time
-		for {
-			news := s.news.wait()
-			if v := s.seen.Load().view(l.target.Site); !s.reachable(l.target.Site) {
-				cancel(errLost)
-			} else if v.heard && !v.state.Postgres && limit == nil {
-				limit = time.After(positionMax)
-			}
-			select {
-			case <-ended:
-				return
-			case <-limit:
-				cancel(errLost)
-			case <-news:
-			}
+	ctx, end := s.whileThat(ctx, func(p *picture) (reachable bool, within time.Duration) {
+		v := p.view(l.target.Site)
+		if v.heard && !v.state.Postgres {
+			within = positionMax // It may hang.
 		}
-	}()
+		return (v.heard || s.isOwn(l)) && (p.members == nil || slices.Contains(p.members, v.name)), within
+	})
+	defer end()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	return l.asked.Position(ctx, database)
 }
 
-// reachable reports whether a site can be asked what it has.
-func (s *sites) reachable(site string) bool {
-	p := s.seen.Load()
-	for i, v := range p.sites {
-		if v.name == site {
-			return (v.heard || s.isOwn(s.links[i])) && (p.members == nil || slices.Contains(p.members, site))
+// whileThat gives a context that ends with errLost when something holds of the picture no more, or a while after that limits it for
+// the first time; 0: it does not. end must be called.
+func (s *sites) whileThat(ctx context.Context, holds func(p *picture) (ok bool, within time.Duration)) (_ context.Context, end func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var limit <-chan time.Time
+	look := func() (news <-chan struct{}) {
+		news = s.news.wait()
+		ok, within := holds(s.seen.Load())
+		if !ok {
+			cancel(errLost)
 		}
+		if within > 0 && limit == nil {
+			limit = time.After(within)
+		}
+		return news
 	}
-	return false
+	news := look()
+	go func() {
+		for ctx.Err() == nil {
+			select {
+			case <-ctx.Done():
+			case <-limit:
+				cancel(errLost)
+			case <-news:
+				news = look()
+			}
+		}
+	}()
+	return ctx, func() { cancel(nil) }
 }

@@ -171,6 +171,15 @@ func (c *campaign) watch(ctx context.Context, end context.CancelCauseFunc) {
 func (c *campaign) picture() {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
+	for _, g := range c.gateways {
+		err := g.Signal(syscall.SIGQUIT)
+		if err == nil {
+			_, err = g.End(ctx)
+		}
+		if err != nil {
+			fmt.Fprintf(c.o.Out, "gateway %s: %v\n", g.Address, err)
+		}
+	}
 	for _, s := range c.p.Sites {
 		doc, err := s.Control.Status(ctx)
 		if err == nil {
@@ -187,15 +196,6 @@ func (c *campaign) picture() {
 		}
 		if err != nil {
 			fmt.Fprintf(c.o.Out, "site %s: %v\n", s.Name, err)
-		}
-	}
-	for _, g := range c.gateways {
-		err := g.Signal(syscall.SIGQUIT)
-		if err == nil {
-			_, err = g.End(ctx)
-		}
-		if err != nil {
-			fmt.Fprintf(c.o.Out, "gateway %s: %v\n", g.Address, err)
 		}
 	}
 }
