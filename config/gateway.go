@@ -17,6 +17,10 @@ type Gateway struct {
 	Mode   GatewayMode `yaml:"mode" json:"mode"`
 	Cert   string      `yaml:"cert" json:"cert"` // PEM files for clients; empty: no TLS, and not with GatewayDoor
 	Key    string      `yaml:"key" json:"key"`
+	// ClientCA is a PEM file with the authorities of clients' certificates, with which these log in without a password; empty: none do.
+	ClientCA string `yaml:"client_ca" json:"client_ca"`
+	// LoginCA logs the roles of such clients in at this site's PostgreSQL.
+	LoginCA LoginCA `yaml:"login_ca" json:"login_ca"`
 	// Routes give sessions a home; the first that fits counts. None fits: the own site.
 	Routes []Route `yaml:"routes" json:"routes"`
 	// RehomeEvery sends every n-th transaction to the next site, for tests of applications; 0: none.
@@ -36,6 +40,16 @@ type Gateway struct {
 	Strict     bool     `yaml:"strict" json:"strict"`
 	LoginRate  int      `yaml:"login_rate" json:"login_rate"` // per second and address
 }
+
+// LoginCA is the authority that signs short-lived certificates of roles for the agent's connections to PostgreSQL.
+type LoginCA struct {
+	Cert  string   `yaml:"cert" json:"cert"` // PEM files; empty: nobody is logged in by certificate here
+	Key   string   `yaml:"key" json:"key"`
+	Roles []string `yaml:"roles" json:"roles"` // that it is for; empty: all that pg_hba.conf lets in so
+}
+
+// On reports whether there is one.
+func (l LoginCA) On() bool { return l.Cert != "" }
 
 // Route gives the sessions that it fits a home site. What is empty fits all.
 type Route struct {
@@ -164,7 +178,7 @@ func (d *decoder) validateGateway(c *Config) {
 	within(d, "gateway.hold", g.Hold, 10*Millisecond, Hour)
 	within(d, "gateway.idle", g.Idle, Second, 24*Hour)
 	within(d, "gateway.login_rate", g.LoginRate, 1, 1_000_000)
-	for list, roles := range map[string][]string{"gateway.admins": g.Admins, "gateway.replay": g.Replay} {
+	for list, roles := range map[string][]string{"gateway.admins": g.Admins, "gateway.replay": g.Replay, "gateway.login_ca.roles": g.LoginCA.Roles} {
 		seen := map[string]int{}
 		for i, role := range roles {
 			key := fmt.Sprintf("%s[%d]", list, i)
@@ -178,7 +192,8 @@ func (d *decoder) validateGateway(c *Config) {
 		}
 		for key, set := range map[string]bool{
 			"gateway.routes": len(g.Routes) > 0, "gateway.rehome_every": g.RehomeEvery > 0, "gateway.name": g.Name != "",
-			"gateway.reads": len(g.Reads.Weights) > 0, "gateway.slow_down": g.SlowDown.On(),
+			"gateway.reads": len(g.Reads.Weights) > 0, "gateway.slow_down": g.SlowDown.On(), "gateway.client_ca": g.ClientCA != "",
+			"gateway.login_ca": g.LoginCA.On() || g.LoginCA.Key != "",
 		} {
 			if set {
 				d.invalid(key, key+" is not for the mode door", "nothing is looked into there, and it leads to its own site only; remove it, or set gateway.mode")
@@ -188,6 +203,28 @@ func (d *decoder) validateGateway(c *Config) {
 	}
 	if (g.Cert == "") != (g.Key == "") {
 		d.invalid("gateway.cert", "gateway.cert and gateway.key go together", "give both files, or none for connections without TLS")
+	}
+	d.validateClientCerts(c)
+}
+
+// validateClientCerts checks what logins by certificate need.
+func (d *decoder) validateClientCerts(c *Config) {
+	const make1 = "make both files with: duri gateway login-ca"
+	g := c.Gateway
+	switch {
+	case g.LoginCA.On() != (g.LoginCA.Key != ""):
+		d.invalid("gateway.login_ca", "gateway.login_ca.cert and gateway.login_ca.key go together", make1)
+	case !g.LoginCA.On() && len(g.LoginCA.Roles) > 0:
+		d.invalid("gateway.login_ca", "gateway.login_ca.roles is given without gateway.login_ca.cert", make1)
+	case g.LoginCA.On() && c.Alone():
+		d.invalid("gateway.login_ca", "gateway.login_ca is not for a gateway that runs alone", "remove it here: the agents log in at their PostgreSQL, each by its own")
+	}
+	switch {
+	case g.ClientCA == "":
+	case g.Cert == "":
+		d.invalid("gateway.client_ca", "gateway.client_ca is given without gateway.cert", "clients show certificates in TLS only: give gateway.cert and gateway.key")
+	case !c.Alone() && !g.LoginCA.On():
+		d.invalid("gateway.client_ca", "gateway.client_ca is given without gateway.login_ca", "nothing would log these clients in at this site's PostgreSQL; "+make1)
 	}
 }
 

@@ -459,6 +459,11 @@ gateway:   # the way of clients to PostgreSQL through the agent, which keeps the
   mode: {{.Default.Gateway.Mode}}   # session: the agent authenticates clients; transaction: and pools connections
   cert: ""   # certificate that clients see, PEM; not for the mode door
   key: ""
+  client_ca: ""   # PEM: authorities of clients' certificates; who shows one of theirs logs in without a password
+  login_ca:   # signs certificates with which the agent logs the roles of such clients in at PostgreSQL: duri gateway login-ca
+    cert: ""
+    key: ""
+    roles: []   # that it is for; default: all that pg_hba.conf lets in by cert
   routes: []   # of {database, role, application_name, site, reads}: the home of the sessions that fit; default: this site
   rehome_every: 0   # for tests of applications: every n-th transaction goes to the next site
   reads:   # for the mode transaction: reads outside a transaction go also to other sites than the session's home

@@ -136,7 +136,10 @@ func (c *Config) complete(folder string) {
 			db.Tables[name] = t
 		}
 	}
-	for _, p := range []*string{&c.DataDir, &c.Postgres.BinDir, &c.TLS.CA, &c.TLS.Cert, &c.TLS.Key, &c.Quorum.TLS.CA, &c.Quorum.TLS.Cert, &c.Quorum.TLS.Key, &c.Gateway.Cert, &c.Gateway.Key} {
+	for _, p := range []*string{
+		&c.DataDir, &c.Postgres.BinDir, &c.TLS.CA, &c.TLS.Cert, &c.TLS.Key, &c.Quorum.TLS.CA, &c.Quorum.TLS.Cert, &c.Quorum.TLS.Key, &c.Gateway.Cert, &c.Gateway.Key,
+		&c.Gateway.ClientCA, &c.Gateway.LoginCA.Cert, &c.Gateway.LoginCA.Key,
+	} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(folder, *p)
 		}

@@ -88,7 +88,7 @@ func init() { // The functions refer to the map.
 		"dns_zones": {columnsOf("zonename b:serial n:count"), func(*Server) [][]any { return nil }},
 
 		"duri.sessions": {columnsOf(`n:pid user database state site waiting_for_s pinned n:settings n:statements client connect_time request_time
-			application_name read_site`), showSessions},
+			application_name read_site login`), showSessions},
 		"duri.pins":     {columnsOf("reason n:sessions"), showPins},
 		"duri.routes":   {columnsOf("database user site address b:epoch problem reads b:backlog_bytes d:delay_ms"), showRoutes},
 		"duri.counters": {columnsOf("name b:value"), showCounters},
@@ -111,6 +111,7 @@ type socket struct {
 	site, readSite      string
 	pinned              string
 	settings, statments int
+	login               string
 }
 
 func pointer(v any) string { return fmt.Sprintf("%p", v) }
@@ -150,7 +151,7 @@ func (g *Server) clientSockets() (all []socket) {
 	for _, s := range sessions {
 		k := socket{
 			client: true, user: s.who.User, database: s.who.Database, state: "active", remote: s.conn.RemoteAddr(), local: s.conn.LocalAddr(),
-			connected: s.since, ptr: pointer(s), tls: tlsOf(s.conn),
+			connected: s.since, ptr: pointer(s), tls: tlsOf(s.conn), login: map[bool]string{true: "certificate", false: "password"}[s.who.certified],
 		}
 		s.mu.Lock()
 		k.pid, k.asked, k.site, k.readSite, k.application = s.pid, s.asked, s.site, s.readSite, s.application()
@@ -588,6 +589,7 @@ type Session struct {
 	Connected   time.Time `json:"connected"`
 	Asked       time.Time `json:"asked"` // when it sent something last
 	Application string    `json:"application_name,omitempty"`
+	Login       string    `json:"login"` // password, certificate
 }
 
 // Sessions gives the clients that are there, by when they connected.
@@ -596,7 +598,7 @@ func (g *Server) Sessions() []Session {
 	for _, k := range g.clientSockets() {
 		s := Session{
 			k.pid, k.user, k.database, "idle", k.site, k.readSite, k.waiting.Seconds(), k.pinned, k.settings, k.statments, k.remote.String(), k.tls, k.connected.UTC(),
-			k.asked.UTC(), k.application,
+			k.asked.UTC(), k.application, k.login,
 		}
 		switch {
 		case k.state == "waiting":
@@ -622,7 +624,7 @@ func showSessions(g *Server) (rows [][]any) {
 			pinned = s.Pinned
 		}
 		rows = append(rows, []any{
-			int(s.PID), s.User, s.Database, s.State, s.Site, waiting, pinned, s.Settings, s.Statements, s.Client, clock(s.Connected), clock(s.Asked), s.Application, readSite,
+			int(s.PID), s.User, s.Database, s.State, s.Site, waiting, pinned, s.Settings, s.Statements, s.Client, clock(s.Connected), clock(s.Asked), s.Application, readSite, s.Login,
 		})
 	}
 	return rows

@@ -28,12 +28,15 @@ type backend struct {
 	lending
 }
 
-// dial opens a connection to a target and logs in with a client's keys.
+// dial opens a connection to a target and logs in with a client's keys, or by certificate.
 func (g *Server) dial(ctx context.Context, t Target, who *Login, keys *scram.Keys) (*backend, error) {
 	unreachable := func(err error) error {
 		return fatalError(codeNoSite, fmt.Sprintf("the server of %s cannot be reached", t.name()), err.Error(), "try again, or connect to another site")
 	}
-	conn, binding, err := g.connect(ctx, t)
+	conn, binding, err := g.reach(ctx, t, who)
+	if e, ok := errors.AsType[*LoginError](err); ok {
+		return nil, noLogin(t, who, e)
+	}
 	if err != nil {
 		return nil, unreachable(err)
 	}
@@ -123,7 +126,11 @@ func (b *backend) login(who *Login, keys *scram.Keys, binding []byte) error {
 		}
 		switch typ {
 		case pgwire.Authentication:
-			err = b.prove(client, body)
+			if who.certified {
+				err = b.accepted(who, body)
+			} else {
+				err = b.prove(client, body)
+			}
 		case pgwire.ParameterStatus:
 			var p pgwire.Param
 			p, err = pgwire.ParseParameterStatus(body)

@@ -112,6 +112,10 @@ func (s *session) login(ctx context.Context, start *pgwire.Startup) error {
 			return fatalError(codeRate, err.Error(), "", hintOf(err))
 		}
 	}
+	if done, err := s.certified(); done || err != nil {
+		s.replays = done && s.mayReplay()
+		return err
+	}
 	verifier, err := s.g.cfg.Verifiers.Verifier(ctx, s.who.User)
 	if err != nil {
 		return fatalError(codeNoSite, "the password cannot be checked now: "+err.Error(), "", hintOf(err))
@@ -188,8 +192,13 @@ func (s *session) authenticate(v *scram.Verifier) error {
 	if err != nil {
 		return fatalError(codeProtocol, err.Error(), "", "")
 	}
-	s.replays = s.keeps() && slices.Contains(s.g.lim().Replay, s.who.User)
+	s.replays = s.mayReplay()
 	return s.w.Write(pgwire.AppendAuth(pgwire.AppendAuth(nil, pgwire.AuthSASLFinal, reply), pgwire.AuthOK, nil))
+}
+
+// mayReplay reports whether the session's open transactions may be run again elsewhere.
+func (s *session) mayReplay() bool {
+	return s.keeps() && slices.Contains(s.g.lim().Replay, s.who.User)
 }
 
 func (s *session) saslMessage() ([]byte, error) {

@@ -8,9 +8,6 @@ import (
 // A name may be written in several ways. What is known by its name must be recognised in each of them, else a statement is taken for
 // one that is harmless.
 
-// nameMax is the longest name that PostgreSQL keeps; a longer one is cut (NAMEDATALEN).
-const nameMax = 63
-
 // hiddenName is why a session keeps its backend that has sent a name which cannot be read.
 const hiddenName = "a name in Unicode escapes that cannot be read"
 

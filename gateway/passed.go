@@ -63,7 +63,7 @@ func (s *session) adopt(p *passed) {
 	now := s.g.tick() // All that it has seen, and done, was before.
 	s.seen, s.homeAt, s.actedAt = sighting{p.seen, now}, now, now
 	s.pinsTold, s.portals = map[string]bool{}, map[string]*statement{}
-	s.replays = s.keeps() && slices.Contains(s.g.lim().Replay, s.who.User)
+	s.replays = s.mayReplay()
 }
 
 // loginKey is params as one string.

@@ -348,13 +348,12 @@ func (p *pool) getIdle(s *session, t Target) *backend {
 	}
 	p.open++
 	p.warming++
-	who, keys := s.who, *s.keys // The session may have ended before it is open.
-	keys.Salt = append([]byte{}, keys.Salt...)
+	who, keys := s.who, copyKeys(s.keys) // The session may have ended before it is open.
 	p.g.backends.Go(func() {
 		defer keys.Zero()
 		ctx, cancel := context.WithTimeout(p.g.life, warmMax)
 		defer cancel()
-		b, err := p.g.dial(ctx, t, &who, &keys)
+		b, err := p.g.dial(ctx, t, &who, keys)
 		p.mu.Lock()
 		p.warming--
 		if err != nil {

@@ -35,7 +35,8 @@ type Login struct {
 	// Params is the client's StartupMessage as servers get it, with user and database.
 	Params []pgwire.Param
 
-	key string // Params as one string
+	key       string // Params as one string; those of logins by certificate differ from others
+	certified bool   // by certificate, not with a password
 }
 
 // Replication reports whether the login is for a walsender.
@@ -102,6 +103,11 @@ type Config struct {
 	Watch func(client net.Conn) (stop func())
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
 	TLS *tls.Config
+	// ClientCAs sign the certificates with which clients may log in, without a password, as the user whose name is the common name;
+	// nil: none is asked for. It needs TLS and DialAs, which connects to a target and logs in at the TLS of its server with a
+	// certificate of a role. A LoginError says that this is not to be.
+	ClientCAs *x509.CertPool
+	DialAs    func(ctx context.Context, t Target, role string) (net.Conn, error)
 	// ServerTLS is for servers; nil: none is asked for. An empty ServerName means the target's host.
 	ServerTLS *tls.Config
 	// Admit is asked before each login; an error refuses it, as 53400, with its HintText if it has one. It is where rates
@@ -223,6 +229,9 @@ func NewServer(cfg Config) (*Server, error) {
 	}
 	_, _ = rand.Read(g.mock) // It does not fail (crypto/rand).
 	g.incarnation = rnd.Uint64()
+	if cfg.ClientCAs != nil && (cfg.TLS == nil || cfg.DialAs == nil) {
+		return nil, errors.New("gateway: logins by certificate need TLS and DialAs")
+	}
 	if cfg.TLS != nil {
 		if len(cfg.TLS.Certificates) != 1 {
 			return nil, fmt.Errorf("gateway: TLS with %d certificates, where one is needed to bind channels to", len(cfg.TLS.Certificates))
@@ -234,6 +243,9 @@ func NewServer(cfg Config) (*Server, error) {
 		g.binding = scram.EndPoint(leaf)
 		g.cfg.TLS = cfg.TLS.Clone()
 		g.cfg.TLS.NextProtos = []string{alpn}
+		if cfg.ClientCAs != nil {
+			askForCertificates(g.cfg.TLS, cfg.ClientCAs)
+		}
 	}
 	return g, nil
 }

@@ -42,6 +42,8 @@ var (
 	ErrJournal = errors.New("link: origin cannot read its journal")
 	// ErrFailed: the peer took the request and could not fulfil it.
 	ErrFailed = errors.New("link: peer could not do it")
+	// ErrLogin: the site does not log this role in at its PostgreSQL by certificate.
+	ErrLogin = errors.New("link: no login by certificate")
 	// ErrUnreachable: there is no connection to the peer.
 	ErrUnreachable = errors.New("link: peer is unreachable")
 	// ErrBroken: the connection broke.
@@ -68,6 +70,7 @@ var kinds = map[linkpb.Code]error{
 	linkpb.Code_CODE_JOURNAL:          ErrJournal,
 	linkpb.Code_CODE_FAILED:           ErrFailed,
 	linkpb.Code_CODE_SILENT:           ErrSilent,
+	linkpb.Code_CODE_LOGIN:            ErrLogin,
 }
 
 // Error is why a request failed or a stream ended: one sentence and, where a person can act, a hint. At the client,

@@ -129,9 +129,10 @@ type Asked interface {
 // Gateways is what a Server has for gateways.
 type Gateways interface {
 	Asked
-	// Open connects to PostgreSQL for the gateway of a name. cut ends what the connection is for; it is called, and the connection
-	// closed, when this site may serve clients no more. release must be called in the end.
-	Open(ctx context.Context, gateway string, cut func()) (conn net.Conn, release func(), err error)
+	// Open connects to PostgreSQL for the gateway of a name, as a client with a certificate of role; empty: without one. cut ends what
+	// the connection is for; it is called, and the connection closed, when this site may serve clients no more. release must be called
+	// in the end. An Error of the kind ErrLogin says that there are no such logins.
+	Open(ctx context.Context, gateway, role string, cut func()) (conn net.Conn, release func(), err error)
 }
 
 const (

@@ -61,7 +61,10 @@ func (h *hosted) Reach(_ context.Context, database string, positions []SitePosit
 	return fmt.Errorf("%s %v %q", database, positions, gone)
 }
 
-func (h *hosted) Open(ctx context.Context, gateway string, cut func()) (net.Conn, func(), error) {
+func (h *hosted) Open(ctx context.Context, gateway, role string, cut func()) (net.Conn, func(), error) {
+	if role != "" {
+		gateway += " as " + role
+	}
 	if h.refusal != nil {
 		return nil, nil, h.refusal
 	}
@@ -272,6 +275,82 @@ func TestTunnelIsRefusedWithReason(t *testing.T) {
 	if _, err := cl.Dial(t.Context()); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("a gateway of another cluster: %v", err)
 	}
+}
+
+// TestLoginsByCertificateNameTheirRole: it arrives as it is, and never empty, which would be a login without one.
+func TestLoginsByCertificateNameTheirRole(t *testing.T) {
+	h := newHosted(t, func(c net.Conn) { _, _ = io.Copy(c, c) })
+	w := newWorld(t, func(c *ServerConfig) { c.Gateways = h })
+	cl := w.gateway(t)
+	for _, role := range []string{"app", `Ö"1 x`, strings.Repeat("x", 255)} {
+		conn, err := cl.DialAs(t.Context(), role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 5)
+		if _, err := conn.Write([]byte("hello")); err != nil {
+			t.Error(err)
+		}
+		if _, err := io.ReadFull(conn, got); err != nil || string(got) != "hello" {
+			t.Errorf("%q, %v: what follows the role belongs to PostgreSQL", got, err)
+		}
+		_ = conn.Close()
+		if got := <-h.gateways; got != "gateway web1 as "+role {
+			t.Errorf("%q", got)
+		}
+	}
+	for _, role := range []string{"", strings.Repeat("x", 256)} {
+		if _, err := cl.DialAs(t.Context(), role); !errors.Is(err, ErrLogin) {
+			t.Errorf("role of %d bytes: %v", len(role), err)
+		}
+	}
+	config := onlyPeer(w.ca.gatewayTLS(t, "web2"), "seoul")
+	config.NextProtos = []string{certProtocol}
+	raw, err := tls.Dial("tcp", w.relay.Addr(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	if _, err := raw.Write([]byte{0}); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(raw); err != nil || !bytes.Contains(b, []byte("of no role")) || len(h.gateways) != 0 {
+		t.Errorf("%q, %v, %d tunnels", b, err, len(h.gateways))
+	}
+	h.refusal = &Error{Kind: ErrLogin, Sentence: "not that one", Hint: "another"}
+	var e *Error
+	if _, err := cl.DialAs(t.Context(), "app"); !errors.Is(err, ErrLogin) || !errors.As(err, &e) || e.Hint != "another" || e.Peer != "seoul" {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestLoginsByCertificateAtAnOlderAgent: which does not know of them, and must not take one for a login without.
+func TestLoginsByCertificateAtAnOlderAgent(t *testing.T) {
+	w := newWorld(t, nil)
+	server, _ := w.ca.tls(t, "seoul")
+	server.NextProtos = []string{sqlProtocol, "h2"}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		c, err := l.Accept()
+		if err == nil {
+			err = c.(*tls.Conn).Handshake()
+			_ = c.Close()
+		}
+		done <- err
+	}()
+	cl := w.client(func(c *ClientConfig) { c.Address = l.Addr().String() })
+	var e *Error
+	if _, err := cl.DialAs(t.Context(), "app"); !errors.Is(err, ErrVersion) || !errors.As(err, &e) || !strings.Contains(e.Hint, "same version") {
+		t.Errorf("%v", err)
+	}
+	if err := <-done; err == nil {
+		t.Error("the older agent agreed")
+	}
+	_ = l.Close()
 }
 
 // TestGatewaysMayDoNoMore: with the certificate of a gateway, nothing of what sites ask each other is answered.

@@ -112,7 +112,7 @@ func NewServer(c ServerConfig) *Server {
 	}
 	s.base, s.end = context.WithCancel(context.Background())
 	s.grpc = grpc.NewServer(
-		grpc.Creds(newDivided(s.c.TLS, map[string]func(*tls.Conn){followProtocol: s.follow, sqlProtocol: s.tunnel})),
+		grpc.Creds(newDivided(s.c.TLS, map[string]func(*tls.Conn){followProtocol: s.follow, sqlProtocol: s.tunnel, certProtocol: s.tunnel})),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime, PermitWithoutStream: true}),
 		grpc.ConnectionTimeout(handshakeMax), grpc.WaitForHandlers(true),

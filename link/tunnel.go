@@ -20,6 +20,12 @@ import (
 // PostgreSQL, which so is reachable by its agent only. What comes first is told in link.proto; then it is the bytes of both ends.
 const sqlProtocol = "duri-sql/1"
 
+// certProtocol is the same for a login by certificate: the caller says first which role's.
+const certProtocol = "duri-sql-cert/1"
+
+// errNoRole breaks off a tunnel of certProtocol.
+var errNoRole = refuse(ErrProtocol, "bring duri at both sites to the same version", "the caller asks for a login by certificate of no role")
+
 // tunnelRefusalMax is the longest refusal of a tunnel.
 const tunnelRefusalMax = 64 << 10
 
@@ -63,9 +69,29 @@ func (s *Server) openTunnel(conn *tls.Conn, cut func()) (net.Conn, func(), error
 	if s.c.Gateways == nil {
 		return nil, nil, errNoGateways
 	}
+	role := ""
+	if conn.ConnectionState().NegotiatedProtocol == certProtocol {
+		if role, err = readRole(conn); err != nil {
+			return nil, nil, err
+		}
+	}
 	ctx, cancel := context.WithTimeout(s.base, handshakeMax)
 	defer cancel()
-	return s.c.Gateways.Open(ctx, who.String(), cut)
+	return s.c.Gateways.Open(ctx, who.String(), role, cut)
+}
+
+// readRole reads what comes first with certProtocol. It is never empty: that would be a login without a certificate.
+func readRole(conn net.Conn) (string, error) {
+	var length [1]byte
+	if _, err := io.ReadFull(conn, length[:]); err != nil {
+		return "", err
+	}
+	if length[0] == 0 {
+		return "", errNoRole
+	}
+	b := make([]byte, length[0])
+	_, err := io.ReadFull(conn, b)
+	return string(b), err
 }
 
 // refuseTunnel says why, and waits until the other end has read it: closing what was not read would destroy it under way.
@@ -134,7 +160,7 @@ func carry(to, from net.Conn) {
 			return
 		}
 		for _, c := range []net.Conn{to, from} {
-			if t, ok := c.(*tls.Conn); ok {
+			if t, ok := c.(interface{ NetConn() net.Conn }); ok {
 				c = t.NetConn() // see tunnel
 			}
 			_ = c.Close() // the other way ends with it
@@ -144,7 +170,18 @@ func carry(to, from net.Conn) {
 }
 
 // Dial connects to the peer's PostgreSQL. The connection is as safe as TLS makes it, up to the peer's agent.
-func (c *Client) Dial(ctx context.Context) (net.Conn, error) {
+func (c *Client) Dial(ctx context.Context) (net.Conn, error) { return c.dial(ctx, "") }
+
+// DialAs is Dial for a login by certificate: the peer's agent uses one of the role towards PostgreSQL. An Error of the kind ErrLogin
+// says that there are no such logins at the peer.
+func (c *Client) DialAs(ctx context.Context, role string) (net.Conn, error) {
+	if role == "" || len(role) > 255 {
+		return nil, refuse(ErrLogin, "", "%q is not the name of a role", role)
+	}
+	return c.dial(ctx, role)
+}
+
+func (c *Client) dial(ctx context.Context, role string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeMax)
 	defer cancel()
 	// Not watched for silence, as the others: a session may be idle for long. Whether something comes back for what is sent is another
@@ -155,7 +192,7 @@ func (c *Client) Dial(ctx context.Context) (net.Conn, error) {
 	}
 	c.alive.Watch(raw) // until it is closed
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
-	conn, err := c.dialTunnel(ctx, raw)
+	conn, err := c.dialTunnel(ctx, raw, role)
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
@@ -166,15 +203,23 @@ func (c *Client) Dial(ctx context.Context) (net.Conn, error) {
 	return conn, nil
 }
 
-func (c *Client) dialTunnel(ctx context.Context, raw net.Conn) (*tls.Conn, error) {
-	config := onlyPeer(c.c.TLS, c.c.Peer)
-	config.NextProtos = []string{sqlProtocol}
+func (c *Client) dialTunnel(ctx context.Context, raw net.Conn, role string) (*tls.Conn, error) {
+	config, protocol := onlyPeer(c.c.TLS, c.c.Peer), sqlProtocol
+	if role != "" {
+		protocol = certProtocol
+	}
+	config.NextProtos = []string{protocol}
 	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, unreachable(c.c.Peer, c.c.Address, err.Error())
 	}
-	if conn.ConnectionState().NegotiatedProtocol != sqlProtocol {
+	if conn.ConnectionState().NegotiatedProtocol != protocol {
 		return nil, unreachable(c.c.Peer, c.c.Address, noProtocol)
+	}
+	if role != "" {
+		if _, err := conn.Write(append([]byte{byte(len(role))}, role...)); err != nil {
+			return nil, c.broken(ctx, err)
+		}
 	}
 	var length [4]byte
 	if _, err := io.ReadFull(conn, length[:]); err != nil {

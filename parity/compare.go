@@ -79,6 +79,8 @@ func (c *comparison) database() {
 	}
 	yes := map[bool]string{true: "there", false: ""}
 	c.differs(BlocksAll, "mark", "schema duri with the function duri.mark", yes[a.Mark], yes[b.Mark], "run the agent there once, so that it makes its schema; without marks nobody can say what became of a commit")
+	c.differs(Warning, "login_ca", "gateway.login_ca, with which clients' certificates log in,", a.LoginCA, b.LoginCA,
+		"give it to both agents, for the same roles (duri gateway login-ca): sessions by certificate that come to a site which does not log their role in end with 28000")
 }
 
 // lookers are extensions that no application's results depend on: they look into the server.
@@ -161,7 +163,7 @@ func (c *comparison) roles() {
 			}
 		}
 		if verifiers && a.Verifier != b.Verifier {
-			role("verifier", "SCRAM verifier of role "+name, short(a.Verifier), short(b.Verifier),
+			role(CodeVerifier, "SCRAM verifier of role "+name, short(a.Verifier), short(b.Verifier),
 				"copy it as text: ALTER ROLE "+name+" PASSWORD 'SCRAM-SHA-256$...' with what pg_authid.rolpassword has at the other site")
 		}
 		role("role_attributes", "attributes of role "+name, strings.Join(a.Attributes, ", "), strings.Join(b.Attributes, ", "), "ALTER ROLE "+name+" ..., at one of them")

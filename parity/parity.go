@@ -33,6 +33,8 @@ type Facts struct {
 	RoleDefaults map[string]map[string]string `json:"role_defaults"`
 	Types        map[string]uint32            `json:"types"` // OIDs of user types
 	Mark         bool                         `json:"mark"`  // duri.mark is there, and the schema duri
+	// LoginCA says which roles the agent logs in by certificate; empty: none. Read does not know it.
+	LoginCA string `json:"login_ca,omitempty"`
 
 	Unread map[string]string `json:"unread,omitempty"` // why, by the name of a part
 }
@@ -59,6 +61,9 @@ const (
 )
 
 var grades = []Grade{BlocksAll, BlocksRole, BlocksTypes, Warning}
+
+// CodeVerifier is the Code of a finding about a role's password, which those do not need who log in by certificate.
+const CodeVerifier = "verifier"
 
 // Finding is one line that differs between two sites.
 type Finding struct {
@@ -91,6 +96,7 @@ func orNone(s string) string {
 type Session struct {
 	Database, Role string
 	Types          []uint32 // OIDs of user types that it has seen
+	Certificate    bool     // it has logged in by certificate: verifiers do not matter
 }
 
 // Blocks gives the finding because of which a session that was at one site must not go on at another; nil: it may. Findings of other
@@ -108,7 +114,7 @@ func Blocks(findings []Finding, s Session, from, to string) *Finding {
 		case BlocksAll:
 			return f
 		case BlocksRole:
-			if f.Role == s.Role {
+			if f.Role == s.Role && (!s.Certificate || f.Code != CodeVerifier) {
 				return f
 			}
 		case BlocksTypes:

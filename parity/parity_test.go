@@ -123,10 +123,10 @@ func TestEachFactIsSeen(t *testing.T) {
 	}
 	found := Compare(facts(t, a, "a"), facts(t, b, "b"))
 	old := first.Types["public.pair"]
-	if f := Blocks(found, Session{"app", "clerk", []uint32{first.Types["public.mood"], old}}, "a", "b"); f == nil || f.Code != "type_oids" {
+	if f := Blocks(found, Session{"app", "clerk", []uint32{first.Types["public.mood"], old}, false}, "a", "b"); f == nil || f.Code != "type_oids" {
 		t.Errorf("a session that has seen the type may go: %v", f)
 	}
-	if f := Blocks(found, Session{"app", "clerk", []uint32{first.Types["public.mood"]}}, "a", "b"); f != nil {
+	if f := Blocks(found, Session{"app", "clerk", []uint32{first.Types["public.mood"]}, false}, "a", "b"); f != nil {
 		t.Errorf("one that has not may not: %v", f)
 	}
 	// As a role that may not read them.
@@ -186,7 +186,7 @@ func TestNothingIsOverlooked(t *testing.T) {
 			Collations: map[string]string{"default": "1"}, Extensions: map[string]string{"plpgsql": "1.0"},
 			Roles:    map[string]Role{"clerk": {Verifier: "00", Attributes: []string{"createdb"}, Member: []string{"auditor"}}},
 			Settings: map[string]string{"DateStyle": "ISO"}, Defaults: map[string]string{"search_path": "x"},
-			RoleDefaults: map[string]map[string]string{"clerk": {"app.x": "1"}}, Types: map[string]uint32{"public.mood": 20000}, Mark: true,
+			RoleDefaults: map[string]map[string]string{"clerk": {"app.x": "1"}}, Types: map[string]uint32{"public.mood": 20000}, Mark: true, LoginCA: "all roles",
 		}
 	}
 	change := map[string]func(*Facts){
@@ -196,7 +196,8 @@ func TestNothingIsOverlooked(t *testing.T) {
 		"Roles": func(f *Facts) { delete(f.Roles, "clerk") }, "Settings": func(f *Facts) { f.Settings["DateStyle"] = "SQL" },
 		"Defaults": func(f *Facts) { delete(f.Defaults, "search_path") }, "RoleDefaults": func(f *Facts) { f.RoleDefaults["clerk"]["app.x"] = "2" },
 		"Types": func(f *Facts) { f.Types["public.mood"]++ }, "Mark": func(f *Facts) { f.Mark = false },
-		"Unread": func(f *Facts) { f.Unread = map[string]string{"verifiers": "x"} },
+		"LoginCA": func(f *Facts) { f.LoginCA = "" },
+		"Unread":  func(f *Facts) { f.Unread = map[string]string{"verifiers": "x"} },
 	}
 	ft := reflect.TypeFor[Facts]()
 	for field := range ft.Fields() {
@@ -260,6 +261,7 @@ func TestBlocks(t *testing.T) {
 	found := []Finding{
 		{Code: "w", Grade: Warning, Database: "app", Sites: [2]string{"a", "b"}},
 		{Code: "r", Grade: BlocksRole, Role: "clerk", Database: "app", Sites: [2]string{"a", "b"}},
+		{Code: CodeVerifier, Grade: BlocksRole, Role: "robot", Database: "app", Sites: [2]string{"a", "b"}},
 		{Code: "all", Grade: BlocksAll, Database: "app", Sites: [2]string{"a", "c"}},
 	}
 	for _, c := range []struct {
@@ -267,14 +269,18 @@ func TestBlocks(t *testing.T) {
 		from, to string
 		want     string
 	}{
-		{Session{"app", "clerk", nil}, "a", "b", "r"},
-		{Session{"app", "clerk", nil}, "b", "a", "r"},
-		{Session{"app", "till", nil}, "a", "b", ""},
-		{Session{"app", "till", nil}, "a", "c", "all"},
-		{Session{"app", "till", nil}, "c", "a", "all"},
-		{Session{"app", "till", nil}, "b", "c", ""},
-		{Session{"other", "clerk", nil}, "a", "b", ""},
-		{Session{"app", "clerk", nil}, "a", "a", ""},
+		{Session{"app", "clerk", nil, false}, "a", "b", "r"},
+		{Session{"app", "clerk", nil, false}, "b", "a", "r"},
+		{Session{"app", "till", nil, false}, "a", "b", ""},
+		{Session{"app", "till", nil, false}, "a", "c", "all"},
+		{Session{"app", "till", nil, false}, "c", "a", "all"},
+		{Session{"app", "till", nil, false}, "b", "c", ""},
+		{Session{"other", "clerk", nil, false}, "a", "b", ""},
+		{Session{"app", "clerk", nil, false}, "a", "a", ""},
+		{Session{"app", "robot", nil, false}, "a", "b", CodeVerifier},
+		{Session{"app", "robot", nil, true}, "a", "b", ""},
+		{Session{"app", "clerk", nil, true}, "a", "b", "r"},
+		{Session{"app", "robot", nil, true}, "a", "c", "all"},
 	} {
 		got := ""
 		if f := Blocks(found, c.s, c.from, c.to); f != nil {

@@ -22,6 +22,7 @@ import (
 type entry struct {
 	network, address string
 	tls              *tls.Config // nil: PostgreSQL is not asked for TLS
+	logins           *logins     // by certificate; nil: there are none
 	log              *slog.Logger
 	alive            *alive.Watcher
 	changed          func() // it was opened or shut, or PostgreSQL refused a connection; must not block
@@ -106,6 +107,14 @@ func (e *entry) Status() (shut string, now int, total int64) {
 // dial connects to PostgreSQL. cut ends what the connection is for, and is called, and the connection closed, when the entry is
 // shut; release must be called in the end. With secure, it asks PostgreSQL for TLS as the agent's own connections do.
 func (e *entry) dial(ctx context.Context, secure bool, cut func()) (conn net.Conn, release func(), err error) {
+	if !secure || e.tls == nil {
+		return e.open(ctx, cut, nil)
+	}
+	return e.open(ctx, cut, func(ctx context.Context, conn net.Conn) (net.Conn, error) { return e.secure(ctx, conn, e.tls) })
+}
+
+// open is dial with what makes the connection safe; nil: nothing does.
+func (e *entry) open(ctx context.Context, cut func(), secure func(context.Context, net.Conn) (net.Conn, error)) (conn net.Conn, release func(), err error) {
 	if why := e.reason(); why != "" {
 		return nil, nil, shutError(why)
 	}
@@ -117,8 +126,8 @@ func (e *entry) dial(ctx context.Context, secure bool, cut func()) (conn net.Con
 		return nil, nil, &hinted{"PostgreSQL cannot be reached: " + err.Error(), "see whether it runs"}
 	}
 	unwatch := e.alive.Watch(conn)
-	if secure && e.tls != nil {
-		if conn, err = e.secure(ctx, conn); err != nil {
+	if secure != nil {
+		if conn, err = secure(ctx, conn); err != nil {
 			unwatch()
 			return nil, nil, err
 		}
@@ -148,8 +157,8 @@ func shutError(why string) error {
 	return &hinted{"this site takes no clients: " + why, "connect to another site; `duri status` tells when this one is back"}
 }
 
-// secure asks PostgreSQL for TLS.
-func (e *entry) secure(ctx context.Context, conn net.Conn) (_ net.Conn, err error) {
+// secure asks PostgreSQL for TLS. After an error the connection is closed.
+func (e *entry) secure(ctx context.Context, conn net.Conn, cfg *tls.Config) (_ *tls.Conn, err error) {
 	defer func() {
 		if err != nil {
 			_ = conn.Close()
@@ -167,7 +176,7 @@ func (e *entry) secure(ctx context.Context, conn net.Conn) (_ net.Conn, err erro
 	if answer[0] != 'S' {
 		return nil, &hinted{"PostgreSQL has no TLS, which postgres.dsn demands", "give it a certificate, or change sslmode in duri.yaml"}
 	}
-	secured := tls.Client(pgwire.Quick(conn), e.tls)
+	secured := tls.Client(pgwire.Quick(conn), cfg)
 	return secured, secured.HandshakeContext(ctx)
 }
 

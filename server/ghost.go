@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -46,6 +47,8 @@ type Ghosts struct {
 	Site string  `json:"site"`
 	Open int     `json:"open"` // not reversed there yet
 	To   wal.LSN `json:"to"`   // the end of the last one
+	// Commits are where their commit records begin; none when there are many.
+	Commits []wal.LSN `json:"commits,omitempty"`
 }
 
 // unacknowledged judges a marked transaction of the peer on its way into the tables here: its site has been left out of the
@@ -141,9 +144,13 @@ func (p *peer) toldGhosts() (g Ghosts, reversed wal.LSN) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	g = Ghosts{Site: p.site.Name, Open: len(p.ghosts)}
-	for _, end := range p.ghosts {
+	for at, end := range p.ghosts {
 		g.To = max(g.To, end)
+		if len(p.ghosts) <= ghostsTold {
+			g.Commits = append(g.Commits, at)
+		}
 	}
+	slices.Sort(g.Commits)
 	return g, p.reversed
 }
 

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -49,6 +50,13 @@ func newHost(a *Agent) (*host, error) {
 	}
 	h := &host{a: a, verifiers: &verifiers{config: c}, fates: newLife(a.cfg.Postgres.DSN, database, "duri_fate")}
 	if h.entry, err = newEntry(a.cfg.Postgres.DSN, database, h.news.tell, a.log); err != nil {
+		return nil, err
+	}
+	l, err := newLogins(a.cfg.Gateway.LoginCA)
+	if err == nil {
+		err = h.entry.setLogins(l)
+	}
+	if err != nil {
 		return nil, err
 	}
 	h.base, h.end = context.WithCancel(context.Background())
@@ -213,8 +221,15 @@ func (h *host) Verifier(ctx context.Context, role string) (string, error) {
 }
 
 // Open is that of link.Gateways.
-func (h *host) Open(ctx context.Context, _ string, cut func()) (net.Conn, func(), error) {
-	return h.entry.dial(ctx, true, cut)
+func (h *host) Open(ctx context.Context, gateway, role string, cut func()) (net.Conn, func(), error) {
+	if role == "" {
+		return h.entry.dial(ctx, true, cut)
+	}
+	conn, release, err := h.entry.dialAs(ctx, role, cut)
+	if errors.Is(err, link.ErrLogin) {
+		h.a.log.Warn("a gateway was refused a login by certificate", "gateway", gateway, "role", role, "error", err)
+	}
+	return conn, release, err
 }
 
 // Position is that of link.Asked. What can be seen before it is asked lies before a message that is written afterwards.

@@ -14,6 +14,7 @@ import (
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/internal/alive"
 	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/pki"
 )
 
 // door is the way of clients to this site's PostgreSQL: the keeper shuts it when they must stay out.
@@ -103,7 +104,9 @@ func (a *Agent) newDoor() (err error) {
 // newGateway makes the server for clients.
 func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
 	c := cfg.Gateway
-	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, Watch: alive.New(silentClient).Watch, Log: log}
+	g := gateway.Config{
+		Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, DialAs: s.dialAs, Watch: alive.New(silentClient).Watch, Log: log,
+	}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
 		if c.RoutesReads() {
@@ -122,6 +125,12 @@ func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gatew
 			return nil, &hinted{fmt.Sprintf("certificate for clients: %v", err), "check gateway.cert and gateway.key in duri.yaml"}
 		}
 		g.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+	}
+	if c.ClientCA != "" {
+		var err error
+		if g.ClientCAs, err = pki.Authorities(c.ClientCA); err != nil {
+			return nil, fmt.Errorf("gateway.client_ca: %w", err)
+		}
 	}
 	role := ""
 	if s.own != nil {

@@ -42,6 +42,7 @@ func (a *Agent) facts(ctx context.Context) ([]parity.Facts, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read what must be the same at all sites of database %s: %w", n.database.Name, err)
 		}
+		f.LoginCA = loginsText(a.cfg.Gateway.LoginCA)
 		all = append(all, f)
 	}
 	return all, nil
@@ -289,7 +290,7 @@ func (k *likeness) parts(l *gateway.Login, w gateway.Wish, site string) string {
 	if compared := k.compared.Load(); compared == nil || !(*compared)[site] {
 		return "it has not been compared with the other sites yet"
 	}
-	f := parity.Blocks(*k.found.Load(), parity.Session{Database: l.Database, Role: l.User, Types: w.Types}, w.Last, site)
+	f := parity.Blocks(*k.found.Load(), parity.Session{Database: l.Database, Role: l.User, Types: w.Types, Certificate: l.ByCertificate()}, w.Last, site)
 	if f == nil {
 		return ""
 	}

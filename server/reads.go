@@ -155,6 +155,9 @@ func (k *likeness) apart(l *gateway.Login, home, site string) string {
 		if f.Database != l.Database || f.Sites != [2]string{home, site} && f.Sites != [2]string{site, home} {
 			continue
 		}
+		if f.Code == parity.CodeVerifier && l.ByCertificate() {
+			continue
+		}
 		if f.Grade == parity.BlocksAll || f.Grade == parity.BlocksTypes || f.Grade == parity.BlocksRole && f.Role == l.User {
 			return f.String()
 		}

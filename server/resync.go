@@ -285,15 +285,24 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 	if err := p.n.withSQL(ctx, func(c *pgconn.PgConn) error { return catalog.UnparkForGap(ctx, c, g.ID) }); err != nil {
 		return err
 	}
-	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, refused: refused, count: p.countMended}
-	rep, err := verify.Repair(ctx, here, p.remote(), verify.RepairOptions{
+	rows, err := p.ghostRows(ctx, g)
+	if err != nil {
+		return err
+	}
+	o := verify.RepairOptions{
 		Apply: true, From: p.site.Name, Settle: p.settle, Sites: [2]wal.SiteID{p.n.self.ID, p.site.ID}, SiteName: p.n.siteName,
 		Progress: func(x verify.Progress) {
 			p.mu.Lock()
 			p.mending.progress = x
 			p.mu.Unlock()
 		},
-	})
+	}
+	if rows != nil {
+		o.Only, o.Rounds = rows.choose, 2 // what is still written then is held still
+	}
+	begun := time.Now()
+	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, refused: refused, count: p.countMended}
+	rep, err := verify.Repair(ctx, here, p.remote(), o)
 	if err != nil {
 		return err
 	}
@@ -301,7 +310,7 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 		return err
 	}
 	p.countMended(func(g *catalog.Gap) { g.Passes++ })
-	p.log.Info("re-synchronising", "from", p.site.Name, "made_equal", rep.Done, "left", rep.Left, "unsettled", rep.Unsettled, "problems", len(rep.Problems))
+	p.log.Info("re-synchronising", "from", p.site.Name, "took", time.Since(begun).Round(time.Millisecond).String(), "everything", rows == nil, "made_equal", rep.Done, "left", rep.Left, "unsettled", rep.Unsettled, "problems", len(rep.Problems))
 	p.mu.Lock()
 	p.mending.refused = refusedBy(rep, refused)
 	p.mu.Unlock()

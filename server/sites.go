@@ -44,6 +44,7 @@ type sites struct {
 type siteLink struct {
 	asked  link.Asked
 	dial   func(ctx context.Context) (net.Conn, error)
+	dialAs func(ctx context.Context, role string) (net.Conn, error) // likewise, with a certificate of a role
 	target gateway.Target
 
 	compare chan struct{} // one value: what it has told of is to be asked again
@@ -61,14 +62,14 @@ func newSites(cfg *config.Config, home string, own *host, clients map[string]*li
 	for _, site := range cfg.Sites {
 		l := &siteLink{compare: make(chan struct{}, 1), conns: map[*tunneled]struct{}{}}
 		if own != nil && site.Name == own.a.self.Name {
-			l.asked, l.dial = own, own.entry.dialOwn
+			l.asked, l.dial, l.dialAs = own, own.entry.dialOwn, own.entry.dialOwnAs
 			l.target = gateway.Target{Site: site.Name, Network: own.entry.network, Address: own.entry.address}
 		} else {
 			c := clients[site.Name]
 			if c == nil {
 				continue // tests have some
 			}
-			l.asked, l.dial = c, c.Dial
+			l.asked, l.dial, l.dialAs = c, c.Dial, c.DialAs
 			l.target = gateway.Target{Site: site.Name, Network: "duri", Address: site.Address}
 		}
 		s.links = append(s.links, l)
@@ -237,11 +238,16 @@ func (l *siteLink) cut() {
 
 // dial is gateway.Config.Dial.
 func (s *sites) dial(ctx context.Context, t gateway.Target) (net.Conn, error) {
+	return s.open(ctx, t, func(ctx context.Context, l *siteLink) (net.Conn, error) { return l.dial(ctx) })
+}
+
+// open connects to a target in one of the ways that its link has.
+func (s *sites) open(ctx context.Context, t gateway.Target, dial func(context.Context, *siteLink) (net.Conn, error)) (net.Conn, error) {
 	l := s.link(t.Site)
 	if l == nil {
 		return nil, fmt.Errorf("there is no site %q", t.Site)
 	}
-	conn, err := l.dial(ctx)
+	conn, err := dial(ctx, l)
 	if err != nil || s.isOwn(l) {
 		return conn, err
 	}

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/internal/pg"
 )
 
 // verifiers asks the function that duri grants makes, over one connection. Whoever comes while a question is under way is in the next
@@ -128,7 +129,11 @@ func (v *verifiers) query(ctx context.Context, all []*wanted) error {
 		}
 		v.prepared = true
 	}
-	res := v.conn.ExecPrepared(ctx, verifiersStatement, [][]byte{[]byte(arrayOf(all))}, nil, nil).Read()
+	roles := make([]string, len(all))
+	for i, w := range all {
+		roles[i] = w.role
+	}
+	res := v.conn.ExecPrepared(ctx, verifiersStatement, [][]byte{[]byte(pg.TextArray(roles))}, nil, nil).Read()
 	if res.Err == nil && len(res.Rows) != len(all) {
 		return fmt.Errorf("%d rows for %d roles", len(res.Rows), len(all))
 	}
@@ -137,17 +142,6 @@ func (v *verifiers) query(ctx context.Context, all []*wanted) error {
 	}
 	return res.Err
 }
-
-// arrayOf is the literal of an array of the roles' names (PostgreSQL manual, "Array Input and Output Syntax").
-func arrayOf(all []*wanted) string {
-	names := make([]string, len(all))
-	for i, w := range all {
-		names[i] = `"` + inArray.Replace(w.role) + `"`
-	}
-	return "{" + strings.Join(names, ",") + "}"
-}
-
-var inArray = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
 // close ends the connection, when nobody asks any more.
 func (v *verifiers) close() {

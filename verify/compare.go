@@ -53,8 +53,13 @@ func rangeRows(m match, most int) int {
 	return max(1, min(most, int(rangeBytesMax/max(1, bytes))))
 }
 
-// firstPass compares the whole table.
+// firstPass compares the whole table, or what Options.Only chooses.
 func (c *comparison) firstPass(ctx context.Context) error {
+	if c.o.Only != nil {
+		if chosen := c.o.Only(c.t); !chosen.All {
+			return c.passChosen(ctx, chosen)
+		}
+	}
 	if c.method != ByKeyOrder {
 		return c.passParts(ctx)
 	}
@@ -251,22 +256,29 @@ func (c *comparison) rowsOf(ctx context.Context, r Range, limit int) ([2][]Row, 
 	})
 }
 
-// leaf compares a range row by row.
+// leaf compares a range, whose sums differed, row by row.
 func (c *comparison) leaf(ctx context.Context, r Range, limit int) error {
+	found, err := c.suspect(ctx, r, limit)
+	if err == nil && found == 0 {
+		c.rangeInFlight()
+	}
+	return err
+}
+
+// suspect compares the rows of a range, and says how many are not equal.
+func (c *comparison) suspect(ctx context.Context, r Range, limit int) (int, error) {
 	rows, err := c.rowsOf(ctx, r, limit)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	found := compareRows(rows[0], rows[1])
-	if len(found) == 0 {
-		c.rangeInFlight()
-		return nil
+	if len(found) > 0 {
+		c.mu.Lock()
+		c.suspects = append(c.suspects, found...)
+		c.mu.Unlock()
+		c.report(c, func(p *Progress) { p.Suspects += len(found) })
 	}
-	c.mu.Lock()
-	c.suspects = append(c.suspects, found...)
-	c.mu.Unlock()
-	c.report(c, func(p *Progress) { p.Suspects += len(found) })
-	return nil
+	return len(found), nil
 }
 
 // passParts compares a table without usable order.
@@ -445,7 +457,7 @@ func (c *comparison) nextPass(ctx context.Context) error {
 	}
 	c.mu.Unlock()
 	return c.forRanges(ctx, pending, func(ctx context.Context, r Range) error {
-		if r.Parts != nil {
+		if r.Parts != nil || r.Keys != nil || r.Hashes != nil {
 			if c.postpone(r) {
 				return nil
 			}

@@ -19,6 +19,11 @@ type fakeSide struct {
 	bounds func(Table, Range, int) ([]Key, error)
 	hash   func(Table, Range, int) (Sum, error)
 	rows   func(Table, Range, int) ([]Row, error)
+	hashed func(rows [][]*string) []string
+}
+
+func (f *fakeSide) hashes(_ context.Context, _ Table, _ Digest, rows [][]*string) ([]string, error) {
+	return f.hashed(rows), nil
 }
 
 func (f *fakeSide) Name() string                            { return f.name }
@@ -48,7 +53,13 @@ type memTable struct {
 
 // newMem gives a Side with the table m.t, whose contract it keeps as the comment of Side says.
 func newMem(name string, m *memTable) *fakeSide {
-	return &fakeSide{name: name, tables: m.tables, bounds: m.bounds, hash: m.hash, rows: m.rows}
+	hashed := func(rows [][]*string) (all []string) {
+		for _, r := range rows {
+			all = append(all, memHash(*r[1]))
+		}
+		return all
+	}
+	return &fakeSide{name: name, tables: m.tables, bounds: m.bounds, hash: m.hash, rows: m.rows, hashed: hashed}
 }
 
 func (m *memTable) tables() ([]Table, error) {

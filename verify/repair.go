@@ -23,6 +23,9 @@ type RepairOptions struct {
 	SiteName func(wal.SiteID) string
 	Progress func(Progress)
 	MaxRows  int // rows of a table that one run repairs; 0: 10,000
+	// Only is Options.Only, Rounds Options.Rounds.
+	Only   func(t Table) Chosen
+	Rounds int
 }
 
 // RepairReport is what Repair found and did. Its JSON form is a contract: fields are only added.
@@ -128,7 +131,7 @@ type repairer struct {
 
 func (p *repairer) run(ctx context.Context) error {
 	r, rep, err := run(ctx, p.sides[0], p.sides[1], Options{
-		Tables: p.o.Tables, Settle: p.o.Settle, Progress: p.o.Progress, MaxDiffs: p.o.MaxRows,
+		Tables: p.o.Tables, Settle: p.o.Settle, Progress: p.o.Progress, MaxDiffs: p.o.MaxRows, Only: p.o.Only, Rounds: p.o.Rounds,
 	})
 	if err != nil {
 		return err

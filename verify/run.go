@@ -26,6 +26,8 @@ type Options struct {
 	MaxDiffs   int            // differences listed per table; 0: 100
 	ImageBytes int            // values longer than this are cut in images; 0: 8 kB; -1: never
 	Seed       int64          // of the hashes; 0: random
+	// Only tells, of each table, which rows are compared; nil: all.
+	Only func(t Table) Chosen
 }
 
 // withDefaults fills in what is not set.

@@ -386,27 +386,12 @@ func (v *view) among(q *query, keys []Key) {
 		for j, key := range keys {
 			values[j] = key[i]
 		}
-		arrays[i] = q.param(arrayLiteral(values)) + "::text[]"
+		arrays[i] = q.param(pg.TextArray(values)) + "::text[]"
 		aliases[i] = "c" + strconv.Itoa(i)
 		equal[i] = fmt.Sprintf("t.%s %s %s", pg.QuoteIdent(k.Name), k.Equal, k.cast("u."+aliases[i]))
 	}
 	q.printf(" AND EXISTS (SELECT FROM unnest(%s) AS u(%s) WHERE %s)",
 		strings.Join(arrays, ", "), strings.Join(aliases, ", "), strings.Join(equal, " AND "))
-}
-
-// arrayLiteral writes a text[].
-func arrayLiteral(values []string) string {
-	var b strings.Builder
-	b.WriteByte('{')
-	quote := strings.NewReplacer(`\`, `\\`, `"`, `\"`)
-	for i, v := range values {
-		if i > 0 {
-			b.WriteByte(',')
-		}
-		b.WriteString(`"` + quote.Replace(v) + `"`)
-	}
-	b.WriteByte('}')
-	return b.String()
 }
 
 // intArray writes an int8[].

@@ -164,6 +164,16 @@ func checkFiles(c *config.Config) []*config.Problem {
 	} else if end, err := pki.NotAfter(c.TLS.Cert); err == nil && time.Until(end) < expirySoon {
 		add("tls", fmt.Errorf("the certificate ends on %s", end.UTC().Format(time.DateOnly)))
 	}
+	if file := c.Gateway.ClientCA; file != "" {
+		if _, err := pki.Authorities(file); err != nil {
+			add("gateway.client_ca", err)
+		}
+	}
+	if l := c.Gateway.LoginCA; l.On() {
+		if _, err := pki.LoadLoginCA(l.Cert, l.Key); err != nil {
+			add("gateway.login_ca", err)
+		}
+	}
 	for _, d := range []struct{ key, dsn string }{
 		{"postgres.dsn", c.Postgres.DSN}, {"postgres.setup_dsn", c.Postgres.SetupDSN},
 	} {

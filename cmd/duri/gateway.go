@@ -60,7 +60,7 @@ transactions, and then asked to connect again (57P01). It ends when none is left
 	cmd.Flags().BoolVar(&run.Takeover, "takeover", false, "take over from the gateway that runs, if one does")
 	cmd.Flags().DurationVar(&run.Drain, "drain", server.DefaultDrain, "`time` after which the old process ends sessions that cannot be handed over")
 	cmd.PersistentFlags().StringVar(&run.Control, "control", "", "`path` of the control socket (default: control.sock in data_dir; gateway.sock with a site's file)")
-	cmd.AddCommand(newGatewayNewCmd(a), newGatewayStatusCmd(a, &run.Control))
+	cmd.AddCommand(newGatewayNewCmd(a), newGatewayStatusCmd(a, &run.Control), newGatewayLoginCACmd(a))
 	addGatewayShow(a, cmd, &run.Control)
 	return cmd
 }

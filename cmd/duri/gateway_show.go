@@ -73,9 +73,9 @@ func lasting(s float64) string {
 }
 
 func sessionsTable(r gateway.Report) *term.Table {
-	t := term.NewTable("PID", "USER", "DATABASE", "STATE", "SITE", "WAITING", "CLIENT", "APPLICATION", "PINNED").Right(0)
+	t := term.NewTable("PID", "USER", "DATABASE", "STATE", "SITE", "WAITING", "CLIENT", "LOGIN", "APPLICATION", "PINNED").Right(0)
 	for _, s := range r.Sessions {
-		t.Row(s.PID, s.User, s.Database, s.State, s.Site, lasting(s.WaitingS), s.Client, s.Application, s.Pinned)
+		t.Row(s.PID, s.User, s.Database, s.State, s.Site, lasting(s.WaitingS), s.Client, s.Login, s.Application, s.Pinned)
 	}
 	return t
 }

@@ -5,6 +5,9 @@
 // and whose errors tell apart: another cluster, another authority, expired, not yet valid. The package does not
 // distribute certificates and has no revocation: replace the authority to shut a lost key out.
 //
+// A LoginCA is another authority, one for each site: it signs the certificates with which an agent logs roles in at its own
+// PostgreSQL, and counts for nothing between agents.
+//
 // It guarantees that no file is ever overwritten and that private keys are readable by their owner only.
 package pki
 

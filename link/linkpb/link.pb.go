@@ -45,6 +45,7 @@ const (
 	Code_CODE_JOURNAL          Code = 12
 	Code_CODE_FAILED           Code = 13
 	Code_CODE_SILENT           Code = 14
+	Code_CODE_LOGIN            Code = 15 // no login by certificate for this role
 )
 
 // Enum value maps for Code.
@@ -65,6 +66,7 @@ var (
 		12: "CODE_JOURNAL",
 		13: "CODE_FAILED",
 		14: "CODE_SILENT",
+		15: "CODE_LOGIN",
 	}
 	Code_value = map[string]int32{
 		"CODE_UNSPECIFIED":      0,
@@ -82,6 +84,7 @@ var (
 		"CODE_JOURNAL":          12,
 		"CODE_FAILED":           13,
 		"CODE_SILENT":           14,
+		"CODE_LOGIN":            15,
 	}
 )
 
@@ -3157,7 +3160,7 @@ const file_link_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x10.duri.link.HelloR\x05hello\"\"\n" +
 	"\n" +
 	"FactsReply\x12\x14\n" +
-	"\x05facts\x18\x01 \x01(\fR\x05facts*\xb6\x02\n" +
+	"\x05facts\x18\x01 \x01(\fR\x05facts*\xc6\x02\n" +
 	"\x04Code\x12\x14\n" +
 	"\x10CODE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eCODE_NOT_READY\x10\x01\x12\x19\n" +
@@ -3175,7 +3178,9 @@ const file_link_proto_rawDesc = "" +
 	"\rCODE_PROTOCOL\x10\v\x12\x10\n" +
 	"\fCODE_JOURNAL\x10\f\x12\x0f\n" +
 	"\vCODE_FAILED\x10\r\x12\x0f\n" +
-	"\vCODE_SILENT\x10\x0e*J\n" +
+	"\vCODE_SILENT\x10\x0e\x12\x0e\n" +
+	"\n" +
+	"CODE_LOGIN\x10\x0f*J\n" +
 	"\aOutcome\x12\x13\n" +
 	"\x0fOUTCOME_UNKNOWN\x10\x00\x12\x15\n" +
 	"\x11OUTCOME_COMMITTED\x10\x01\x12\x13\n" +

@@ -322,7 +322,9 @@ const (
 //
 // A connection of a client to the answering site's PostgreSQL is no method of the service: it has a connection of its own (ALPN
 // duri-sql/1), on which the answering agent says first whether it has connected: a length of 0, four bytes, after which the bytes
-// of both ends follow; or a Refusal after its length, which is all.
+// of both ends follow; or a Refusal after its length, which is all. With ALPN duri-sql-cert/1 the caller names a role before that, after
+// its length in one byte, and the answering agent uses a certificate of the role towards PostgreSQL: its client has logged in at the
+// gateway by certificate.
 type GatewaysClient interface {
 	// Watch tells the answering site's state: at once, whenever it has changed, and every 500 ms as a sign of life.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SiteState], error)
@@ -449,7 +451,9 @@ func (c *gatewaysClient) Staying(ctx context.Context, in *StayingRequest, opts .
 //
 // A connection of a client to the answering site's PostgreSQL is no method of the service: it has a connection of its own (ALPN
 // duri-sql/1), on which the answering agent says first whether it has connected: a length of 0, four bytes, after which the bytes
-// of both ends follow; or a Refusal after its length, which is all.
+// of both ends follow; or a Refusal after its length, which is all. With ALPN duri-sql-cert/1 the caller names a role before that, after
+// its length in one byte, and the answering agent uses a certificate of the role towards PostgreSQL: its client has logged in at the
+// gateway by certificate.
 type GatewaysServer interface {
 	// Watch tells the answering site's state: at once, whenever it has changed, and every 500 ms as a sign of life.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[SiteState]) error

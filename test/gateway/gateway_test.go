@@ -4,6 +4,7 @@ package gateway
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"strings"
@@ -30,7 +31,8 @@ type trial struct {
 	*testing.T
 	p       *pair.Pair
 	a, b    *pair.Site
-	address string // through which clients connect
+	address string      // through which clients connect
+	tls     *tls.Config // with which they do, in place of a password; nil: with that, without TLS
 }
 
 // start starts sites whose commits wait for each other, with a witness.
@@ -41,10 +43,20 @@ func start(t *testing.T) *trial {
 
 func startWith(t *testing.T, o pair.Options) *trial {
 	t.Helper()
-	o.Gateway = true
+	return startSet(t, o, nil)
+}
+
+// startSet is startWith for sites of which something is set before their agents start.
+func startSet(t *testing.T, o pair.Options, set func(*trial)) *trial {
+	t.Helper()
+	o.Gateway, o.Held = true, set != nil
 	o.Seed = func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, schema) }
 	p := pair.ForTest(t, o)
-	tr := &trial{t, p, p.Sites[0], p.Sites[1], p.Gateway.Address}
+	tr := &trial{T: t, p: p, a: p.Sites[0], b: p.Sites[1], address: p.Gateway.Address}
+	if set != nil {
+		set(tr)
+		tr.within(time.Minute, func(ctx context.Context) error { return errors.Join(p.StartAgents(), p.WaitReady(ctx)) })
+	}
 	tr.within(time.Minute, func(ctx context.Context) error {
 		for _, s := range p.Sites {
 			if err := s.Cluster.Exec(ctx, s.Database, "ALTER DATABASE app SET app.site = "+"'"+s.Name+"'"); err != nil {
@@ -90,7 +102,15 @@ func (t *trial) within(d time.Duration, f func(context.Context) error) {
 
 // connect connects through the gateway.
 func (t *trial) connect(ctx context.Context) (*pgx.Conn, error) {
-	return pgx.Connect(ctx, fmt.Sprintf("postgres://client:secret@%s/app?sslmode=disable", t.address))
+	if t.tls == nil {
+		return pgx.Connect(ctx, fmt.Sprintf("postgres://client:secret@%s/app?sslmode=disable", t.address))
+	}
+	c, err := pgx.ParseConfig(fmt.Sprintf("postgres://client@%s/app?sslmode=disable", t.address))
+	if err != nil {
+		return nil, err
+	}
+	c.TLSConfig = t.tls
+	return pgx.ConnectConfig(ctx, c)
 }
 
 // waitMembers waits until both sites acknowledge and serve.

@@ -23,10 +23,46 @@ func TestGhostsAreReversed(t *testing.T) {
 	}
 }
 
+// everyKind are tables that a ghost writes in every way, how it does, what the other site writes meanwhile, and what is there in the end.
+const (
+	everyKind = `CREATE TABLE u (id int PRIMARY KEY, name text UNIQUE);
+		CREATE TABLE k (id int PRIMARY KEY, v text); INSERT INTO k VALUES (1, 'k'), (2, 'k');
+		CREATE TABLE parent (id int PRIMARY KEY); INSERT INTO parent VALUES (1), (2);
+		CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent ON DELETE CASCADE); INSERT INTO child VALUES (11, 1), (21, 2);
+		CREATE TABLE heap (a int, b text); ALTER TABLE heap REPLICA IDENTITY FULL; INSERT INTO heap VALUES (1, 'h'), (2, 'h'), (2, 'h'), (3, NULL);
+		CREATE TABLE emptied (id int PRIMARY KEY); INSERT INTO emptied VALUES (1), (2);
+		CREATE TABLE large (id int PRIMARY KEY, v text); INSERT INTO large SELECT n, md5(n::text) FROM generate_series(1, 20000) AS n`
+	before  = "INSERT INTO u VALUES (3, 'y')" // at the other site, which has not sent it
+	ghostly = `INSERT INTO u VALUES (1, 'x'), (4, 'y'); UPDATE k SET id = id + 100 WHERE id = 1; DELETE FROM parent WHERE id = 1;
+		INSERT INTO heap VALUES (1, 'ghost'), (1, 'ghost'), (NULL, ''); DELETE FROM heap WHERE a = 2; UPDATE heap SET b = 'ghost' WHERE a = 3;
+		TRUNCATE emptied; UPDATE large SET v = 'ghost' WHERE id = 4711`
+	meanwhile = `INSERT INTO u VALUES (2, 'x'); INSERT INTO k VALUES (101, 'b'); INSERT INTO child VALUES (12, 1); INSERT INTO heap VALUES (3, NULL);
+		INSERT INTO emptied VALUES (3)`
+	inTheEnd = "(2,x),(3,y) | (1,k),(101,b),(2,k) | (1),(2) | (11,1),(12,1),(21,2) | (1,h),(2,h),(2,h),(3,),(3,) | (1),(2),(3)"
+)
+
+// everyRow shows the tables of everyKind, but large, which is equal to what it was.
+func everyRow(t *testing.T, s *pair.Site) string {
+	t.Helper()
+	var all []string
+	for _, table := range []string{"u", "k", "parent", "child", "heap", "emptied"} {
+		rows, err := s.Cluster.QueryText(t.Context(), s.Database, fmt.Sprintf("SELECT coalesce(string_agg(x::text, ',' ORDER BY x::text COLLATE \"C\"), '') FROM %s AS x", table))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, rows[0][0])
+	}
+	rows, err := s.Cluster.QueryText(t.Context(), s.Database, "SELECT count(*) FROM large WHERE v = md5(id::text)")
+	if err != nil || rows[0][0] != "20000" {
+		t.Errorf("site %s: %v rows of large are as they were, %v", s.Name, rows, err)
+	}
+	return strings.Join(all, " | ")
+}
+
 func ghosts(t *testing.T, tail string) {
 	p := startPair(t, pair.Options{Config: func(_, text string) string {
 		return strings.Replace(text, "\ndurability:\n", "\ndurability:\n  detect: 6s\n  returning_tail: "+tail+"\n", 1)
-	}})
+	}, Seed: func(ctx context.Context, a *pair.Site) error { return a.Cluster.Exec(ctx, a.Database, everyKind) }})
 	settledPair(t, p)
 	unheeded(t, p, 1)
 	within(t, time.Minute, func(ctx context.Context) error { return p.HoldCommits(ctx) })
@@ -38,8 +74,9 @@ func ghosts(t *testing.T, tail string) {
 	marked := func(n int, sql string) string {
 		return fmt.Sprintf("BEGIN; %s; SELECT duri.mark('%s'); COMMIT", sql, id(n))
 	}
+	older := beginWait(t, b, before)
 	waits := []waiting{
-		beginWait(t, a, marked(1, "UPDATE t SET n = 111 WHERE id = 1; DELETE FROM t WHERE id = 9; INSERT INTO t VALUES (11, 1)")),
+		beginWait(t, a, marked(1, "UPDATE t SET n = 111 WHERE id = 1; DELETE FROM t WHERE id = 9; INSERT INTO t VALUES (11, 1); "+ghostly)),
 		beginWait(t, a, marked(2, "UPDATE t SET n = 222 WHERE id = 2; INSERT INTO t VALUES (12, 2)")),
 		beginWait(t, a, "UPDATE t SET n = 333 WHERE id = 3"),
 	}
@@ -52,6 +89,9 @@ func ghosts(t *testing.T, tail string) {
 		}
 	}
 	soloAmong(t, b)
+	if err := <-older.answer; err != nil {
+		t.Error(err)
+	}
 	ask := func(s *pair.Site, n int) (server.OutcomeReport, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
@@ -62,7 +102,7 @@ func ghosts(t *testing.T, tail string) {
 			t.Fatalf("the fate of what nobody else has: %+v, %v", out, err)
 		}
 	}
-	if err := b.Cluster.Exec(t.Context(), b.Database, "UPDATE t SET n = n + 7 WHERE id IN (2, 4)"); err != nil {
+	if err := b.Cluster.Exec(t.Context(), b.Database, "UPDATE t SET n = n + 7 WHERE id IN (2, 4); "+meanwhile); err != nil {
 		t.Fatal(err)
 	}
 	p.Link("a", "b").Heal()
@@ -81,12 +121,18 @@ func ghosts(t *testing.T, tail string) {
 	if x, y := rows(t, a), rows(t, b); x != want || y != want {
 		t.Errorf("the sites have\n%s\n%s, want\n%s", x, y, want)
 	}
+	if x, y := everyRow(t, a), everyRow(t, b); x != inTheEnd || y != inTheEnd {
+		t.Errorf("the sites have\n%s\n%s, want\n%s", x, y, inTheEnd)
+	}
+	if log := a.Log(); !strings.Contains(log, "everything=false") || strings.Contains(log, "everything=true") {
+		t.Error("more was compared than what the ghosts have written")
+	}
 	have, err := b.Cluster.QueryText(t.Context(), b.Database, "SELECT convert_from(ltxid, 'UTF8') FROM duri.ghost WHERE reversed IS NOT NULL ORDER BY 1")
 	if got, want := fmt.Sprint(have), "["+"["+strings.Join(ghosts, "] [")+"]"+"]"; err != nil || got != want {
 		t.Errorf("reversed ghosts on record: %s, %v, want %s", got, err, want)
 	}
-	before, err := a.Cluster.QueryText(t.Context(), a.Database, "SELECT before->>'id', before->>'n', after->>'n' FROM duri.gap_row WHERE before->>'n' IN ('111', '1') OR before IS NULL ORDER BY 1")
-	if got, want := fmt.Sprint(before), `[[1 111 0] [11 1 \N] [\N \N 0]]`; err != nil || got != want {
+	reversed, err := a.Cluster.QueryText(t.Context(), a.Database, "SELECT before->>'id', before->>'n', after->>'n' FROM duri.gap_row WHERE table_name = 't' AND (before->>'n' IN ('111', '1') OR before IS NULL) ORDER BY 1")
+	if got, want := fmt.Sprint(reversed), `[[1 111 0] [11 1 \N] [\N \N 0]]`; err != nil || got != want {
 		t.Errorf("what was reversed: %s, %v, want %s", got, err, want)
 	}
 	if _, err := ask(b, 3); err == nil || !strings.Contains(err.Error(), "is a member") {

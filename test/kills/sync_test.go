@@ -39,8 +39,13 @@ func syncSites(t *testing.T, o pair.Options) *pair.Pair {
 func startPair(t *testing.T, o pair.Options) *pair.Pair {
 	t.Helper()
 	o.Relays, o.Sync, o.Rearm = true, true, 500*time.Millisecond
+	more := o.Seed
 	o.Seed = func(ctx context.Context, a *pair.Site) error {
-		return a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
+		err := a.Cluster.Exec(ctx, a.Database, "CREATE TABLE t (id int PRIMARY KEY, n int); INSERT INTO t SELECT n, 0 FROM generate_series(1, 10) AS n")
+		if err == nil && more != nil {
+			err = more(ctx, a)
+		}
+		return err
 	}
 	return pair.ForTest(t, o)
 }

@@ -20,14 +20,15 @@ const secret = "secret"
 // codeAgain is what a gateway says of a transaction that was open when its server was lost.
 const codeAgain = "40001"
 
-// contract are the errors after which a gateway may end a session that nothing pins: no site takes clients for longer than it
-// holds them, and the fate of a commit is unknown.
+// contract are the errors after which a gateway may end a session that nothing pins when more than one fault strikes: no site takes
+// clients for longer than it holds them, and the fate of a commit is unknown.
 var contract = []string{"57P03", "08007"}
 
 // notices are the errors that one client saw.
 type notices struct {
 	again  int            // codeAgain
 	codes  map[string]int // SQLSTATE, or none
+	ended  []string       // errors of the contract that have ended a session
 	broken []string       // errors that no client should see
 }
 
@@ -47,8 +48,14 @@ func (c *client) notice(when string, err error) {
 	if code == codeAgain {
 		c.seen.again++
 	}
-	if ends && !slices.Contains(contract, code) {
-		c.seen.broken = append(c.seen.broken, fmt.Sprintf("client %s of site %s lost its connection, transaction %d, %s: %v", c.name, c.site, c.n, when, err))
+	if !ends {
+		return
+	}
+	what := fmt.Sprintf("client %s of site %s lost its connection, transaction %d, %s: %v", c.name, c.site, c.n, when, err)
+	if slices.Contains(contract, code) {
+		c.seen.ended = append(c.seen.ended, what)
+	} else {
+		c.seen.broken = append(c.seen.broken, what)
 	}
 }
 
@@ -80,6 +87,9 @@ func (c *client) dialMax() time.Duration {
 func unfit(clients []*client, faults int) (violations []string) {
 	for _, c := range clients {
 		violations = append(violations, c.seen.broken...)
+		if faults == 1 { // There is a site that serves.
+			violations = append(violations, c.seen.ended...)
+		}
 		if c.seen.again > faults {
 			violations = append(violations, fmt.Sprintf("client %s of site %s had %d transactions rolled back by %d faults", c.name, c.site, c.seen.again, faults))
 		}

@@ -16,23 +16,26 @@ func TestOnlyErrorsOfTheContractEndASession(t *testing.T) {
 		return fmt.Errorf("x: %w", &pgconn.PgError{Severity: severity, Code: code})
 	}
 	for _, c := range []struct {
-		name string
-		errs []error
-		want string
+		name   string
+		errs   []error
+		faults int
+		want   string
 	}{
-		{"nothing", nil, ""},
-		{"one transaction rolled back", []error{told("ERROR", "40001")}, ""},
-		{"two by one fault", []error{told("ERROR", "40001"), told("ERROR", "40001")}, "had 2 transactions rolled back by 1 faults"},
-		{"an error of PostgreSQL", []error{told("ERROR", "40P01")}, ""},
-		{"the contract", []error{told("FATAL", "08007"), told("FATAL", "57P03")}, ""},
-		{"a FATAL of something else", []error{told("FATAL", "08006")}, "lost its connection"},
-		{"the connection breaks", []error{io.ErrUnexpectedEOF}, "lost its connection"},
+		{"nothing", nil, 1, ""},
+		{"one transaction rolled back", []error{told("ERROR", "40001")}, 1, ""},
+		{"two by one fault", []error{told("ERROR", "40001"), told("ERROR", "40001")}, 1, "had 2 transactions rolled back by 1 faults"},
+		{"an error of PostgreSQL", []error{told("ERROR", "40P01")}, 1, ""},
+		{"the contract, with two faults", []error{told("FATAL", "08007"), told("FATAL", "57P03")}, 2, ""},
+		{"the contract, with one: no site", []error{told("FATAL", "57P03")}, 1, "lost its connection"},
+		{"the contract, with one: unknown fate", []error{told("FATAL", "08007")}, 1, "lost its connection"},
+		{"a FATAL of something else", []error{told("FATAL", "08006")}, 2, "lost its connection"},
+		{"the connection breaks", []error{io.ErrUnexpectedEOF}, 2, "lost its connection"},
 	} {
 		cl := &client{gateway: true}
 		for _, err := range c.errs {
 			cl.notice("COMMIT", err)
 		}
-		got := strings.Join(unfit([]*client{cl}, 1), "\n")
+		got := strings.Join(unfit([]*client{cl}, c.faults), "\n")
 		if (got == "") != (c.want == "") || !strings.Contains(got, c.want) {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
