@@ -168,6 +168,9 @@ func (g *Server) setPaused(database string, paused bool) (changed bool) {
 		p.mu.Unlock()
 	}
 	g.mu.Unlock()
+	if t := g.taking.Load(); t != nil && !t.over() {
+		t.tellPaused(g)
+	}
 	return true
 }
 

@@ -43,7 +43,7 @@ func (g *Server) dial(ctx context.Context, t Target, who *Login, keys *scram.Key
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	b := &backend{target: t, conn: conn, r: pgwire.NewReader(conn), w: pgwire.NewWriter(conn), opened: time.Now()}
 	err = b.login(who, keys, binding)
-	if !stop() && err == nil {
+	if !stop() {
 		err = ctx.Err()
 	}
 	if err != nil {

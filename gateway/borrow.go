@@ -35,8 +35,9 @@ type borrowing struct {
 	portals map[string]*statement // of others
 
 	// Of the session's goroutine.
-	scratch []byte
-	longs   int // prepared statements that were too long to be held
+	waitsUntil time.Time // for a server, at the most
+	scratch    []byte
+	longs      int // prepared statements that were too long to be held
 }
 
 // pinned says why the session stays at its backend; empty: it need not.
@@ -100,7 +101,7 @@ func (s *session) runBorrowing(ctx context.Context) {
 
 // introduce tells the client what a server that is there now reports.
 func (s *session) introduce(ctx context.Context) error {
-	b, err := s.fetch(ctx)
+	b, err := s.fetchFirst(ctx)
 	if err != nil {
 		return err
 	}
@@ -125,6 +126,7 @@ const retryEvery = 25 * time.Millisecond
 // now, or when the one at hand does not have yet what the session has seen, so that the client waits, no longer than HoldMax.
 func (s *session) fetchPatiently(ctx context.Context) (*backend, error) {
 	deadline := time.Now().Add(s.g.lim().HoldMax)
+	s.waitsUntil = deadline
 	waited := func(*backend) {}
 	for first := true; ; first = false {
 		b, err := s.fetch(ctx)

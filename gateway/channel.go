@@ -28,6 +28,7 @@ const (
 	msgRefused  = 'N' // new to old: the number, and why it has not
 	msgYours    = 'T' // old to new: the number; from now on it is the new one's alone
 	msgCancel   = 'X' // new to old: pid and secret of a request to cancel a session that is not here
+	msgPaused   = 'S' // new to old: the databases that are paused now, as JSON; its sessions that wait are not to wait there for ever
 	msgProgress = 'P' // old to new: progress, as JSON
 	msgDone     = 'D' // old to new: nothing more will come; the rest ends with the old process
 	msgMayEnd   = 'E' // new to old, which has stayed after msgDone: it may end

@@ -254,12 +254,13 @@ var tooLong = text{probe: true, dirty: true, does: opaque, pin: "a prepared stat
 // look reads a text. Where characters may hold a byte that looks like a quote's or backslash's, nothing is known.
 func (s *session) look(sql []byte) text {
 	s.mu.Lock()
-	escapes, odd := false, false
+	escapes, odd, foreign := false, false, false
 	for _, p := range s.told {
 		switch p.Name {
 		case "standard_conforming_strings":
 			escapes = p.Value == "off"
 		case "client_encoding":
+			foreign = p.Value != "UTF8" && p.Value != "SQL_ASCII"
 			switch p.Value {
 			case "SJIS", "BIG5", "GBK", "UHC", "GB18030", "JOHAB", "SHIFT_JIS_2004":
 				odd = true
@@ -272,8 +273,14 @@ func (s *session) look(sql []byte) text {
 	if t.seems && s.keeps() && s.g.mayWrite(s.who.Database, sql, escapes) {
 		t.does = writes
 	}
+	if foreign && t.seems && namesBeyondASCII(sql, escapes) {
+		t.does, t.seems = writes, false
+	}
 	if odd && bytes.IndexByte(sql, '\\') >= 0 {
 		t.probe, t.dirty, t.deallocate = true, true, ""
+		if escapes || bytes.Contains(sql, []byte("E'")) || bytes.Contains(sql, []byte("e'")) { // then one may hide where a string ends
+			t.does, t.seems = tangled, false
+		}
 	}
 	t.roams = s.g.cfg.Reads != nil && s.lookRoaming(sql, escapes, &t)
 	return t

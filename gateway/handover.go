@@ -372,6 +372,12 @@ func (h *handing) hear(ctx context.Context, cancels *sync.WaitGroup, kind byte, 
 			defer stop()
 			h.g.cancel(ctx, start)
 		})
+	case msgPaused:
+		var names []string
+		if err := json.Unmarshal(body, &names); err != nil {
+			return err
+		}
+		h.g.setAllPaused(names)
 	default:
 		return fmt.Errorf("a message of kind %q came", kind)
 	}
@@ -389,6 +395,21 @@ func (h *handing) letEnd() error {
 	default:
 		close(h.mayEnd)
 		return nil
+	}
+}
+
+// setAllPaused pauses these databases, and no others.
+func (g *Server) setAllPaused(names []string) {
+	g.mu.Lock()
+	now := slices.Collect(maps.Keys(g.paused))
+	g.mu.Unlock()
+	for _, name := range names {
+		g.setPaused(name, true)
+	}
+	for _, name := range now {
+		if !slices.Contains(names, name) {
+			g.setPaused(name, false)
+		}
 	}
 }
 

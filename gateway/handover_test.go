@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -672,4 +673,59 @@ func TestNoByteIsLostInAHandOver(t *testing.T) {
 	if moved, _ := next.g.here(); moved != len(all) {
 		t.Errorf("%d of %d clients are at the new process", moved, len(all))
 	}
+}
+
+// TestPauseDuringAHandOver: who waits at the old process because of PAUSE goes on with RESUME at the new one, which orders come to; and who
+// is still at the old one is held by a PAUSE there.
+func TestPauseDuringAHandOver(t *testing.T) {
+	c := site(t, "")
+	cfg := clustered(c)
+	cfg.HoldMax = time.Minute
+	old := serveOn(t, cfg, listenable(t), func(*Server) {})
+	addr := old.l.Addr().String()
+	waits, inside := open1(t, dsn(addr, "")), open1(t, dsn(addr, ""))
+	exec1(t, waits, "SELECT 1")
+	exec1(t, inside, "BEGIN")
+	old.g.setPaused("shop", true)
+	answered := make(chan error, 1)
+	ask := func() {
+		_, err := waits.Exec(t.Context(), "SELECT 1")
+		answered <- err
+	}
+	held := func(g *Server) func() bool {
+		return func() bool {
+			return slices.ContainsFunc(g.sessionsNow(), func(s *session) bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return !s.waitingAt.IsZero()
+			})
+		}
+	}
+	go ask()
+	until(t, "the client is held", held(old.g))
+	next, ended := old.handOn(t, cfg, time.Minute)
+	until(t, "the new process knows of the pause", func() bool { paused, _ := next.g.isPaused("shop"); return paused })
+	until(t, "orders reach the old process", func() bool { return old.g.handing.Load() != nil })
+	next.g.setPaused("shop", false)
+	select {
+	case err := <-answered:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the client still waits at the old process after RESUME at the new one")
+	}
+	next.g.setPaused(everyDatabase, true)
+	until(t, "the old process is paused", func() bool { paused, _ := old.g.isPaused("shop"); return paused })
+	exec1(t, inside, "COMMIT")
+	go ask()
+	until(t, "the client is held at the new process", held(next.g))
+	next.g.setPaused(everyDatabase, false)
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	exec1(t, inside, "SELECT 1")
 }

@@ -52,7 +52,8 @@ type token struct {
 const (
 	tokEnd    = 0
 	tokWord   = 'w' // keyword or name
-	tokName   = 'q' // "name"
+	tokName   = 'q' // "name", U&"name", U&"name" UESCAPE 'x'
+	tokHidden = 'h' // one of the latter that cannot be read
 	tokString = 's' // 'text', $$text$$, E'text'
 	tokNumber = 'n' // number or $1
 )
@@ -99,6 +100,8 @@ func (l *lexer) next() token {
 		l.at++
 		l.quoted('\'', true)
 		kind = tokString
+	case (c == 'u' || c == 'U') && l.peek(1) == '&' && l.peek(2) == '"':
+		kind = l.unicodeName()
 	case isNameStart(c):
 		for l.at < len(l.src) && isNamePart(l.src[l.at]) {
 			l.at++
@@ -202,7 +205,7 @@ func (l *lexer) word(t token) []byte {
 	s := l.src[t.start:t.end]
 	switch t.kind {
 	case tokWord:
-		n := copy(l.lower[:63], s)
+		n := copy(l.lower[:], clip(s))
 		for i, c := range l.lower[:n] {
 			if c >= 'A' && c <= 'Z' {
 				l.lower[i] = c + 'a' - 'A'
@@ -210,10 +213,18 @@ func (l *lexer) word(t token) []byte {
 		}
 		return l.lower[:n]
 	case tokName:
-		return bytes.Trim(s, `"`)
+		return l.name(s)
 	default:
 		return nil
 	}
+}
+
+// keyword is word for what is not quoted.
+func (l *lexer) keyword(t token) string {
+	if t.kind != tokWord {
+		return ""
+	}
+	return string(l.word(t))
 }
 
 // literal is the value of a plain string.
@@ -306,6 +317,9 @@ func readText(sql []byte, escapes bool) text {
 			}
 		case tok.kind == tokName && bytes.HasPrefix(l.word(tok), []byte("pg_temp")):
 			t.probe = true
+		case tok.kind == tokHidden:
+			t.unknownCall()
+			t.pin = hiddenName
 		}
 		// A statement may begin with parentheses.
 		start = start && tok.kind == '('
@@ -345,7 +359,7 @@ func deedOf(l *lexer, first []byte) deed {
 	case "create", "alter", "drop", "comment", "grant", "revoke":
 		return definitionOf(l, string(first))
 	case "prepare":
-		if string(l.word(l.next())) == "transaction" {
+		if l.keyword(l.next()) == "transaction" {
 			return tangled
 		}
 		return reads
@@ -450,7 +464,7 @@ func (t *text) statement(l *lexer, first token, only bool) {
 			t.deallocate = deallocated(&ahead)
 		}
 	case "prepare":
-		if string(ahead.word(ahead.next())) == "transaction" {
+		if ahead.keyword(ahead.next()) == "transaction" {
 			t.pin = "PREPARE TRANSACTION"
 		} else {
 			t.probe = true
@@ -483,17 +497,19 @@ func (t *text) inside(w []byte) {
 
 // set judges what follows SET.
 func (t *text) set(l *lexer) {
-	tok := l.next()
-	switch string(l.word(tok)) {
-	case "local", "transaction", "constraints":
-		t.local = true
-		return
-	case "session":
-		tok = l.next()
+	tok, next := l.next(), l.next()
+	if next.kind != '.' { // which makes these words the beginning of a parameter's name
+		switch l.keyword(tok) {
+		case "local", "transaction", "constraints":
+			t.local = true
+			return
+		case "session":
+			tok, next = next, l.next()
+		}
 	}
 	t.probe = true
 	parts := []string{string(l.word(tok))}
-	for next := l.next(); next.kind == '.'; next = l.next() {
+	for ; next.kind == '.'; next = l.next() {
 		parts = append(parts, string(l.word(l.next())))
 	}
 	if name := strings.ToLower(strings.Join(parts, ".")); strings.Contains(name, ".") { // one "name" may hold it as well
@@ -538,10 +554,10 @@ func (t *text) code(l *lexer) {
 // deallocated gives the name in a DEALLOCATE that is the whole rest of the text.
 func deallocated(l *lexer) string {
 	tok := l.next()
-	if string(l.word(tok)) == "prepare" {
+	if l.keyword(tok) == "prepare" {
 		tok = l.next()
 	}
-	if tok.kind == tokWord && string(l.word(tok)) == "all" {
+	if l.keyword(tok) == "all" {
 		return ""
 	}
 	name := string(l.word(tok))
@@ -573,7 +589,7 @@ func (t *text) call(l *lexer, last [4]token) {
 	case before == token{} && !qualified: // EXPLAIN (ANALYZE), COPY (SELECT ...): no statement begins with a call
 	case !builtin:
 		t.unknownCall()
-	case !qualified && isClause(name, before, *l):
+	case !qualified && last[0].kind == tokWord && isClause(name, before, *l):
 	case string(name) == "set_config":
 		t.setConfig(*l)
 	case string(name) == "currval", string(name) == "lastval":
@@ -584,7 +600,7 @@ func (t *text) call(l *lexer, last [4]token) {
 		t.pin = "a connection of dblink"
 	case string(name) == "setval":
 		t.write()
-	case !knownCalls[string(name)]:
+	case last[0].kind != tokWord && !qualified, !knownCalls[string(name)]: // quoted, a keyword is any name
 		t.unknownCall()
 	}
 }
@@ -601,6 +617,9 @@ func (t *text) write() {
 		t.does = writes
 	}
 }
+
+// clauses are those keywords.
+var clauses = words("over filter conflict join")
 
 // isClause tells keywords before a parenthesis that could be a function's name, by what is before them. l is a copy: name
 // lies in the other.

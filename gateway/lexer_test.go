@@ -137,6 +137,9 @@ var texts = []struct {
 	{"DEALLOCATE p1", text{probe: true, deallocate: "p1"}},
 	{` /* pdo */ DEALLOCATE PREPARE "P1" ;`, text{probe: true, deallocate: "P1"}},
 	{"DEALLOCATE ALL", text{probe: true}},
+	{`DEALLOCATE "prepare"`, text{probe: true, deallocate: "prepare"}},
+	{`DEALLOCATE "all"`, text{probe: true, deallocate: "all"}},
+	{`PREPARE "transaction" AS SELECT 1`, text{probe: true}},
 	{"DEALLOCATE p1; SELECT 1", text{probe: true}},
 	{"SELECT 1; DEALLOCATE p1", text{probe: true}},
 }
@@ -214,6 +217,7 @@ func TestDeeds(t *testing.T) {
 		{"COMMIT; BEGIN", tangled},
 		{"PREPARE TRANSACTION 'x'", tangled},
 		{"PREPARE p AS SELECT 1", reads},
+		{`PREPARE "transaction" AS SELECT 1`, reads},
 	} {
 		if got := readText([]byte(c.sql), false).does; got != c.want {
 			t.Errorf("%s: %d, want %d", c.sql, got, c.want)

@@ -34,7 +34,7 @@ type passed struct {
 
 // HandOverFormat is the version of the encoding of sessions and of the conversation around it. Processes of different ones do not
 // take over from each other.
-const HandOverFormat = 1
+const HandOverFormat = 2
 
 // passedMax bounds the encoding of a session. One that has prepared more is asked to leave.
 const passedMax = 16 << 20

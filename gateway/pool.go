@@ -134,7 +134,7 @@ func (p *pool) leave(turn chan *backend) {
 }
 
 func (p *pool) dial(ctx context.Context, s *session, t Target) (*backend, error) {
-	ctx, cancel := context.WithTimeout(ctx, p.g.cfg.LoginMax)
+	ctx, cancel := context.WithTimeout(ctx, p.dialMax(s))
 	defer cancel()
 	b, err := p.g.dial(ctx, t, &s.who, s.keys)
 	if err != nil {

@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"slices"
 	"time"
@@ -73,12 +74,12 @@ func (t *tainted) roams(sql []byte, escapes bool) bool {
 			continue
 		}
 		if tok.kind != tokWord && tok.kind != tokName {
-			if first && tok.kind != '(' {
+			if first && tok.kind != '(' || tok.kind == tokHidden {
 				return false
 			}
 			continue
 		}
-		if tok.kind == tokName && (first || tok.start > 0 && sql[tok.start-1] == '&') { // U&"..." may hide any name
+		if tok.kind == tokName && first {
 			return false
 		}
 		w := l.word(tok)
@@ -98,7 +99,7 @@ func (t *tainted) roams(sql []byte, escapes bool) bool {
 	return some
 }
 
-// localSQL gives names of relations whose content is not the same at all sites: what publication duri does not have, and what
+// localSQL gives names of relations, as taintSQL does, whose content is not the same at all sites: what publication duri does not have, and what
 // depends on it.
 const localSQL = `WITH RECURSIVE published AS MATERIALIZED (
  SELECT c.oid FROM pg_catalog.pg_publication_tables p JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
@@ -112,7 +113,7 @@ const localSQL = `WITH RECURSIVE published AS MATERIALIZED (
  UNION SELECT r.ev_class FROM bad b JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = b.rel
   AND d.classid = 'pg_catalog.pg_rewrite'::regclass JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
 )
-SELECT c.relname FROM bad b JOIN pg_catalog.pg_class c ON c.oid = b.rel`
+SELECT 'r', pg_catalog.encode(pg_catalog.convert_to(c.relname::text, 'UTF8'), 'hex') FROM bad b JOIN pg_catalog.pg_class c ON c.oid = b.rel`
 
 // askLocal asks for them. mu is held.
 func (s *session) askLocal(b *backend, t *tainted) error {
@@ -124,7 +125,9 @@ func (s *session) askLocal(b *backend, t *tainted) error {
 	}
 	t.allLocal, t.local = q.err != nil, map[string]bool{}
 	for _, row := range q.rows {
-		t.local[row[0]] = true
+		name, err := hex.DecodeString(row[1])
+		t.local[string(name)] = true
+		t.allLocal = t.allLocal || err != nil
 	}
 	if q.err != nil {
 		s.g.cfg.Log.Warn("reads stay at home: what is not replicated cannot be read", "site", b.target.name(), "database", s.who.Database, "error", q.err.Message)

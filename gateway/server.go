@@ -98,6 +98,9 @@ type Config struct {
 	Standby func(database string) string
 	// Dial connects to a target; nil: net.Dialer does. What it gives may be Secured.
 	Dial func(ctx context.Context, t Target) (net.Conn, error)
+	// Watch is told of each connection of a client, for as long as it is served here; it may end one whose client's host has vanished.
+	// nil: nobody is.
+	Watch func(client net.Conn) (stop func())
 	// TLS is for clients; nil: none is offered. It must have exactly one certificate, to which channels are bound.
 	TLS *tls.Config
 	// ClientCAs sign the certificates with which clients may log in, without a password, as the user whose name is the common name;
@@ -264,6 +267,7 @@ func (g *Server) Serve(ctx context.Context, l net.Listener) error {
 		if g.add(c) {
 			wg.Go(func() {
 				defer g.remove(c)
+				defer g.watch(c)()
 				g.serve(ctx, c)
 			})
 		}
@@ -296,6 +300,16 @@ func (g *Server) add(c net.Conn) bool {
 	}
 	g.conns[c] = g.strangers.PushBack(c)
 	return true
+}
+
+func (g *Server) watch(c net.Conn) (stop func()) {
+	if g.cfg.Watch == nil {
+		return func() {}
+	}
+	if a, ok := c.(*arrival); ok {
+		c = a.Conn
+	}
+	return g.cfg.Watch(c)
 }
 
 func (g *Server) remove(c net.Conn) {

@@ -95,6 +95,13 @@ type routes struct {
 	err     error
 }
 
+// set lets the next call give the first of targets.
+func (r *routes) set(targets ...Target) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.targets, r.calls = targets, -1
+}
+
 func (r *routes) Route(*Login, Wish) (Target, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -426,4 +433,36 @@ func TestServerWithoutTLSThatIsToHaveIt(t *testing.T) {
 	_, addr := serve(t, Config{ServerTLS: &tls.Config{}}, c)
 	_, err := pgx.Connect(t.Context(), dsn(addr, ""))
 	wantCode(t, "no TLS", err, "57P03", "has no TLS")
+}
+
+// TestClientsAreWatched: each connection from its first byte to its end, so that one whose client's host has vanished can be ended.
+func TestClientsAreWatched(t *testing.T) {
+	c := site(t, "")
+	var mu sync.Mutex
+	now, ever := map[net.Conn]bool{}, 0
+	_, addr := serve(t, Config{Mode: TransactionMode, Watch: func(client net.Conn) func() {
+		mu.Lock()
+		defer mu.Unlock()
+		now[client] = true
+		ever++
+		return func() {
+			mu.Lock()
+			defer mu.Unlock()
+			delete(now, client)
+		}
+	}}, c)
+	watched := func() (int, int) {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(now), ever
+	}
+	conn := open1(t, dsn(addr, ""))
+	exec1(t, conn, "SELECT 1")
+	if n, all := watched(); n != 1 || all != 1 {
+		t.Errorf("%d of %d are watched", n, all)
+	}
+	if err := conn.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "nobody is watched", func() bool { n, _ := watched(); return n == 0 })
 }

@@ -52,6 +52,9 @@ func readProbe(rows [][]string) (f found) {
 			pins = append(pins, r[1])
 		default:
 			f.settings = append(f.settings, pgwire.Param{Name: r[1], Value: r[2]})
+			if r[1] == "search_path" && createsTemporary(r[2]) {
+				pins = append(pins, "pg_temp is the first in search_path")
+			}
 		}
 	}
 	f.pin = strings.Join(pins, ", ")
@@ -63,6 +66,12 @@ func readProbe(rows [][]string) (f found) {
 	})
 	f.settings = slices.CompactFunc(f.settings, func(a, b pgwire.Param) bool { return a.Name == b.Name })
 	return f
+}
+
+// createsTemporary reports that with a search_path what is created is temporary, which its text does not show.
+func createsTemporary(path string) bool {
+	path = strings.TrimLeft(strings.TrimPrefix(strings.TrimLeft(path, " "), `"$user",`), ` "`)
+	return strings.HasPrefix(path, "pg_temp")
 }
 
 // rank is the order in which settings are made: who one is decides what one may set.

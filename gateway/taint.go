@@ -1,16 +1,17 @@
 package gateway
 
 import (
+	"encoding/hex"
 	"maps"
 	"time"
 
 	"github.com/duri-io/duri/pgwire"
 )
 
-// A SELECT may write without showing it: views, rules, row security and foreign tables may call what does. What of a database is
-// like that is asked of its catalogs, and a text that names it is no read (design: gateway, section 5.2).
+// A SELECT may write without showing it: views, rules, row security and foreign tables may call what does, and so may what looks like
+// a function of PostgreSQL's or like an attribute of a row. What of a database is like that is asked of its catalogs, and a text that names it is no read (design: gateway, section 5.2).
 
-// tainted are the relations of a database whose reading may write.
+// tainted are the names in a database, of relations and what else can be named in a SELECT, by which it may write.
 type tainted struct {
 	asked time.Time
 	names map[string]bool
@@ -26,10 +27,20 @@ type tainted struct {
 // taintFor is how long an answer counts. What was created since then is not seen.
 const taintFor = time.Minute
 
-// taintSQL gives names of relations that depend on functions which may write, also by other views, and * for operators and casts.
-const taintSQL = `WITH RECURSIVE writes AS (
+// taintSQL gives what may write without showing it, each with its kind and its name in UTF8 as hexadecimal digits, so that the encoding
+// of who asks does not matter: relations and domains that depend on functions which may write, also by other relations (r); functions
+// that may be called by naming an attribute of a row (a), and the others that may be called (f); operators and casts (*).
+const taintSQL = `WITH RECURSIVE volatiles AS (
  SELECT oid FROM pg_catalog.pg_proc WHERE provolatile = 'v' AND (oid >= 16384
   OR proname IN ('setval', 'pg_logical_emit_message', 'lo_creat', 'lo_create', 'lo_import', 'lo_unlink', 'lo_put', 'lowrite', 'lo_from_bytea', 'lo_truncate'))
+), writes AS (
+ SELECT oid FROM volatiles
+ UNION SELECT a.aggfnoid FROM volatiles v JOIN pg_catalog.pg_aggregate a
+  ON v.oid IN (a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggserialfn, a.aggdeserialfn, a.aggmtransfn, a.aggminvtransfn, a.aggmfinalfn)
+), above AS (
+ SELECT d.refobjid AS rel, r.ev_class AS by FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
+  WHERE d.refclassid = 'pg_catalog.pg_class'::regclass AND d.classid = 'pg_catalog.pg_rewrite'::regclass
+ UNION ALL SELECT inhrelid, inhparent FROM pg_catalog.pg_inherits
 ), bad AS (
  SELECT r.ev_class AS rel FROM writes w JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_proc'::regclass AND d.refobjid = w.oid
   AND d.classid = 'pg_catalog.pg_rewrite'::regclass JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
@@ -37,12 +48,34 @@ const taintSQL = `WITH RECURSIVE writes AS (
   AND d.classid = 'pg_catalog.pg_policy'::regclass JOIN pg_catalog.pg_policy p ON p.oid = d.objid
  UNION SELECT r.ev_class FROM pg_catalog.pg_rewrite r WHERE r.ev_type = '1' AND NOT r.is_instead
  UNION SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind = 'f'
- UNION SELECT r.ev_class FROM bad b JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = b.rel
-  AND d.classid = 'pg_catalog.pg_rewrite'::regclass JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid
+ UNION SELECT a.by FROM bad b JOIN above a ON a.rel = b.rel
+), named(kind, name) AS (
+ SELECT 'r', c.relname FROM bad b JOIN pg_catalog.pg_class c ON c.oid = b.rel
+ UNION SELECT 'r', t.typname FROM writes w JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_proc'::regclass AND d.refobjid = w.oid
+  AND d.classid = 'pg_catalog.pg_constraint'::regclass JOIN pg_catalog.pg_constraint c ON c.oid = d.objid JOIN pg_catalog.pg_type t ON t.oid = c.contypid
+ UNION SELECT CASE WHEN p.pronargs > 0 AND p.pronargs - p.pronargdefaults - (p.provariadic <> 0)::int <= 1 AND a.typtype IN ('c', 'd', 'p') THEN 'a' ELSE 'f' END, p.proname
+  FROM writes w JOIN pg_catalog.pg_proc p ON p.oid = w.oid LEFT JOIN pg_catalog.pg_type a ON a.oid = p.proargtypes[0]
+  WHERE p.oid >= 16384 AND p.prokind <> 'p' AND p.prorettype NOT IN ('pg_catalog.trigger'::regtype, 'pg_catalog.event_trigger'::regtype)
+ UNION SELECT '*', '' FROM writes w WHERE EXISTS (SELECT FROM pg_catalog.pg_operator o WHERE o.oprcode = w.oid)
+  OR EXISTS (SELECT FROM pg_catalog.pg_cast t WHERE t.castfunc = w.oid)
 )
-SELECT c.relname FROM bad b JOIN pg_catalog.pg_class c ON c.oid = b.rel
-UNION SELECT '*' FROM writes w WHERE EXISTS (SELECT FROM pg_catalog.pg_operator o WHERE o.oprcode = w.oid)
- OR EXISTS (SELECT FROM pg_catalog.pg_cast t WHERE t.castfunc = w.oid)`
+SELECT kind, pg_catalog.encode(pg_catalog.convert_to(name::text, 'UTF8'), 'hex') FROM named`
+
+// taint notes a row of an answer. Functions that look like one that is called are recognised anyway (text.call), unless they have the
+// name of one that is known to be harmless.
+func (t *tainted) taint(kind, hexed string) error {
+	name, err := hex.DecodeString(hexed)
+	if err != nil {
+		return err
+	}
+	switch n := string(name); {
+	case kind == "*":
+		t.all = true
+	case kind != "f" || knownCalls[n] || clauses[n]:
+		t.names[n] = true
+	}
+	return nil
+}
 
 // askTaints asks for a database's tainted relations if that was not done of late. mu is held.
 func (s *session) askTaints(b *backend) error {
@@ -61,8 +94,7 @@ func (s *session) askTaints(b *backend) error {
 	}
 	t := &tainted{asked: now, names: map[string]bool{}, all: q.err != nil}
 	for _, row := range q.rows {
-		t.all = t.all || row[0] == "*"
-		t.names[row[0]] = true
+		t.all = t.taint(row[0], row[1]) != nil || t.all
 	}
 	if s.g.cfg.Reads != nil {
 		if err := s.askLocal(b, t); err != nil {
@@ -110,11 +142,14 @@ func (g *Server) mayWrite(database string, sql []byte, escapes bool) bool {
 	}
 	l := lexer{src: sql, escapes: escapes}
 	for tok := l.next(); tok.kind != tokEnd; tok = l.next() {
+		if tok.kind == tokHidden {
+			return true
+		}
 		if tok.kind != tokWord && tok.kind != tokName {
 			continue
 		}
-		w := string(l.word(tok))
-		if t.names[w] || unsure && (w == "select" || w == "table" || w == "values") {
+		w := l.word(tok)
+		if t.names[string(w)] || unsure && (string(w) == "select" || string(w) == "table" || string(w) == "values") {
 			return true
 		}
 	}

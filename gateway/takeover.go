@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -28,6 +30,8 @@ type Takeover struct {
 	welcome welcome
 	life    *os.File // is at its end when the old process has ended
 	dead    bool     // it was seen there; of whoever calls Run and AwaitEnd
+
+	telling sync.Mutex // held while the old process is told what is paused
 
 	mu      sync.Mutex // guards the rest
 	adopted map[uint64]chan bool
@@ -356,6 +360,18 @@ func (g *Server) serveArrival(ctx context.Context, a *arrival) {
 func (g *Server) cancelElsewhere(start *pgwire.Startup) {
 	if t := g.taking.Load(); t != nil && !t.over() {
 		_ = t.ch.send(msgCancel, append(binary.BigEndian.AppendUint32(nil, start.PID), start.Secret...)) // it has ended, then
+	}
+}
+
+// tellPaused tells the old process which databases are paused: those of its sessions wait there too, and not longer than here.
+func (t *Takeover) tellPaused(g *Server) {
+	t.telling.Lock() // of two changes at once, the later one is told last
+	defer t.telling.Unlock()
+	g.mu.Lock()
+	names := slices.Sorted(maps.Keys(g.paused))
+	g.mu.Unlock()
+	if body, err := json.Marshal(names); err == nil {
+		_ = t.ch.send(msgPaused, body) // it has ended, then
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/duri-io/duri/internal/alive"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/link/linkpb"
 	"github.com/duri-io/duri/wal"
@@ -73,6 +74,7 @@ type Client struct {
 
 	closed context.Context // ends with Close; the client is its own parent
 	close  context.CancelFunc
+	alive  *alive.Watcher // of tunnels
 
 	mu    sync.Mutex // guards clock
 	clock estimator
@@ -98,7 +100,7 @@ func NewClient(c ClientConfig) (*Client, error) {
 		return nil, fmt.Errorf("make a link client for site %s: %w", c.Peer, err)
 	}
 	closed, end := context.WithCancel(context.Background())
-	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn), gateways: linkpb.NewGatewaysClient(conn), closed: closed, close: end}, nil
+	return &Client{c: c, conn: conn, rpc: linkpb.NewLinkClient(conn), gateways: linkpb.NewGatewaysClient(conn), closed: closed, close: end, alive: alive.New(DefaultSilence)}, nil
 }
 
 // onlyPeer makes a TLS configuration accept one site.

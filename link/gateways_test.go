@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -209,6 +210,49 @@ func TestTunnelIsCut(t *testing.T) {
 	w.stop()
 	broken(conn)
 	<-ended
+}
+
+// TestTunnelEndsWithAHost: when the host at the other end has vanished, the gateway and the site notice, each by itself, whether it was
+// sending something or not: else what a transaction has locked would stay so.
+func TestTunnelEndsWithAHost(t *testing.T) {
+	ended, say := make(chan time.Time, 1), make(chan bool)
+	h := newHosted(t, func(c net.Conn) {
+		if <-say {
+			_, _ = c.Write([]byte("x"))
+		}
+		_, _ = io.Copy(io.Discard, c)
+		ended <- time.Now()
+	})
+	w := newWorld(t, func(c *ServerConfig) { c.Gateways = h })
+	cl := w.gateway(t)
+	for _, speaks := range []bool{true, false} {
+		conn, err := cl.Dial(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if err := w.relay.Vanish(); err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		say <- speaks
+		if speaks {
+			if _, err := conn.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_ = conn.SetReadDeadline(begun.Add(time.Minute))
+		if n, err := conn.Read(make([]byte, 1)); n > 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("at the gateway: %d bytes, %v", n, err)
+		}
+		gateway := time.Since(begun)
+		select {
+		case at := <-ended:
+			t.Logf("sending: %t; noticed at the gateway after %v, at the site after %v", speaks, gateway, at.Sub(begun))
+		case <-time.After(time.Minute):
+			t.Fatal("the server's connection does not end")
+		}
+	}
 }
 
 // TestTunnelIsRefusedWithReason: what the site says arrives as an Error.

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 
+	"github.com/duri-io/duri/internal/alive"
 	"github.com/duri-io/duri/internal/pki"
 	"github.com/duri-io/duri/link/linkpb"
 	"github.com/duri-io/duri/wal"
@@ -90,6 +91,7 @@ type Server struct {
 	c    ServerConfig
 	grpc *grpc.Server
 
+	alive    *alive.Watcher  // of tunnels
 	stopping chan struct{}   // closed when Serve ends
 	wg       sync.WaitGroup  // goroutines of streams
 	base     context.Context // ends with Serve; the server is its own parent
@@ -105,7 +107,7 @@ type Server struct {
 // NewServer makes a server that does not listen yet.
 func NewServer(c ServerConfig) *Server {
 	s := &Server{
-		c: c.withDefaults(), stopping: make(chan struct{}),
+		c: c.withDefaults(), alive: alive.New(DefaultSilence), stopping: make(chan struct{}),
 		followers: map[followKey]*follower{}, clocks: map[string]*estimator{}, tunnels: map[*tls.Conn]struct{}{},
 	}
 	s.base, s.end = context.WithCancel(context.Background())

@@ -44,6 +44,7 @@ func (s *Server) tunnel(conn *tls.Conn) {
 		defer s.leaveTunnel(conn)
 		hangUp := func() { _ = conn.NetConn().Close() } // without TLS's last word: it might have to wait
 		defer hangUp()
+		defer s.alive.Watch(conn.NetConn())()              // else what a gateway that has vanished has locked would stay so for long
 		_ = conn.SetDeadline(time.Now().Add(handshakeMax)) // a connection that has ended shows at the first use
 		server, release, err := s.openTunnel(conn, hangUp)
 		if err != nil {
@@ -183,11 +184,13 @@ func (c *Client) DialAs(ctx context.Context, role string) (net.Conn, error) {
 func (c *Client) dial(ctx context.Context, role string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeMax)
 	defer cancel()
-	// Not watched for silence, as the others: a session may be idle for long.
+	// Not watched for silence, as the others: a session may be idle for long. Whether something comes back for what is sent is another
+	// question.
 	raw, err := (&net.Dialer{Timeout: DefaultSilence}).DialContext(ctx, "tcp", c.c.Address)
 	if err != nil {
 		return nil, unreachable(c.c.Peer, c.c.Address, err.Error())
 	}
+	c.alive.Watch(raw) // until it is closed
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
 	conn, err := c.dialTunnel(ctx, raw, role)
 	if !stop() && err == nil {

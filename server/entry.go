@@ -8,9 +8,11 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/duri-io/duri/internal/alive"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/pgwire"
 )
@@ -22,6 +24,7 @@ type entry struct {
 	tls              *tls.Config // nil: PostgreSQL is not asked for TLS
 	logins           *logins     // by certificate; nil: there are none
 	log              *slog.Logger
+	alive            *alive.Watcher
 	changed          func() // it was opened or shut, or PostgreSQL refused a connection; must not block
 
 	mu    sync.Mutex // guards the rest
@@ -29,6 +32,13 @@ type entry struct {
 	conns map[*entered]struct{}
 	total int64
 }
+
+// Hosts that have vanished: how long nothing may come back from a server to which something was sent, and from a client. A client may
+// be behind a mobile network.
+const (
+	silentServer = 3 * time.Second
+	silentClient = 30 * time.Second
+)
 
 // entered is a connection to PostgreSQL, and what it is for.
 type entered struct {
@@ -42,7 +52,7 @@ func newEntry(dsn, database string, changed func(), log *slog.Logger) (*entry, e
 	if err != nil {
 		return nil, err
 	}
-	e := &entry{log: log, changed: changed, shut: "the agent has just started", conns: map[*entered]struct{}{}}
+	e := &entry{log: log, changed: changed, alive: alive.New(silentServer), shut: "the agent has just started", conns: map[*entered]struct{}{}}
 	e.network, e.address = pgconn.NetworkAddress(c.Host, c.Port)
 	if c.TLSConfig != nil && len(c.Fallbacks) == 0 { // sslmode demands it; "prefer" has a fallback without
 		e.tls = c.TLSConfig
@@ -115,8 +125,10 @@ func (e *entry) open(ctx context.Context, cut func(), secure func(context.Contex
 		}
 		return nil, nil, &hinted{"PostgreSQL cannot be reached: " + err.Error(), "see whether it runs"}
 	}
+	unwatch := e.alive.Watch(conn)
 	if secure != nil {
 		if conn, err = secure(ctx, conn); err != nil {
+			unwatch()
 			return nil, nil, err
 		}
 	}
@@ -129,10 +141,12 @@ func (e *entry) open(ctx context.Context, cut func(), secure func(context.Contex
 	}
 	e.mu.Unlock()
 	if why != "" {
+		unwatch()
 		_ = conn.Close()
 		return nil, nil, shutError(why)
 	}
 	return conn, func() {
+		unwatch()
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		delete(e.conns, c)

@@ -2,7 +2,9 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math"
 	"os"
@@ -18,10 +20,12 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/internal/faultnet"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pgcluster"
 	"github.com/duri-io/duri/internal/pgtest"
 	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/pgwire"
 )
 
 // newTestHost is the host of a site without a register and without replication, whose connection to PostgreSQL counts as old.
@@ -364,6 +368,35 @@ func TestEntryCutsWhatIsUnderWay(t *testing.T) {
 			t.Fatalf("%d connections are left", n)
 		}
 	}
+}
+
+// TestEntryNoticesAHostThatVanishes: of PostgreSQL, while it is asked for something.
+func TestEntryNoticesAHostThatVanishes(t *testing.T) {
+	c := pgtest.New(t)
+	e, err := newEntry(c.DSN("", c.Superuser()), "postgres", func() {}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.network, e.address = "tcp", fmt.Sprintf("127.0.0.1:%d", c.Port())
+	e.Open()
+	conn, release, err := e.dial(t.Context(), false, func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	defer conn.Close()
+	if err := faultnet.Vanish(conn); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	if _, err := conn.Write(pgwire.AppendSSLRequest(nil)); err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.SetReadDeadline(begun.Add(time.Minute))
+	if n, err := conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	t.Logf("noticed after %v", time.Since(begun))
 }
 
 // TestFlightsBeginAfterTheyAreAskedFor: many share an answer, but never one whose question was put before they came.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
+	"github.com/duri-io/duri/internal/alive"
 	"github.com/duri-io/duri/internal/pg"
 	"github.com/duri-io/duri/internal/pki"
 )
@@ -96,8 +97,13 @@ func (a *Agent) newDoor() (err error) {
 			return err
 		}
 		network, address := pgconn.NetworkAddress(c.Host, c.Port)
+		servers := alive.New(silentServer)
 		a.door = gateway.NewDoor(func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, network, address)
+			conn, err := new(net.Dialer).DialContext(ctx, network, address)
+			if err == nil {
+				servers.Watch(conn) // until it is closed
+			}
+			return conn, err
 		}, a.log)
 		return nil
 	}
@@ -119,7 +125,9 @@ func (a *Agent) newDoor() (err error) {
 // newGateway makes the server for clients.
 func newGateway(cfg *config.Config, s *sites, log *slog.Logger, more func(*gateway.Config)) (*gateway.Server, error) {
 	c := cfg.Gateway
-	g := gateway.Config{Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, DialAs: s.dialAs, Log: log}
+	g := gateway.Config{
+		Router: s, Verifiers: s, Sites: s, Standby: Slot, Dial: s.dial, DialAs: s.dialAs, Watch: alive.New(silentClient).Watch, Log: log,
+	}
 	if c.Mode == config.GatewayTransaction {
 		g.Mode = gateway.TransactionMode
 		if c.RoutesReads() {

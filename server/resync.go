@@ -298,7 +298,7 @@ func (p *peer) mend(ctx context.Context, in *incoming, g catalog.Gap) error {
 		},
 	}
 	if rows != nil {
-		o.Only, o.Rounds = rows.choose, 2 // what is still written then is held still
+		o.Only, o.Rounds, o.MaxRows = rows.choose, 2, 100_000 // what is still written then is held still
 	}
 	begun := time.Now()
 	here := &keptSide{side: side{p.n.db, p.n}, gap: g.ID, refused: refused, count: p.countMended}

@@ -306,19 +306,21 @@ func (m *mender) write(ctx context.Context, version wal.Version, index []int) ([
 	if _, err := pg.Rows(ctx, m.conn, "BEGIN ISOLATION LEVEL READ COMMITTED"); err != nil {
 		return nil, err
 	}
+	var whys []string
+	var err error
+	if len(m.v.key) > 0 {
+		whys, err = m.rows(ctx, index)
+	} else {
+		whys, err = m.heap(ctx, index)
+	}
+	if err != nil {
+		return nil, err
+	}
 	outcomes := make([]Outcome, len(index))
-	for n, i := range index {
-		one := m.row
-		if len(m.v.key) == 0 {
-			one = m.copies
-		}
-		why, err := one(ctx, m.fixes[i])
-		if err != nil {
-			return nil, err
-		}
+	for n, why := range whys {
 		outcomes[n] = Outcome{Done: why == "", Why: why}
 	}
-	_, err := pg.Query(ctx, m.conn, "SELECT pg_replication_origin_xact_setup('0/1', $1::timestamptz)", version.Time.String())
+	_, err = pg.Query(ctx, m.conn, "SELECT pg_replication_origin_xact_setup('0/1', $1::timestamptz)", version.Time.String())
 	if err != nil {
 		return nil, err
 	}
@@ -338,31 +340,99 @@ func (m *mender) exec(ctx context.Context, q *query) (*pgconn.Result, error) {
 	return res, res.Err
 }
 
-// row mends a row of a table with a key; it tells why it does not.
-func (m *mender) row(ctx context.Context, f Fix) (why string, err error) {
-	if len(f.Key) != len(m.v.key) || f.Image != nil && len(f.Image) != len(m.v.columns) {
-		return "the request does not fit the table", nil
+// heap mends rows of a table without a key; it tells of each why it does not.
+func (m *mender) heap(ctx context.Context, index []int) (whys []string, err error) {
+	whys = make([]string, len(index))
+	for n, i := range index {
+		if whys[n], err = m.copies(ctx, m.fixes[i]); err != nil {
+			return nil, err
+		}
 	}
-	lock := &query{}
-	lock.printf("SELECT lpad(to_hex(%s), 16, '0') FROM %s WHERE %s", m.rowHash, m.v.from(), m.v.where())
-	m.v.is(lock, f.Key)
-	lock.printf(" FOR UPDATE OF t")
-	res, err := m.exec(ctx, lock)
+	return whys, nil
+}
+
+// rows mends rows of a table with a key; it tells of each why it does not. They are locked together, and those that are to go go
+// together: ghosts may be many.
+func (m *mender) rows(ctx context.Context, index []int) (whys []string, err error) {
+	whys = make([]string, len(index))
+	fits := func(f Fix) bool {
+		return len(f.Key) == len(m.v.key) && (f.Image == nil || len(f.Image) == len(m.v.columns))
+	}
+	var keys []Key
+	for _, i := range index {
+		if f := m.fixes[i]; fits(f) {
+			keys = append(keys, f.Key)
+		}
+	}
+	here, err := m.lock(ctx, keys)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	here := ""
-	if len(res.Rows) > 0 {
-		here = string(res.Rows[0][0])
+	var gone []Key
+	var puts []int // of index
+	for n, i := range index {
+		f := m.fixes[i]
+		switch {
+		case !fits(f):
+			whys[n] = "the request does not fit the table"
+		case here[f.Key.id()] != f.Hash:
+			whys[n] = whyChanged
+		case f.Image == nil:
+			gone = append(gone, f.Key)
+		default:
+			puts = append(puts, n)
+		}
 	}
-	if here != f.Hash || len(res.Rows) > 1 {
-		return whyChanged, nil
+	if len(gone) > 0 { // first, as others may need their unique values
+		q := &query{}
+		q.printf("DELETE FROM %s WHERE %s", m.v.from(), m.v.where())
+		m.v.among(q, gone)
+		res, err := m.exec(ctx, q)
+		if err == nil && res.CommandTag.RowsAffected() != int64(len(gone)) {
+			err = errChanged // they are looked at one by one then
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
+	for _, n := range puts {
+		if whys[n], err = m.put(ctx, m.fixes[index[n]]); err != nil {
+			return nil, err
+		}
+	}
+	return whys, nil
+}
+
+// lock locks the rows with these keys, and gives their hashes by key.
+func (m *mender) lock(ctx context.Context, keys []Key) (map[string]string, error) {
+	q := &query{}
+	q.printf("SELECT %s, lpad(to_hex(%s), 16, '0') FROM %s WHERE %s", m.v.keyList(), m.rowHash, m.v.from(), m.v.where())
+	m.v.among(q, keys)
+	q.printf(" FOR UPDATE OF t")
+	res, err := m.exec(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	here := map[string]string{}
+	for _, r := range res.Rows {
+		n := len(m.v.key)
+		id := keyOf(r[:n]).id()
+		if _, twice := here[id]; twice {
+			return nil, errChanged // a key that is not unique here
+		}
+		here[id] = string(r[n])
+	}
+	return here, nil
+}
+
+// put writes a row that is locked, or absent; it tells why it does not.
+func (m *mender) put(ctx context.Context, f Fix) (why string, err error) {
 	q := m.v.mendSQL(f)
 	if q == nil {
 		return "only generated columns differ: make their definitions equal", nil
 	}
-	if res, err = m.exec(ctx, q); err == nil && res.CommandTag.RowsAffected() != 1 {
+	res, err := m.exec(ctx, q)
+	if err == nil && res.CommandTag.RowsAffected() != 1 {
 		return whyChanged, nil
 	}
 	return "", err
@@ -375,30 +445,26 @@ func (v *view) is(q *query, key Key) {
 	}
 }
 
-// mendSQL writes the statement that makes a row what a fix says; nil: there is nothing to write. Parameters have no type,
+// mendSQL writes the statement that makes a row what a fix with an image says; nil: there is nothing to write. Parameters have no type,
 // so that PostgreSQL reads each as its column's. The key's columns keep their values where the row exists.
 func (v *view) mendSQL(f Fix) *query {
 	q := &query{}
-	switch {
-	case f.Image == nil:
-		q.printf("DELETE FROM %s WHERE %s", v.from(), v.where())
-		v.is(q, f.Key)
-	case f.Hash == "":
+	if f.Hash == "" {
 		v.insert(q, f.Image)
-	default:
-		var set []string
-		for i, c := range v.asked {
-			inKey := slices.ContainsFunc(v.key, func(k keyColumn) bool { return k.Name == c.Name })
-			if !inKey && !slices.Contains(v.Computed, c.Name) {
-				set = append(set, pg.QuoteIdent(c.Name)+" = "+q.value(f.Image[i]))
-			}
-		}
-		if len(set) == 0 {
-			return nil
-		}
-		q.printf("UPDATE %s SET %s WHERE %s", v.from(), strings.Join(set, ", "), v.where())
-		v.is(q, f.Key)
+		return q
 	}
+	var set []string
+	for i, c := range v.asked {
+		inKey := slices.ContainsFunc(v.key, func(k keyColumn) bool { return k.Name == c.Name })
+		if !inKey && !slices.Contains(v.Computed, c.Name) {
+			set = append(set, pg.QuoteIdent(c.Name)+" = "+q.value(f.Image[i]))
+		}
+	}
+	if len(set) == 0 {
+		return nil
+	}
+	q.printf("UPDATE %s SET %s WHERE %s", v.from(), strings.Join(set, ", "), v.where())
+	v.is(q, f.Key)
 	return q
 }
 

@@ -187,9 +187,9 @@ func (p *repairer) table(ctx context.Context, c *comparison, all []Difference) e
 	if len(all) == 0 {
 		return nil
 	}
-	const portionBytes = 2 << 20
+	const portionBytes, portionRows = 2 << 20, 2000
 	bytes := max(c.a.Bytes, c.b.Bytes) / max(1, c.rows())
-	size := int(max(1, min(mendRows, portionBytes/max(1, bytes))))
+	size := int(max(1, min(portionRows, portionBytes/max(1, bytes))))
 	if len(c.t.Key) == 0 {
 		for some := range slices.Chunk(all, size) {
 			if err := p.keyless(ctx, c, some); err != nil {

@@ -36,6 +36,8 @@ type Options struct {
 	Rearm    time.Duration
 	// Gateway lets the clients go through gateways that run alone, one beside the clients of each site.
 	Gateway bool
+	// Reads, with Gateway, lets these send reads to all sites, and the clients read what they have written.
+	Reads bool
 	// Slow ends the campaign, with a picture of all processes at that moment, when a client waits for longer; 0: none does.
 	Slow time.Duration
 	Out  io.Writer
@@ -63,6 +65,9 @@ type Result struct {
 	Rounds                 []Round
 	Acked, Refused, Unsure int
 	Codes                  map[string]int // with Options.Gateway: the errors that clients saw
+	// With Options.Reads: reads of own rows, those of them and of all others that went to another site than the home, and transactions that
+	// were delayed.
+	Reads, Away, Slowed int
 }
 
 // Failed reports whether a round had a violation.
@@ -128,6 +133,11 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	}
 	for _, s := range p.Sites {
 		c.dsns = append(c.dsns, fmt.Sprintf("postgres://%s:%s@%s/%s?sslmode=disable", role, secret, s.Door, s.Database))
+	}
+	if o.Reads {
+		if err := addReads(p); err != nil {
+			return res, err
+		}
 	}
 	if o.Gateway {
 		if c.dsns, c.gateways, err = startGateways(ready, p); err != nil {
@@ -269,7 +279,7 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 	for at, s := range c.p.Sites {
 		for i := range c.o.Clients {
 			cl := &client{
-				gateway: c.o.Gateway, dsn: c.dsns[at],
+				gateway: c.o.Gateway, dsn: c.dsns[at], reads: c.o.Reads, oks: map[int]bool{},
 				site: s.Name, name: fmt.Sprintf("%d-%d", n, i), l: c.l, filler: filler, pause: time.Duration(1+c.rng.IntN(10)) * time.Millisecond,
 			}
 			clients = append(clients, cl)
@@ -296,6 +306,7 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 		r.Waits = longestWaits(c.l.all()[first:], at)
 		for _, cl := range clients {
 			r.Again += cl.seen.again
+			c.res.Reads += cl.look.n
 			for code, n := range cl.seen.codes {
 				c.res.Codes[code] += n
 			}
@@ -323,6 +334,11 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 			c.res.Refused++
 		case unknown, open:
 			c.res.Unsure++
+		}
+	}
+	if c.o.Reads {
+		if c.res.Away, c.res.Slowed, err = countReads(wait, c.gateways); err != nil {
+			return r, err
 		}
 	}
 	r.Violations = append(judge(all, names, sites), unfit(clients, r.faults())...)
@@ -474,6 +490,9 @@ func (r *Result) Report() string {
 		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s |\n", k, len(d), at(0.5), at(0.99), d[len(d)-1].Round(time.Millisecond))
 	}
 	b.WriteString(r.reportGateways(kinds))
+	if r.Reads > 0 {
+		fmt.Fprintf(&b, "\n%d reads of what the client had written before, %d reads away from home, %d transactions delayed\n", r.Reads, r.Away, r.Slowed)
+	}
 	return b.String()
 }
 

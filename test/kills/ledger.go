@@ -89,6 +89,9 @@ type client struct {
 	n               int
 	warned          bool // the server has said that the transaction may not be where it should
 	gateway         bool // it goes through one, and keeps its connection
+	reads           bool // and reads what it has written, wherever the gateway lets it
+	look            lookback
+	oks             map[int]bool // its transactions that were acknowledged
 	seen            notices
 }
 
@@ -110,9 +113,13 @@ func (c *client) run(ctx context.Context) {
 				sleep(ctx, 20*time.Millisecond)
 				continue
 			}
-			conn = next
+			conn, c.look = next, lookback{n: c.look.n}
 		}
-		if err := c.one(conn); err != nil {
+		err := c.one(conn)
+		if err == nil {
+			err = c.readOwn(ctx, conn)
+		}
+		if err != nil {
 			pg.Close(conn)
 			conn = nil
 		}
@@ -158,6 +165,9 @@ func (c *client) one(conn *pgconn.PgConn) error {
 		return nil
 	case err == nil && len(res) == 1 && res[0].CommandTag.String() == "COMMIT":
 		c.l.end(i, acked)
+		if c.reads {
+			c.oks[c.n], c.look.told = true, c.n
+		}
 		return nil
 	case err == nil: // ROLLBACK: an error before, of which we were told
 		c.l.end(i, refused)

@@ -47,6 +47,29 @@ func TestOnlyErrorsOfTheContractEndASession(t *testing.T) {
 	}
 }
 
+// TestASessionThatSeesLessIsNoticed: than it was told, or has seen of what was acknowledged.
+func TestASessionThatSeesLessIsNoticed(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		told, saw  int
+		last       int
+		wrong      string
+		sawnWanted int
+	}{
+		{"what it was told", 5, 0, 5, "", 5},
+		{"more: one without an answer that was committed", 5, 0, 6, "", 0},
+		{"less than it was told", 5, 0, 4, "told of transaction 5", 0},
+		{"less than it has seen", 0, 5, 4, "has seen transaction 5", 5},
+		{"nothing yet", 0, 0, 0, "", 0},
+	} {
+		b := lookback{told: c.told, saw: c.saw}
+		got := b.check(c.last, func(seq int) bool { return seq == 5 })
+		if (got == "") != (c.wrong == "") || !strings.Contains(got, c.wrong) || b.saw != c.sawnWanted || b.n != 1 {
+			t.Errorf("%s: %q, %+v", c.name, got, b)
+		}
+	}
+}
+
 func TestLongestWaitIsFromTheFirstAttemptToTheAnswer(t *testing.T) {
 	t0 := time.Unix(1000, 0)
 	at := func(client string, begun, ended int, o outcome) attempt {

@@ -37,11 +37,16 @@ func main() {
 	flag.StringVar(&faults, "faults", "", "kinds of faults to choose from, separated by commas; default all: "+strings.Join(kills.Kinds(), ", "))
 	flag.Float64Var(&o.Twice, "twice", 0.1, "share of rounds in which a second fault comes while the first one is being repaired")
 	flag.BoolVar(&o.Gateway, "gateway", false, "clients go through gateways that run alone, and keep their connections")
+	flag.BoolVar(&o.Reads, "reads", false, "with -gateway: reads go to all sites, writers are delayed when one does not keep up, and clients read what they have written")
 	flag.DurationVar(&o.Slow, "slow", 0, "end, and keep what all processes are doing, when a client waits for longer than this; 0: never")
 	flag.BoolVar(&o.Keep, "keep", true, "keep everything on disk when a round fails")
 	flag.Parse()
 	if faults != "" {
 		o.Faults = strings.Split(faults, ",")
+	}
+	if o.Reads && !o.Gateway {
+		fmt.Fprintln(os.Stderr, "prove kills: -reads goes with -gateway")
+		os.Exit(2)
 	}
 	o.Sites = []string{"a", "b", "c", "d", "e"}[:min(max(sites, 2), 5)]
 	o.Out = os.Stdout

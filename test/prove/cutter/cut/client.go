@@ -32,6 +32,11 @@ func connect(ctx context.Context, addr string, keys *scram.Keys, application str
 	if err != nil {
 		return nil, err
 	}
+	return begin(ctx, conn, keys, application)
+}
+
+// begin logs in over a connection.
+func begin(ctx context.Context, conn net.Conn, keys *scram.Keys, application string) (*client, error) {
 	c := &client{conn: conn, r: pgwire.NewReader(conn), params: map[string]string{}, plain: strings.NewReplacer(application, plainName)}
 	deadline, _ := ctx.Deadline()
 	_ = conn.SetDeadline(deadline)

@@ -31,6 +31,7 @@ type Options struct {
 	Seed    uint64
 	Cases   int    // how many cases to choose by the seed; 0: all
 	Only    string // the names of cases to run, separated by commas, or of a script, instead of all
+	Logins  bool   // only cases that cut a login
 	Workers int    // default 4
 	// Sites lets the gateway ask what became of transactions; without, each loss may end a session.
 	Sites bool
@@ -50,7 +51,17 @@ type Place string
 const (
 	AtServer Place = "server" // between gateway and server
 	AtClient Place = "client" // between client and gateway
+	// The same, at messages of logins.
+	LoginAtServer Place = "server-login"
+	LoginAtClient Place = "client-login"
+	LoginByTLS    Place = "client-tls" // at records of TLS
 )
+
+// front reports that it is the connection of the client.
+func (p Place) front() bool { return p == AtClient || p == LoginAtClient || p == LoginByTLS }
+
+// login reports that it is cut at messages of logins.
+func (p Place) login() bool { return p == LoginAtServer || p == LoginAtClient || p == LoginByTLS }
 
 // Case is one cut of one script.
 type Case struct {
@@ -187,7 +198,7 @@ func (r *run) all(ctx context.Context) error {
 	}
 	var whole []Case
 	for _, name := range sorted(r.scripts) {
-		if r.o.Only == "" || r.o.Only == name {
+		if (r.o.Only == "" || r.o.Only == name) && (!r.o.Logins || slices.Contains(inLogins, name)) {
 			for _, how := range []Routing{Sticky, Alternate} {
 				whole = append(whole, Case{Script: name, Routing: how, Place: AtServer, Kind: None})
 			}
@@ -200,9 +211,16 @@ func (r *run) all(ctx context.Context) error {
 	var cases []Case
 	err := r.each(ctx, whole, func(ctx context.Context, b *bench, c Case) error {
 		counts, err := r.whole(ctx, b, c)
+		var more []Case
+		if err == nil {
+			more, err = r.logins(ctx, b, c)
+		}
 		mu.Lock()
 		defer mu.Unlock()
-		cases = append(cases, r.cuts(c, counts)...)
+		if !r.o.Logins {
+			more = append(more, r.cuts(c, counts)...)
+		}
+		cases = append(cases, more...)
 		return err
 	})
 	if err != nil {
@@ -337,14 +355,18 @@ func (r *run) whole(ctx context.Context, b *bench, c Case) (counts map[Place][2]
 
 // begin makes a bench ready for a case; it gives the number of the client.
 func (b *bench) begin(ctx context.Context, c Case) (number string, err error) {
-	back, front := plan{kind: None}, plan{c.Dir, c.K, c.Kind}
-	if c.Place == AtServer {
-		back, front = front, back
+	none, cut := b.wire, b.front.wire
+	if !c.Place.front() {
+		none, cut = cut, none
 	}
 	b.router.next(c.Routing)
 	b.front.refuse.Store(false)
-	b.wire.begin(back)
-	b.front.wire.begin(front)
+	none.begin(plan{kind: None})
+	if p := (plan{c.Dir, c.K, c.Kind}); c.Place.login() {
+		cut.beginLogin(p, c.Place == LoginByTLS)
+	} else {
+		cut.begin(p)
+	}
 	number = b.p.number()
 	return number, b.seed(ctx, number)
 }
@@ -356,6 +378,9 @@ func (b *bench) release() {
 
 // one runs a case and judges it.
 func (r *run) one(ctx context.Context, b *bench, c Case) error {
+	if c.Place.login() {
+		return r.oneLogin(ctx, b, c)
+	}
 	s := r.scripts[c.Script]
 	var base *expectation
 	var err error

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -58,6 +59,39 @@ func TestSessionsOutliveTheirServers(t *testing.T) {
 	sound(t, start(t, Options{Cases: 200, Sites: true}))
 }
 
+// TestLoginsAreCut is the short form of `make prove CASE=cutter ARGS=-logins`.
+func TestLoginsAreCut(t *testing.T) {
+	sound(t, start(t, Options{Cases: 120, Sites: true, Logins: true}))
+}
+
+// TestErrorsOfLogins: what a client may be told that did not come in.
+func TestErrorsOfLogins(t *testing.T) {
+	fatal := func(code string) error { return &pgwire.Error{Severity: "FATAL", Code: code} }
+	for _, c := range []struct {
+		place   Place
+		err     error
+		ledger  []int
+		outcome string
+		wrong   int
+	}{
+		{LoginAtServer, fatal("57P03"), nil, "57P03", 0},
+		{LoginAtServer, fatal("08006"), nil, "08006", 0},
+		{LoginAtServer, fatal("57P03"), []int{1}, gone, 1},
+		{LoginAtServer, fatal("08P01"), nil, gone, 1},
+		{LoginAtServer, fatal("28P01"), nil, gone, 1},
+		{LoginAtServer, &pgwire.Error{Severity: "ERROR", Code: "57P03"}, nil, gone, 1},
+		{LoginAtServer, io.EOF, nil, gone, 1},
+		{LoginAtClient, io.EOF, nil, gone, 0},
+		{LoginByTLS, fatal("08P01"), nil, gone, 1},
+	} {
+		var v verdict
+		v.refused(Case{Place: c.place}, fmt.Errorf("log in: %w", c.err), c.ledger)
+		if v.outcome != c.outcome || len(v.wrong) != c.wrong {
+			t.Errorf("%+v: %+v", c, v)
+		}
+	}
+}
+
 // TestWhatTheCutterFound are cases in which the gateway once lied, hung or left something behind. The numbers of messages follow from
 // what the gateway sends of its own, so that they may come to mean something else; they stay cases of their scripts.
 func TestWhatTheCutterFound(t *testing.T) {
@@ -103,6 +137,8 @@ func TestMutantsAreNoticed(t *testing.T) {
 		{"what was committed is said not to be", Options{Lie: AllAborted, Sites: true, Only: "write-simple"}, "the ledger has"},
 		{"what was not committed is said to be", Options{Lie: AllCommitted, Sites: true, Only: "block-simple"}, "the ledger has"},
 		{"what runs yet is said to have aborted", Options{Lie: TooSoon, Sites: true, Only: "write-simple"}, "the ledger has"},
+		{"a login is waited for for ever", Options{Lie: Patient, Sites: true, Only: "read-simple/sticky/server-login/to-client/3/stall"}, "too long"},
+		{"a place of a pool is lost", Options{Lie: Leaky, Sites: true, Only: "read-simple/sticky/server-login/to-client/3/reset-before"}, "afterwards"},
 		{"backends are not ended", Options{Lie: NoEnd, Sites: true, Only: "block-read", Cases: 60}, "left at the server"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -21,7 +21,7 @@ const (
 )
 
 // outcomes in the order of the table.
-var outcomes = []string{uncut, failed, unknown, pinned, shutdown, gone, other}
+var outcomes = []string{uncut, failed, unknown, pinned, shutdown, noSite, gone, other}
 
 // contract is what is right for a client when a connection is cut.
 type contract struct {

@@ -208,6 +208,8 @@ const (
 	AllCommitted Lie = "all-committed" // and the other way round
 	NoEnd        Lie = "no-end"        // the old backend lives on
 	TooSoon      Lie = "too-soon"      // a transaction that runs yet is said to have aborted
+	Patient      Lie = "patient"       // not of the sites: the gateway waits for ever
+	Leaky        Lie = "leaky"         // nor this: a place of each pool cannot be had
 )
 
 func (s *sites) ask(ctx context.Context, sql string, args ...string) (string, error) {
@@ -356,10 +358,20 @@ func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *benc
 		b.sites = &sites{p: p, note: b.wire.note, admin: conn, lies: lies}
 	}
 	cfg := gateway.Config{
-		Mode: gateway.TransactionMode, Router: b.router, Verifiers: p, Log: slog.New(logger{w: b.wire}), HoldMax: 5 * time.Second,
+		Mode: gateway.TransactionMode, Router: b.router, Verifiers: p, Log: slog.New(logger{w: b.wire}), HoldMax: holdMax, LoginMax: loginMax,
+		PoolMax: poolMax,
+	}
+	if cfg.TLS, err = selfSigned(); err != nil {
+		return nil, err
 	}
 	if withSites {
 		cfg.Sites = b.sites
+	}
+	switch lies {
+	case Patient:
+		cfg.HoldMax, cfg.LoginMax = caseMax, caseMax
+	case Leaky:
+		cfg.PoolMax--
 	}
 	if b.gateway, err = gateway.NewServer(cfg); err != nil {
 		return nil, err

@@ -1,6 +1,8 @@
 package cut
 
 import (
+	"bufio"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -39,6 +41,7 @@ const (
 	Mute         Kind = "mute"             // nothing comes from the server any more, and all goes to it
 	Lost         Kind = "lost"             // the near end is reset; the server does not hear of it
 	Late         Kind = "late"             // the same, and the message, with those behind it, reaches the server when all is over
+	Stall        Kind = "stall"            // silence that nobody resets: who waits must give up by himself
 	Double       Kind = "double"           // not a cut: the message comes twice, which nothing may survive unnoticed
 	None         Kind = "none"             // nothing happens
 	SiteReset    Kind = "site-reset"       // reset-before, for all connections to the site, which then refuses new ones
@@ -62,6 +65,9 @@ var clientKinds = [2][]Kind{
 	ToServer: {ResetBefore, FinAfter, Half, Late},
 	ToClient: {ResetBefore, FinAfter, Mute},
 }
+
+// loginKinds are those for messages of a login. Where the site is reset, it is the server's only.
+var loginKinds = []Kind{ResetBefore, ResetAfter, FinBefore, FinAfter, Half, Stall, SiteReset, SiteResetEnd}
 
 // plan is where to cut: at the k-th message of a direction, counted over all connections of a wire.
 type plan struct {
@@ -100,6 +106,9 @@ type wire struct {
 	mu       sync.Mutex // guards the rest
 	counting bool
 	counts   [2]int
+	logins   [2][]int // which of them were a login's
+	entries  bool     // those of logins count as well
+	tls      bool     // a request for TLS is handed on, and each record counts as a message
 	plan     plan
 	struck   bool
 	trace    []event
@@ -118,6 +127,29 @@ func (w *wire) begin(p plan) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.counting, w.counts, w.plan, w.struck, w.trace, w.wounded = true, [2]int{}, p, false, nil, nil
+	w.logins, w.entries, w.tls = [2][]int{}, false, false
+}
+
+// beginLogin is begin, with the messages of logins, or with the records of TLS.
+func (w *wire) beginLogin(p plan, tls bool) {
+	w.begin(p)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.entries, w.tls = true, tls
+}
+
+// ofLogins are the numbers of the messages that were a login's.
+func (w *wire) ofLogins() [2][]int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return [2][]int{slices.Clone(w.logins[0]), slices.Clone(w.logins[1])}
+}
+
+// weighs reports whether a message of a link counts, in the relay's present plan.
+func (w *wire) weighs(l *link) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !l.other.Load() && (l.ready.Load() || w.entries)
 }
 
 // count is how many messages have come in each direction.
@@ -189,6 +221,9 @@ func (w *wire) weigh(l *link, dir Direction, what string) action {
 	defer w.mu.Unlock()
 	if w.counting {
 		w.counts[dir]++
+		if !l.ready.Load() {
+			w.logins[dir] = append(w.logins[dir], w.counts[dir])
+		}
 		w.trace = append(w.trace, event{time.Now(), l.name, dir, w.counts[dir], what})
 		if !w.struck && w.plan.kind != None && w.plan.dir == dir && w.plan.k == w.counts[dir] {
 			w.struck = true
@@ -235,6 +270,9 @@ func (w *wire) strike(l *link) action {
 	case Silence:
 		l.mode = [2]action{drop, drop}
 		w.expire(l)
+		return drop
+	case Stall:
+		l.mode = [2]action{drop, drop}
 		return drop
 	case Mute:
 		l.mode[ToClient] = drop
@@ -323,6 +361,8 @@ type link struct {
 	ready     atomic.Bool   // the login is over: messages count
 	other     atomic.Bool   // it is not a client's: they do not
 	done      chan struct{} // all has ended
+	begun     chan struct{} // closed when records is known
+	records   bool          // it is TLS
 
 	mode [2]action // of messages; guarded by wire.mu
 	held []byte    // what is to be late; of the goroutine to the server until it has ended
@@ -345,7 +385,7 @@ func (r *relay) serve(near *net.TCPConn) {
 		reset(near)
 		return
 	}
-	l := &link{wire: r.wire, relay: r, near: near, far: c.(*net.TCPConn), done: make(chan struct{}), sent: make(chan struct{})}
+	l := &link{wire: r.wire, relay: r, near: near, far: c.(*net.TCPConn), done: make(chan struct{}), begun: make(chan struct{}), sent: make(chan struct{})}
 	r.wire.mu.Lock()
 	r.wire.nextLink++
 	l.name = fmt.Sprintf("%s#%d", r.name, r.wire.nextLink)
@@ -370,7 +410,18 @@ func (r *relay) serve(near *net.TCPConn) {
 
 // toServer hands on what comes from the near end.
 func (l *link) toServer() {
+	begun := sync.OnceFunc(func() { close(l.begun) })
+	defer begun()
 	start, err := pgwire.ReadStartup(l.near)
+	if err == nil && start.Kind == pgwire.StartupSSL && l.wire.passesTLS() {
+		l.records = true
+		begun()
+		w := pgwire.NewWriter(l.far)
+		if request := pgwire.AppendSSLRequest(nil); l.put(w, request, l.wire.weigh(l, ToServer, "a request for TLS")) && w.Flush() == nil {
+			l.pumpRecords(ToServer, l.near, l.far)
+		}
+		return
+	}
 	for err == nil && (start.Kind == pgwire.StartupSSL || start.Kind == pgwire.StartupGSS) {
 		if _, err = l.near.Write([]byte{'N'}); err == nil {
 			start, err = pgwire.ReadStartup(l.near)
@@ -385,13 +436,78 @@ func (l *link) toServer() {
 	if start.Kind == pgwire.StartupCancel {
 		packet = pgwire.AppendCancel(nil, start.PID, start.Secret)
 	}
-	if _, err := l.far.Write(packet); err != nil {
-		return
+	begun()
+	act := pass
+	if start.Kind != pgwire.StartupCancel && l.wire.weighs(l) {
+		act = l.wire.weigh(l, ToServer, "the startup packet")
 	}
-	l.pump(ToServer, l.near, l.far)
+	if w := pgwire.NewWriter(l.far); l.put(w, packet, act) && w.Flush() == nil {
+		l.pump(ToServer, l.near, l.far)
+	}
 }
 
-func (l *link) toClient() { l.pump(ToClient, l.far, l.near) }
+func (l *link) toClient() {
+	<-l.begun // The server says nothing before.
+	if l.records {
+		l.pumpRecords(ToClient, l.far, l.near)
+		return
+	}
+	l.pump(ToClient, l.far, l.near)
+}
+
+func (w *wire) passesTLS() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.tls
+}
+
+// put does with bytes what was decided; false ends the direction.
+func (l *link) put(w *pgwire.Writer, m []byte, act action) bool {
+	switch act {
+	case drop:
+		return true
+	case strikeBefore:
+		return l.end(w)
+	case strikeHalf:
+		_ = w.Write(m[:len(m)/2])
+		return l.end(w)
+	case strikeAfter:
+		_ = w.Write(m)
+		return l.end(w)
+	}
+	_ = w.Write(m) // the flush tells
+	return true
+}
+
+// pumpRecords hands on records of TLS, which it cannot read, after the byte by which a server accepts it.
+func (l *link) pumpRecords(dir Direction, from, to *net.TCPConn) {
+	r, w := bufio.NewReader(from), pgwire.NewWriter(to)
+	for first := dir == ToClient; ; first = false {
+		m := make([]byte, 1, 5)
+		if !first {
+			m = m[:5] // type, version, length
+		}
+		_, err := io.ReadFull(r, m)
+		what := fmt.Sprintf("the answer %q", m)
+		if err == nil && !first {
+			n := len(m) + int(binary.BigEndian.Uint16(m[3:]))
+			m = append(m, make([]byte, n-len(m))...)
+			_, err = io.ReadFull(r, m[5:])
+			what = fmt.Sprintf("a record of type %d, %d bytes", m[0], n)
+		}
+		if err != nil {
+			l.ended(dir, to, err)
+			return
+		}
+		if !l.put(w, m, l.wire.weigh(l, dir, what)) {
+			return
+		}
+		if err := w.Flush(); err != nil {
+			l.ended(dir, to, err)
+			return
+		}
+	}
+}
 
 // anything is any message, of any length.
 var anything = func() pgwire.Limits {
@@ -413,14 +529,15 @@ func (l *link) pump(dir Direction, from, to *net.TCPConn) {
 			return
 		}
 		act := pass
-		if l.ready.Load() && !l.other.Load() {
+		if l.wire.weighs(l) {
 			head, err := r.Peek(min(r.Left(), 160))
 			if err != nil {
 				l.ended(dir, to, err)
 				return
 			}
 			act = l.wire.weigh(l, dir, describe(dir, typ, head))
-		} else if dir == ToClient && !l.ready.Load() {
+		}
+		if dir == ToClient && !l.ready.Load() {
 			if err := l.login(typ, r); err != nil {
 				l.ended(dir, to, err)
 				return
