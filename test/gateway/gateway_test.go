@@ -14,15 +14,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
-	"go.uber.org/goleak"
-
 	"github.com/duri-io/duri/internal/pair"
 	"github.com/duri-io/duri/server"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { pair.Main(m) }
 
 const schema = `CREATE TABLE t (client int, seq int, site text, PRIMARY KEY (client, seq))`
 
