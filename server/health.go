@@ -52,6 +52,13 @@ func (k *keeper) unfitness() string {
 // "gray failure").
 const probeEvery = 250 * time.Millisecond
 
+// suspectServer has the server looked at now: a connection to it has broken. k may be nil.
+func (k *keeper) suspectServer() {
+	if k != nil {
+		wake(k.suspect)
+	}
+}
+
 // watchServer keeps the health of this site's PostgreSQL.
 func (k *keeper) watchServer(ctx context.Context) {
 	s := &session{dsn: k.a.cfg.Postgres.DSN, database: k.a.nodes[0].database.Name, settings: map[string]string{
@@ -97,12 +104,16 @@ func (k *keeper) watchServer(ctx context.Context) {
 			k.stir()
 		}
 		every := probeEvery
-		if err != nil {
+		switch {
+		case err != nil && was.Down == 0:
+			every = 0 // Only a connection has broken: whether there will be another one is to be seen.
+		case err != nil:
 			every /= 5
 		}
 		select {
 		case <-ctx.Done():
 			return
+		case <-k.suspect:
 		case <-time.After(every):
 		}
 	}

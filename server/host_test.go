@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -400,59 +401,56 @@ func TestEntryNoticesAHostThatVanishes(t *testing.T) {
 
 // TestFlightsBeginAfterTheyAreAskedFor: many share an answer, but never one whose question was put before they came.
 func TestFlightsBeginAfterTheyAreAskedFor(t *testing.T) {
-	var f flights
-	begun := make(chan struct{})
-	goOn := make(chan struct{})
-	count := 0
-	ask := func(context.Context) (any, error) {
-		count++
-		n := count
-		begun <- struct{}{}
-		<-goOn
-		return n, nil
-	}
-	got := make(chan any, 8)
-	one := func() {
-		v, err := f.do(t.Context(), context.Background(), "x", ask)
-		if err != nil {
-			t.Error(err)
+	synctest.Test(t, func(t *testing.T) {
+		var f flights
+		begun := make(chan struct{})
+		goOn := make(chan struct{})
+		count := 0
+		ask := func(context.Context) (any, error) {
+			count++
+			n := count
+			begun <- struct{}{}
+			<-goOn
+			return n, nil
 		}
-		got <- v
-	}
-	go one()
-	<-begun
-	for range 5 {
+		got := make(chan any, 8)
+		one := func() {
+			v, err := f.do(t.Context(), context.Background(), "x", ask)
+			if err != nil {
+				t.Error(err)
+			}
+			got <- v
+		}
 		go one()
-	}
-	await(t, "the others wait", func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		return f.all["x"] != nil
-	})
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := f.do(ctx, context.Background(), "x", ask); err == nil {
-		t.Error("a caller that has gone gets an answer")
-	}
-	goOn <- struct{}{}
-	if v := <-got; v != 1 {
-		t.Errorf("the first got %v", v)
-	}
-	<-begun
-	goOn <- struct{}{}
-	for range 5 {
-		select {
-		case v := <-got:
-			if v != 2 && v != 3 {
-				t.Errorf("a later one got %v", v)
-			}
-		case <-begun: // who came when the second question was under way already
-			goOn <- struct{}{}
-			if v := <-got; v != 2 && v != 3 {
+		<-begun
+		for range 5 {
+			go one()
+		}
+		synctest.Wait() // They have come.
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := f.do(ctx, context.Background(), "x", ask); err == nil {
+			t.Error("a caller that has gone gets an answer")
+		}
+		goOn <- struct{}{}
+		if v := <-got; v != 1 {
+			t.Errorf("the first got %v", v)
+		}
+		<-begun
+		go one()
+		synctest.Wait() // It comes when the second question is under way already.
+		goOn <- struct{}{}
+		for range 5 {
+			if v := <-got; v != 2 {
 				t.Errorf("a later one got %v", v)
 			}
 		}
-	}
+		<-begun
+		goOn <- struct{}{}
+		if v := <-got; v != 3 {
+			t.Errorf("the last one got %v", v)
+		}
+	})
 }
 
 func TestDrainFile(t *testing.T) {

@@ -26,6 +26,8 @@ type keeper struct {
 	log   *slog.Logger
 	door  door          // nil: clients reach PostgreSQL some other way
 	wake  chan struct{} // something changed that Decide should know
+	// suspect: a connection to PostgreSQL here has broken.
+	suspect chan struct{}
 
 	filesMu sync.Mutex // held while files in data_dir are written or removed and what they say begins or ends; before mu
 
@@ -64,7 +66,7 @@ const decideEvery = 50 * time.Millisecond
 
 func newKeeper(a *Agent, store quorum.Store) *keeper {
 	return &keeper{
-		a: a, store: store, log: a.log, wake: make(chan struct{}, 1),
+		a: a, store: store, log: a.log, wake: make(chan struct{}, 1), suspect: make(chan struct{}, 1),
 		frozen: map[string]freeze{}, arming: map[string]map[*node]wal.LSN{}, owns: map[*node]wal.LSN{}, counts: map[*node]map[string]wal.LSN{},
 	}
 }

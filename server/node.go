@@ -358,6 +358,7 @@ func (n *node) captureLoop(ctx context.Context, c *captured) error {
 			n.mute.CompareAndSwap(nil, &now)
 			n.recover.Store(0) // what the server has committed until the next stream begins is not known
 			if pg.IsConnectionError(err) {
+				n.keeper.suspectServer()
 				n.known.Store(false) // it may be another server that comes back
 			}
 			n.keeper.stir()

@@ -407,36 +407,23 @@ func (p *peer) mendedAll(ctx context.Context, in *incoming, g catalog.Gap) error
 	return p.n.emit(ctx, "gap") // so that the peer hears of it soon
 }
 
-// noneParked makes sure that no row is hidden at either site: such a row is not compared. What was parked at the peer until now
-// is in its next count.
+// noneParked makes sure that no row is hidden at either site: such a row is not compared.
 func (p *peer) noneParked(ctx context.Context) error {
-	began, _, err := p.statusThere(ctx)
+	there, err := p.remote().Parked(ctx)
 	if err != nil {
 		return err
 	}
-	for {
-		_, there, err := p.statusThere(ctx)
-		if err == nil && there.ParkedAt.After(began) {
-			err = p.n.countParked(ctx)
-		}
-		if err != nil {
-			return err
-		}
-		if here := p.n.status().Parked; there.ParkedAt.After(began) && there.Parked+here > 0 {
-			return &hinted{
-				fmt.Sprintf("all rows that are visible are equal, but %d here and %d at %s are hidden because of a unique value, and these are not compared", here, there.Parked, p.site.Name),
-				"they are in duri.parked: give the rows that hide them other values, or delete them; it goes on by itself then",
-			}
-		}
-		if there.ParkedAt.After(began) {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(mendEvery):
+	here, err := side{p.n.db, p.n}.Parked(ctx)
+	if err != nil {
+		return err
+	}
+	if there+here > 0 {
+		return &hinted{
+			fmt.Sprintf("all rows that are visible are equal, but %d here and %d at %s are hidden because of a unique value, and these are not compared", here, there, p.site.Name),
+			"they are in duri.parked: give the rows that hide them other values, or delete them; it goes on by itself then",
 		}
 	}
+	return nil
 }
 
 // countMended changes the counts of the gap that this site repairs.

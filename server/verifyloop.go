@@ -27,6 +27,7 @@ type side struct {
 var (
 	_ verify.Mender  = side{}
 	_ verify.Settler = side{}
+	_ verify.Parker  = side{}
 )
 
 // newDB gives what compares and mends a node's database.
@@ -66,6 +67,12 @@ func (s side) Mark(ctx context.Context) ([]wal.Seen, error) {
 		marks = append(marks, wal.Seen{Site: p.site.ID, LSN: p.applied()})
 	}
 	return marks, nil
+}
+
+// Parked is verify.Parker.Parked: of now.
+func (s side) Parked(ctx context.Context) (int, error) {
+	err := s.n.countParked(ctx)
+	return s.n.status().Parked, err
 }
 
 // reachEvery is how often Reach looks at the workers, in memory.

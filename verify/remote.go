@@ -11,7 +11,7 @@ import (
 
 // request is what a Remote sends. Fields that Op does not need are empty.
 type request struct {
-	Op    string     `json:"op"` // tables, bounds, hash, rows; mark, reach; versions, mend; hold, release
+	Op    string     `json:"op"` // tables, bounds, hash, rows; mark, reach; parked; versions, mend; hold, release
 	Table *Table     `json:"table,omitempty"`
 	Range *Range     `json:"range,omitempty"`
 	N     int        `json:"n,omitempty"` // rows of Bounds, limit of Hash and Rows
@@ -32,6 +32,7 @@ type reply struct {
 	Versions []VersionedRow `json:"versions,omitempty"`
 	Outcomes []Outcome      `json:"outcomes,omitempty"`
 	Hold     string         `json:"hold,omitempty"` // by what it is released
+	Parked   int            `json:"parked,omitempty"`
 }
 
 // replyError carries an error with its hint. Table is set for a *TableError.

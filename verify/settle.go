@@ -69,6 +69,17 @@ func (r *Remote) Reach(ctx context.Context, marks []wal.Seen) error {
 	return err
 }
 
+// Parker is a site that knows how many of its rows are hidden (duri.parked), and so not compared.
+type Parker interface {
+	Parked(ctx context.Context) (int, error)
+}
+
+// Parked is Parker.Parked, asked of the site's agent.
+func (r *Remote) Parked(ctx context.Context) (int, error) {
+	rep, err := r.do(ctx, request{Op: "parked"})
+	return rep.Parked, err
+}
+
 // Versions is Mender.Versions, asked of the site's agent.
 func (r *Remote) Versions(ctx context.Context, t Table, rg Range) ([]VersionedRow, error) {
 	rep, err := r.do(ctx, request{Op: "versions", Table: &t, Range: &rg, N: max(1, len(rg.Keys))})
@@ -94,6 +105,10 @@ func serveMore(ctx context.Context, s Side, req request) (rep reply, err error) 
 		case "reach":
 			return rep, settler.Reach(ctx, req.Marks)
 		}
+	}
+	if p, ok := s.(Parker); ok && req.Op == "parked" {
+		rep.Parked, err = p.Parked(ctx)
+		return rep, err
 	}
 	if lender, ok := s.(interface {
 		hold(ctx context.Context, t Table, keys []Key) (string, error)
