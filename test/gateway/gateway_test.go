@@ -14,10 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/duri-io/duri/internal/pair"
-	"github.com/duri-io/duri/server"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/duri-io/duri/internal/pair"
+	"github.com/duri-io/duri/server"
 )
 
 func TestMain(m *testing.M) { pair.Main(m) }
