@@ -13,13 +13,11 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/duri-io/duri/internal/pair"
 	"github.com/duri-io/duri/internal/pgcluster"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { pair.Main(m) }
 
 // schema has what is given back in different ways: rows with a key, a table without one, values out of line, a key that
 // changes, a sum that merges.

@@ -16,13 +16,12 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"go.uber.org/goleak"
 
 	"github.com/duri-io/duri/internal/pair"
 	"github.com/duri-io/duri/server"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { pair.Main(m) }
 
 const schema = `CREATE TABLE t (client int, seq int, site text, PRIMARY KEY (client, seq))`
 

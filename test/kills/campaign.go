@@ -56,6 +56,7 @@ type Round struct {
 	// Waits are, with Options.Gateway, the longest time of each client from the fault on until a transaction was acknowledged.
 	Waits      []time.Duration
 	Again      int // with Options.Gateway: transactions that were rolled back with 40001
+	Away       int // with Options.Reads: reads that went to another site than the home
 	Violations []string
 }
 
@@ -241,6 +242,9 @@ func (r Round) String() string {
 	if len(r.Waits) > 0 {
 		lines[0] += fmt.Sprintf("; clients waited up to %s, %d transactions were rolled back", r.Waits[len(r.Waits)-1].Round(time.Millisecond), r.Again)
 	}
+	if r.Away != 0 {
+		lines[0] += fmt.Sprintf(", %d reads went away from home", r.Away)
+	}
 	for _, v := range r.Violations {
 		lines = append(lines, "  VIOLATION: "+v)
 	}
@@ -337,9 +341,11 @@ func (c *campaign) round(ctx context.Context, n int) (r Round, err error) {
 		}
 	}
 	if c.o.Reads {
+		before := c.res.Away
 		if c.res.Away, c.res.Slowed, err = countReads(wait, c.gateways); err != nil {
 			return r, err
 		}
+		r.Away = c.res.Away - before
 	}
 	r.Violations = append(judge(all, names, sites), unfit(clients, r.faults())...)
 	if r.Kind == takeOver && r.Again > 0 {

@@ -10,12 +10,11 @@ import (
 	"github.com/duri-io/duri/internal/pair"
 )
 
+func TestMain(m *testing.M) { pair.Main(m) }
+
 // TestTwentyRounds is the short form of `make prove CASE=kills`.
 func TestTwentyRounds(t *testing.T) {
-	binary, err := pair.Build(t.Context(), t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	binary := pair.Built(t)
 	var out bytes.Buffer
 	o := Options{Binary: binary, Rounds: 20, Seed: rand.Uint64N(1 << 32), Out: &out, Keep: os.Getenv("DURI_KEEP") != ""}
 	t.Logf("seed %d", o.Seed)

@@ -30,6 +30,7 @@ func main() {
 	flag.IntVar(&o.Report, "report", 3, "how many violations to print with all that passed")
 	flag.BoolVar(&o.Sites, "ask", true, "let the gateway ask the sites what became of transactions; else each loss may end a session")
 	flag.BoolVar(&o.Logins, "logins", false, "only cases that cut a login")
+	flag.BoolVar(&o.Reads, "reads", false, "reads go to the other site")
 	sites := flag.Int("sites", 1, "2: the whole product, whose site is killed at the message; takes seconds a case (-n, default 20)")
 	flag.Parse()
 	how := cut.Run

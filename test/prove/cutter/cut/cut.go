@@ -32,7 +32,9 @@ type Options struct {
 	Cases   int    // how many cases to choose by the seed; 0: all
 	Only    string // the names of cases to run, separated by commas, or of a script, instead of all
 	Logins  bool   // only cases that cut a login
-	Workers int    // default 4
+	// Reads lets reads go to the other site, with Sites.
+	Reads   bool
+	Workers int // default 4
 	// Sites lets the gateway ask what became of transactions; without, each loss may end a session.
 	Sites bool
 	// Lie makes the answers of the sites wrong, and Double makes the relay repeat messages in the place of cuts: the run must
@@ -106,8 +108,9 @@ type Finding struct {
 type Result struct {
 	Seed     uint64
 	Cases    int
-	Of       int // cases that there are
-	Missed   int // cases whose message did not come: they went as uncut
+	Of       int    // cases that there are
+	Away     uint64 // reads at another site than the session's home
+	Missed   int    // cases whose message did not come: they went as uncut
 	Took     time.Duration
 	Table    map[string]map[string]int // script, outcome: cases
 	Findings []Finding
@@ -148,7 +151,7 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 		r.scripts[s.name] = s
 	}
 	for range o.Workers {
-		b, err := p.newBench(ctx, o.Lie, o.Sites)
+		b, err := p.newBench(ctx, o)
 		if err != nil {
 			return nil, errors.Join(err, r.close())
 		}
@@ -157,6 +160,9 @@ func Run(ctx context.Context, o Options) (res *Result, err error) {
 	began := time.Now()
 	err = r.all(ctx)
 	r.res.Took = time.Since(began)
+	for _, b := range r.benches {
+		r.res.Away += b.away()
+	}
 	return r.res, errors.Join(err, r.close())
 }
 
@@ -311,9 +317,12 @@ func (r *run) each(ctx context.Context, cases []Case, f func(ctx context.Context
 // replace gives a worker new things in the place of those on which something is left behind.
 func (r *run) replace(ctx context.Context, i int) error {
 	old := r.benches[i]
-	b, err := old.p.newBench(ctx, r.o.Lie, r.o.Sites)
+	b, err := old.p.newBench(ctx, r.o)
 	if err == nil {
 		r.benches[i] = b
+		r.mu.Lock()
+		r.res.Away += old.away()
+		r.mu.Unlock()
 		if err := old.stop(); err != nil {
 			fmt.Fprintln(r.o.Out, "after a violation:", err)
 		}
@@ -542,7 +551,11 @@ func (f Finding) String(sites bool) string {
 // Report is the result as a table.
 func (r *Result) Report() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "seed %d: %d cases in %s, %d violations; in %d cases the message did not come\n\n", r.Seed, r.Cases, r.Took.Round(time.Second), len(r.Findings), r.Missed)
+	fmt.Fprintf(&b, "seed %d: %d cases in %s, %d violations; in %d cases the message did not come", r.Seed, r.Cases, r.Took.Round(time.Second), len(r.Findings), r.Missed)
+	if r.Away > 0 {
+		fmt.Fprintf(&b, "; %d reads away from home", r.Away)
+	}
+	b.WriteString("\n\n")
 	fmt.Fprintf(&b, "| script | cases | %s |\n|---%s|\n", strings.Join(outcomes, " | "), strings.Repeat("|---", len(outcomes)+1))
 	sums := map[string]int{}
 	for _, name := range append(sorted(r.Table), "all") {

@@ -64,6 +64,15 @@ func TestLoginsAreCut(t *testing.T) {
 	sound(t, start(t, Options{Cases: 120, Sites: true, Logins: true}))
 }
 
+// TestReadsAwayAreCut: reads at another site are as good as at home when theirs is lost.
+func TestReadsAwayAreCut(t *testing.T) {
+	res := start(t, Options{Cases: 100, Only: "read-extended", Sites: true, Reads: true})
+	sound(t, &Result{Seed: res.Seed, Findings: res.Findings}) // How many messages there are depends on which reads go away.
+	if res.Away < uint64(res.Cases)/4 {
+		t.Errorf("%d reads went away in %d cases", res.Away, res.Cases)
+	}
+}
+
 // TestErrorsOfLogins: what a client may be told that did not come in.
 func TestErrorsOfLogins(t *testing.T) {
 	fatal := func(code string) error { return &pgwire.Error{Severity: "FATAL", Code: code} }
@@ -160,7 +169,7 @@ func TestRelayCutsAsItSays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := p.newBench(t.Context(), Truth, false)
+	b, err := p.newBench(t.Context(), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

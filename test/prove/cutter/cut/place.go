@@ -92,6 +92,7 @@ func furnish(ctx context.Context, c *pgcluster.Cluster) (*place, error) {
 		{"postgres", "CREATE DATABASE " + database},
 		{database, schema},
 		{database, "CREATE SCHEMA duri"},
+		{database, "CREATE PUBLICATION duri FOR ALL TABLES"},
 	} {
 		if err := c.Exec(ctx, s.db, s.sql); err != nil {
 			return nil, err
@@ -156,14 +157,17 @@ type router struct {
 	routing Routing
 	calls   int
 	epoch   uint64
+	reads   bool // go to the other site
 }
 
-// next begins anew, with connections that nobody has used.
+// next begins anew, with connections that nobody has used; but where reads go away, which they do only if there is an idle connection.
 func (r *router) next(how Routing) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.routing, r.calls = how, 0
-	r.epoch++
+	if !r.reads {
+		r.epoch++
+	}
 	for _, s := range r.sites {
 		s.refuse.Store(false)
 	}
@@ -188,6 +192,21 @@ func (r *router) Route(_ *gateway.Login, w gateway.Wish) (gateway.Target, error)
 	s := r.sites[i]
 	return gateway.Target{Site: s.name, Network: "tcp", Address: s.addr(), Epoch: r.epoch}, nil
 }
+
+// ReadAt is the site that a session has not been at last.
+func (r *router) ReadAt(_ *gateway.Login, w gateway.Wish, _ uint64) (gateway.Target, time.Duration, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range slices.Backward(r.sites) { // of a new session, that will not be its home
+		if s.name != w.Last && !s.refuse.Load() {
+			return gateway.Target{Site: s.name, Network: "tcp", Address: s.addr(), Epoch: r.epoch}, 0, true
+		}
+	}
+	return gateway.Target{}, 0, false
+}
+
+// ReadSites has nothing to tell.
+func (*router) ReadSites(*gateway.Login) []gateway.ReadSite { return nil }
 
 // sites answers what the gateway asks about transactions, as agents would: from the server itself.
 type sites struct {
@@ -325,7 +344,8 @@ const stopMax = 20 * time.Second
 const silenceMax = 40 * time.Millisecond
 
 // newBench starts a worker's things.
-func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *bench, err error) {
+func (p *place) newBench(ctx context.Context, o Options) (_ *bench, err error) {
+	lies, withSites := o.Lie, o.Sites
 	b := &bench{p: p, name: fmt.Sprintf("cutter-%04d", p.benches.Add(1)), wire: newWire(silenceMax)}
 	var undo []func() error
 	b.stop = func() error {
@@ -366,6 +386,9 @@ func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *benc
 	}
 	if withSites {
 		cfg.Sites = b.sites
+		if b.router.reads = o.Reads; o.Reads {
+			cfg.Reads = b.router
+		}
 	}
 	switch lies {
 	case Patient:
@@ -399,6 +422,14 @@ func (p *place) newBench(ctx context.Context, lies Lie, withSites bool) (_ *benc
 	}
 	undo = append(undo, b.front.close)
 	return b, nil
+}
+
+// away is how many reads went to another site than their session's home.
+func (b *bench) away() (n uint64) {
+	for _, t := range b.gateway.Tallies() {
+		n += t.ReadsAway
+	}
+	return n
 }
 
 // ledger is what a client's transactions have left, in order.
