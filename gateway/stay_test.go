@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"net"
 	"os"
 	"testing"
 	"time"
@@ -201,4 +202,36 @@ func TestTheOldProcessIsLostWhileTheNewOnePrepares(t *testing.T) {
 		}
 		_ = old.life.Close()
 	}
+}
+
+// TestEntering: who has connected counts until the session has begun.
+func TestEntering(t *testing.T) {
+	c := site(t, "")
+	r := serveOn(t, clustered(c), listenable(t), func(*Server) {})
+	if n := r.g.Entering(); n != 0 {
+		t.Errorf("%d, when nobody has come", n)
+	}
+	conn := open1(t, dsn(r.l.Addr().String(), ""))
+	goesOn(t, "a client", conn)
+	if n := r.g.Entering(); n != 0 {
+		t.Errorf("%d, when the only client has begun", n)
+	}
+	stranger, err := net.Dial("tcp", r.l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the stranger counts", func() bool { return r.g.Entering() == 1 })
+	_ = stranger.Close()
+	until(t, "it counts no more", func() bool { return r.g.Entering() == 0 })
+	// One that has logged in waits for a server.
+	late := &session{g: r.g}
+	r.g.mu.Lock()
+	r.g.clients[late] = struct{}{}
+	r.g.mu.Unlock()
+	if n := r.g.Entering(); n != 1 {
+		t.Errorf("%d, when one has logged in and not begun", n)
+	}
+	r.g.mu.Lock()
+	delete(r.g.clients, late)
+	r.g.mu.Unlock()
 }

@@ -356,6 +356,18 @@ func (g *Server) serveArrival(ctx context.Context, a *arrival) {
 	}
 }
 
+// Entering is how many connections have not come so far yet that they wait when no site serves: they log in, or are about to begin.
+func (g *Server) Entering() (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for s := range g.clients {
+		if g.sessions[s.pid] != s {
+			n++
+		}
+	}
+	return n + g.strangers.Len()
+}
+
 // cancelElsewhere hands a request to cancel to the process that this one takes over from, which has the session if anybody has.
 func (g *Server) cancelElsewhere(start *pgwire.Startup) {
 	if t := g.taking.Load(); t != nil && !t.over() {

@@ -137,6 +137,8 @@ const (
 	// says so again.
 	patience      = 10 * time.Second
 	patienceAgain = time.Minute
+	// enterMax bounds how long it is waited for clients that log in.
+	enterMax = time.Second
 	// letGoMax bounds how long a process that ends may need to close its files; letGoEvery is how often it is looked.
 	letGoMax   = 5 * time.Second
 	letGoEvery = 20 * time.Millisecond
@@ -212,12 +214,13 @@ func (s *succession) tell(done <-chan struct{}) {
 // visible at the other sites, where sessions go on. It does not wait for ever.
 func (s *succession) leave(ctx context.Context) {
 	self := s.a.self.Name
-	s.f.advance(formerLeaves)
-	s.d.AskToLeave(self, true)
 	most := s.drain
 	if !s.d.sites.seen.Load().servesBut(self) {
 		most = min(most, s.a.cfg.Gateway.Hold.Std()/3) // all others wait
+		s.closeEntrance(ctx)
 	}
+	s.f.advance(formerLeaves)
+	s.d.AskToLeave(self, true)
 	asked := time.Now()
 	for empty := 0; empty < 3; { // one may have been about to begin
 		left := s.d.Staying(self)
@@ -240,6 +243,22 @@ func (s *succession) leave(ctx context.Context) {
 	}
 	s.f.advance(formerGone)
 	s.a.log.Info("the former agent may end", "after", time.Since(asked).Round(time.Millisecond))
+}
+
+// closeEntrance lets clients that come wait, and waits for those that are about to log in: unlike those that have, they would be refused
+// when no site serves.
+func (s *succession) closeEntrance(ctx context.Context) {
+	s.a.onClients.Pause()
+	begun := time.Now()
+	for empty := 0; empty < 3 && time.Since(begun) < enterMax && ctx.Err() == nil; { // one may have been accepted just now
+		if empty++; s.d.Entering() > 0 {
+			empty = 0
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // gate lets clients that come wait in the system's queue as long as no site would take them because of the restart, but for no longer
