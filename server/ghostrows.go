@@ -48,6 +48,20 @@ func (w writtenRows) add(t *wal.Txn) {
 	}
 }
 
+// within reports whether all are in these tables: one that is not may have another name now.
+func (w writtenRows) within(tables []verify.Table) bool {
+	known := map[[2]string]bool{}
+	for _, t := range tables {
+		known[[2]string{t.Schema, t.Name}] = true
+	}
+	for id := range w {
+		if !known[id] {
+			return false
+		}
+	}
+	return true
+}
+
 // choose gives the rows of a table in the form of its comparison.
 func (w writtenRows) choose(t verify.Table) verify.Chosen {
 	x := w[[2]string{t.Schema, t.Name}]
@@ -192,10 +206,17 @@ func (p *peer) ghostRows(ctx context.Context, g catalog.Gap) (writtenRows, error
 			continue
 		}
 		rows, since, err := ownTransactions(p.n.ready.Load().journal, one.Commits, one.To)
+		if err == nil && rows != nil {
+			err = p.judgedSince(ctx, rows, g.ID, since.Std().Add(-judgedBefore))
+		}
 		if err != nil || rows == nil {
 			return nil, err
 		}
-		return rows, p.judgedSince(ctx, rows, g.ID, since.Std().Add(-judgedBefore))
+		tables, err := p.n.db.Tables(ctx)
+		if err != nil || !rows.within(tables) {
+			return nil, err
+		}
+		return rows, nil
 	}
 	return nil, nil
 }

@@ -106,6 +106,9 @@ func TestWhichRowsWereWritten(t *testing.T) {
 			t.Errorf("%s: of another table %q", c.name, got)
 		}
 	}
+	if w := (writtenRows{{"s", "t"}: {}}); !w.within([]verify.Table{{Schema: "s", Name: "o"}, {Schema: "s", Name: "t"}}) || w.within([]verify.Table{{Schema: "t", Name: "s"}}) {
+		t.Error("a table that is not there is not noticed")
+	}
 	if got := fmt.Sprint(writtenRows{{"s", "t"}: {all: true}}.choose(verify.Table{Schema: "s", Name: "t"}).All); got != "true" {
 		t.Error("a table of which nothing is known is not compared as a whole")
 	}
