@@ -71,8 +71,9 @@ const (
 
 // likeness is what a gateway knows of how alike the sites are.
 type likeness struct {
-	mu        sync.Mutex // guards facts and suspected; the others are stored under it
+	mu        sync.Mutex // guards facts, pairs and suspected; the others are stored under it
 	facts     map[string]siteFacts
+	pairs     map[[2]string]bool // of sites that were compared
 	suspected []suspicion
 	found     atomic.Pointer[[]parity.Finding]
 	compared  atomic.Pointer[map[string]bool] // sites that were asked, whether or not they have answered
@@ -184,7 +185,7 @@ func (k *likeness) learn(site string, at time.Time, f []parity.Facts, err error,
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.facts == nil {
-		k.facts = map[string]siteFacts{}
+		k.facts, k.pairs = map[string]siteFacts{}, map[[2]string]bool{}
 	}
 	now := k.facts[site]
 	failed := err != nil && now.err == nil
@@ -206,7 +207,8 @@ func (k *likeness) learn(site string, at time.Time, f []parity.Facts, err error,
 	for i, a := range names {
 		compared[a] = true
 		for _, b := range names[i+1:] {
-			pair, doubtful, again := findings(k.facts[a], k.facts[b], old, k.suspected)
+			pair, doubtful, again := findings(k.facts[a], k.facts[b], k.pairs[[2]string{a, b}], old, k.suspected)
+			k.pairs[[2]string{a, b}] = k.facts[a].known && k.facts[b].known
 			suspected = append(suspected, doubtful...)
 			if found = append(found, pair...); again < 0 {
 				stale = append(stale, a)
@@ -239,8 +241,8 @@ type suspicion struct {
 
 // findings compares two sites. What keeps sessions from going on counts once both were asked at or after the time when it was first
 // seen, or if it counted before; else it is doubtful, and the one that was asked earlier, the first (-1) or the second (1), is to be
-// asked again.
-func findings(a, b siteFacts, before []parity.Finding, suspected []suspicion) (found []parity.Finding, doubtful []suspicion, again int) {
+// asked again. With sites that were never compared, what is doubtful counts meanwhile: nothing better is known.
+func findings(a, b siteFacts, compared bool, before []parity.Finding, suspected []suspicion) (found []parity.Finding, doubtful []suspicion, again int) {
 	earlier, later := a.at, b.at
 	if earlier.After(later) {
 		earlier, later = later, earlier
@@ -258,7 +260,9 @@ func findings(a, b siteFacts, before []parity.Finding, suspected []suspicion) (f
 			found = append(found, f)
 			continue
 		}
-		doubtful = append(doubtful, suspicion{f, since})
+		if doubtful = append(doubtful, suspicion{f, since}); !compared {
+			found = append(found, f)
+		}
 		again = a.at.Compare(b.at)
 	}
 	return found, doubtful, again

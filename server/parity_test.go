@@ -101,6 +101,28 @@ func TestDifferencesAreOfOneMoment(t *testing.T) {
 	step("made at b", "b", 111*time.Second, facts("b", "clerk", "till"), nil, "", false)
 }
 
+// TestFirstComparisonIsTakenSeriously: as long as nothing else is known, what differs counts at once; a session would go on where it
+// would notice before both were asked once more.
+func TestFirstComparisonIsTakenSeriously(t *testing.T) {
+	s := &sites{log: slog.New(slog.DiscardHandler)}
+	k := &s.like
+	facts := func(site string, verifier string) []parity.Facts {
+		return []parity.Facts{{Site: site, Database: "app", Roles: map[string]parity.Role{"clerk": {Verifier: verifier}}}}
+	}
+	start := time.Now()
+	k.learn("a", start, facts("a", "x"), nil, s)
+	k.learn("c", start, nil, errors.New("no answer"), s)
+	if stale := k.learn("b", start.Add(time.Second), facts("b", "y"), nil, s); !k.blocks() || strings.Join(stale, " ") != "a" {
+		t.Errorf("the first comparison: blocks %t, asks %v again", k.blocks(), stale)
+	}
+	if k.learn("a", start.Add(2*time.Second), facts("a", "y"), nil, s); k.blocks() {
+		t.Error("what was changed in between keeps sessions")
+	}
+	if k.learn("c", start.Add(3*time.Second), facts("c", "x"), nil, s); !k.blocks() {
+		t.Error("a site that is heard for the first time is taken for equal")
+	}
+}
+
 func TestChangedKeysAreToldApart(t *testing.T) {
 	old := parsed(t, "gateway: {listen: \"127.0.0.1:1\", mode: transaction, pool_size: 1}\n")
 	now := parsed(t, "gateway: {listen: \"127.0.0.1:2\", mode: transaction, pool_size: 2, admins: [a]}\n")
