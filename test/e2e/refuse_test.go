@@ -376,7 +376,7 @@ const slotOf = "(SELECT slot_name FROM pg_replication_slots WHERE database = cur
 
 func slotDropped(t *testing.T, c *pgcluster.Cluster, db string) {
 	a := journalled(t, c, db)
-	do(t, a, "SELECT pg_drop_replication_slot("+slotOf+")")
+	dropSlot(t, a)
 	do(t, a, "INSERT INTO x VALUES (100, 'nobody decodes this')")
 	start(t, a)
 	complains(t, a, noticeMax, "cannot continue the journal after", "the slot does not exist any more", "compare with `duri verify`", "re-join")
@@ -460,6 +460,14 @@ func foreignOrigin(t *testing.T, c *pgcluster.Cluster, db string) {
 	complains(t, a, noticeMax, "theirs_"+db, "which is no site of this cluster", "another replication tool")
 }
 
+// dropSlot drops the slot of a site whose agent has ended: PostgreSQL notices that a moment later.
+func dropSlot(t *testing.T, s *pair.Site) {
+	t.Helper()
+	within(t, noticeMax, "the slot is dropped", func(ctx context.Context) error {
+		return s.Cluster.Exec(ctx, s.Database, "SELECT pg_drop_replication_slot("+slotOf+")")
+	})
+}
+
 func TestAPeerThatWasMadeAnewIsNotTakenForTheOldOne(t *testing.T) {
 	t.Parallel()
 	p := newPair(t, pair.Options{Seed: schema("CREATE TABLE x (id int PRIMARY KEY); INSERT INTO x SELECT generate_series(1, 100)")})
@@ -469,7 +477,7 @@ func TestAPeerThatWasMadeAnewIsNotTakenForTheOldOne(t *testing.T) {
 	}
 	settled(t, p, noticeMax)
 	ends(t, b)
-	do(t, b, "SELECT pg_drop_replication_slot("+slotOf+")")
+	dropSlot(t, b)
 	for _, sql := range []string{"DROP DATABASE app", "CREATE DATABASE app"} {
 		if err := b.Cluster.Exec(t.Context(), "postgres", sql); err != nil {
 			t.Fatal(err)
