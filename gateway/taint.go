@@ -94,7 +94,7 @@ func (s *session) askTaints(b *backend) error {
 	}
 	t := &tainted{asked: now, names: map[string]bool{}, all: q.err != nil}
 	for _, row := range q.rows {
-		t.all = t.taint(row[0], row[1]) != nil || t.all
+		t.all = len(row) != 2 || t.taint(row[0], row[1]) != nil || t.all // what is no answer to the question says nothing
 	}
 	if s.g.cfg.Reads != nil {
 		if err := s.askLocal(b, t); err != nil {
