@@ -18,9 +18,6 @@ import (
 // A client may show a certificate in place of a password, as with the method cert of pg_hba.conf. It leaves no key, so the gateway
 // lets somebody who is trusted with that (Config.DialAs) open its connections to servers.
 
-// nameMax is PostgreSQL's bound of names, in bytes: it cuts longer ones, and finds somebody else.
-const nameMax = 63
-
 // LoginError says why Config.DialAs does not log a role in by certificate. Clients are told, as 28000.
 type LoginError struct{ Msg, Hint string }
 
@@ -75,8 +72,8 @@ func mayBe(chain []*x509.Certificate, authorities *x509.CertPool, user string, n
 		return err
 	case name != user:
 		return fmt.Errorf("the certificate is that of %q", name)
-	case len(user) > nameMax:
-		return fmt.Errorf("the name has %d bytes, more than the %d of a role", len(user), nameMax)
+	case len(user) > pgwire.NameMax:
+		return fmt.Errorf("the name has %d bytes, more than the %d of a role", len(user), pgwire.NameMax)
 	}
 	return nil
 }

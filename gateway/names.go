@@ -3,6 +3,8 @@ package gateway
 import (
 	"bytes"
 	"unicode/utf8"
+
+	"github.com/duri-io/duri/pgwire"
 )
 
 // A name may be written in several ways. What is known by its name must be recognised in each of them, else a statement is taken for
@@ -13,10 +15,10 @@ const hiddenName = "a name in Unicode escapes that cannot be read"
 
 // clip cuts what is too long for a name, between two characters.
 func clip(s []byte) []byte {
-	if len(s) <= nameMax {
+	if len(s) <= pgwire.NameMax {
 		return s
 	}
-	n := nameMax
+	n := pgwire.NameMax
 	for n > 0 && !utf8.RuneStart(s[n]) {
 		n--
 	}

@@ -10,6 +10,9 @@ import (
 // StartupMax is the length of the longest startup packet, as in PostgreSQL (MAX_STARTUP_PACKET_LENGTH).
 const StartupMax = 10_000
 
+// NameMax is the length of the longest name, in bytes (NAMEDATALEN - 1). PostgreSQL cuts a longer one, and finds somebody else.
+const NameMax = 63
+
 // Codes that stand in the place of a protocol version.
 const (
 	cancelCode = 1234<<16 | 5678

@@ -205,9 +205,9 @@ func (p *peer) ghostRows(ctx context.Context, g catalog.Gap) (writtenRows, error
 		if one.Site != p.n.self.Name || one.Open == 0 || len(one.Commits) != one.Open {
 			continue
 		}
-		rows, since, err := ownTransactions(p.n.ready.Load().journal, one.Commits, one.To)
+		rows, first, err := ownTransactions(p.n.ready.Load().journal, one.Commits, one.To, p.site.ID)
 		if err == nil && rows != nil {
-			err = p.judgedSince(ctx, rows, g.ID, since.Std().Add(-judgedBefore))
+			err = p.n.withSQL(ctx, func(c *pgconn.PgConn) error { return rows.addJudged(ctx, c, first, g) })
 		}
 		if err != nil || rows == nil {
 			return nil, err
@@ -221,20 +221,27 @@ func (p *peer) ghostRows(ctx context.Context, g catalog.Gap) (writtenRows, error
 	return nil, nil
 }
 
+// moment is when the first of some transactions of this site was committed: by the server's clock, and by how far the other site's
+// were applied here by then, which no clock that is set back can change.
+type moment struct {
+	at   wal.Time
+	seen wal.LSN
+}
+
 // ownTransactions reads what transactions of this site have written, by where their commit records begin, and when the first of them was
-// committed. to is the end of the last one. nil: not all are in the journal.
-func ownTransactions(j *journal.Journal, commits []wal.LSN, to wal.LSN) (rows writtenRows, since wal.Time, err error) {
+// committed, as seen by another site. to is the end of the last one. nil: not all are in the journal.
+func ownTransactions(j *journal.Journal, commits []wal.LSN, to wal.LSN, other wal.SiteID) (rows writtenRows, first moment, err error) {
 	wanted := map[wal.LSN]bool{}
 	for _, at := range commits {
 		wanted[at] = true
 	}
 	h, err := j.HeaderAt(slices.Min(commits))
 	if err != nil {
-		return nil, 0, nil //nolint:nilerr // it is kept no more
+		return nil, first, nil //nolint:nilerr // it is kept no more
 	}
 	r, err := j.NewReader(h.From)
 	if err != nil {
-		return nil, 0, err
+		return nil, first, err
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
 	r.TrustChain()
@@ -242,48 +249,49 @@ func ownTransactions(j *journal.Journal, commits []wal.LSN, to wal.LSN) (rows wr
 	for len(wanted) > 0 {
 		rec, ok, err := r.TryNext()
 		if err != nil {
-			return nil, 0, err
+			return nil, first, err
 		}
 		if !ok || rec.From >= to {
-			return nil, 0, nil
+			return nil, first, nil
 		}
 		if t := rec.Txn; t != nil && wanted[t.CommitLSN] {
-			delete(wanted, t.CommitLSN)
-			if since == 0 || t.CommitTime < since {
-				since = t.CommitTime
+			if seen := t.SeenOf(other); len(wanted) == len(commits) {
+				first = moment{t.CommitTime, seen}
+			} else {
+				first = moment{min(first.at, t.CommitTime), min(first.seen, seen)}
 			}
+			delete(wanted, t.CommitLSN)
 			rows.add(t)
 		}
 	}
-	return rows, since, nil
+	return rows, first, nil
 }
 
-// judgedSQL are the rows that did not simply apply since a time, or are hidden, or were before this gap was worked on (catalog.UnparkForGap).
+// judgedSQL are the rows that did not simply apply since a moment, or are hidden, or were before this gap was worked on
+// (catalog.UnparkForGap).
 const judgedSQL = `SELECT DISTINCT table_schema, table_name, coalesce(key::text, '') FROM (
-	SELECT table_schema, table_name, key FROM duri.conflict WHERE at >= $1::timestamptz
+	SELECT table_schema, table_name, key FROM duri.conflict WHERE at >= $1::timestamptz OR origin = $2::int2 AND origin_lsn >= $3::pg_lsn
 	UNION ALL SELECT table_schema, table_name, key FROM duri.parked
-	UNION ALL SELECT table_schema, table_name, key FROM duri.gap_row WHERE gap = $2::int8 AND jsonb_typeof(key) = 'object') AS x LIMIT $3::int8`
+	UNION ALL SELECT table_schema, table_name, key FROM duri.gap_row WHERE gap = $4::int8 AND jsonb_typeof(key) = 'object') AS x LIMIT $5::int8`
 
-// judgedSince adds the rows that were judged since a time: what was, met a ghost perhaps, under another key than the ghost's if
-// a unique value or a foreign key was in its way.
-func (p *peer) judgedSince(ctx context.Context, rows writtenRows, gap int64, since time.Time) error {
-	return p.n.withSQL(ctx, func(c *pgconn.PgConn) error {
-		found, err := pg.Query(ctx, c, judgedSQL, since.Format(time.RFC3339Nano), fmt.Sprint(gap), fmt.Sprint(judgedMax+1))
-		if err != nil {
-			return fmt.Errorf("read which rows were judged: %w", err)
+// addJudged adds the rows that were judged since a moment: what was, met a ghost perhaps, under another key than the ghost's if
+// a unique value or a foreign key was in its way. g is the gap, towards the site whose changes were judged.
+func (w writtenRows) addJudged(ctx context.Context, c *pgconn.PgConn, since moment, g catalog.Gap) error {
+	found, err := pg.Query(ctx, c, judgedSQL, since.at.Add(-judgedBefore).String(), fmt.Sprint(g.Origin), since.seen.String(), fmt.Sprint(g.ID), fmt.Sprint(judgedMax+1))
+	if err != nil {
+		return fmt.Errorf("read which rows were judged: %w", err)
+	}
+	for _, r := range found {
+		x := w.of(r[0], r[1])
+		var key map[string]*string
+		if r[2] == "" {
+			x.all = true
+		} else if err := json.Unmarshal([]byte(r[2]), &key); err != nil {
+			return fmt.Errorf("read the key of a row that was judged: %w", err)
 		}
-		for _, r := range found {
-			x := rows.of(r[0], r[1])
-			var key map[string]*string
-			if r[2] == "" {
-				x.all = true
-			} else if err := json.Unmarshal([]byte(r[2]), &key); err != nil {
-				return fmt.Errorf("read the key of a row that was judged: %w", err)
-			}
-			if x.keys = append(x.keys, key); len(found) > judgedMax {
-				x.all = true
-			}
+		if x.keys = append(x.keys, key); len(found) > judgedMax {
+			x.all = true
 		}
-		return nil
-	})
+	}
+	return nil
 }

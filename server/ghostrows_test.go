@@ -2,9 +2,15 @@ package server
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/duri-io/duri/catalog"
+	"github.com/duri-io/duri/grants"
+	"github.com/duri-io/duri/internal/pg"
+	"github.com/duri-io/duri/internal/pgtest"
 	"github.com/duri-io/duri/verify"
 	"github.com/duri-io/duri/wal"
 )
@@ -111,5 +117,59 @@ func TestWhichRowsWereWritten(t *testing.T) {
 	}
 	if got := fmt.Sprint(writtenRows{{"s", "t"}: {all: true}}.choose(verify.Table{Schema: "s", Name: "t"}).All); got != "true" {
 		t.Error("a table of which nothing is known is not compared as a whole")
+	}
+}
+
+// TestRowsThatWereJudgedSince: what the other site's changes met is found by their position as well, as the clock may have been set
+// back since; rows that are or were parked are, whenever that was; and what was judged long before is not.
+func TestRowsThatWereJudgedSince(t *testing.T) {
+	c := pgtest.New(t)
+	pgtest.DB(t, c, "app")
+	pgtest.Exec(t, c, "app", grants.SQL(grants.Spec{}))
+	conn, err := pg.Connect(t.Context(), c.DSN("", "duri"), "app", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pg.Close(conn)
+	if err := catalog.Migrate(t.Context(), conn); err != nil {
+		t.Fatal(err)
+	}
+	g, err := catalog.DeclareGap(t.Context(), conn, catalog.Gap{Origin: 2, Peer: 1, Reason: ghostsReason + "0/3000"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := time.Date(2026, 11, 26, 12, 0, 0, 0, time.UTC)
+	for key, x := range map[string]struct {
+		at     time.Duration
+		origin int
+		lsn    string
+	}{
+		"long before":                     {-24 * time.Hour, 2, "0/F00"},
+		"before, of a third site":         {-24 * time.Hour, 3, "0/F000"},
+		"since":                           {time.Second, 3, "0/1"},
+		"since, by a clock that was back": {-24 * time.Hour, 2, "0/1000"},
+	} {
+		pgtest.Exec(t, c, "app", fmt.Sprintf(`INSERT INTO duri.conflict (at, kind, code, table_schema, table_name, key, origin, origin_lsn, origin_xid, change, remote_time)
+			VALUES ('%s', 'x', 'lost', 's', 't', '{"id": "%s"}', %d, '%s', 1, 1, now())`, at.Add(x.at).Format(time.RFC3339), key, x.origin, x.lsn))
+	}
+	pgtest.Exec(t, c, "app", fmt.Sprintf(`INSERT INTO duri.parked (table_schema, table_name, key_norm, key, site, time, end_lsn, row, "constraint", rival, at)
+		VALUES ('s', 'parked', 'x', '{"id": "parked"}', 2, '2020-01-01', '0/1', '{}', 'u', 'y', '2020-01-01');
+		INSERT INTO duri.gap_row (gap, table_schema, table_name, key, done) VALUES (%d, 's', 't', '{"id": "was parked"}', true), (%[1]d, 's', 't', '["mended"]', true);
+		INSERT INTO duri.conflict (at, kind, code, table_schema, table_name, origin, origin_lsn, origin_xid, change, remote_time)
+		VALUES ('%[2]s', 'x', 'lost', 's', 'heap', 2, '0/1000', 1, 1, now())`, g.ID, at.Format(time.RFC3339)))
+	rows := writtenRows{}
+	if err := rows.addJudged(t.Context(), conn, moment{wal.TimeOf(at), 0x1000}, g); err != nil {
+		t.Fatal(err)
+	}
+	var keys []string
+	for _, k := range rows.of("s", "t").keys {
+		keys = append(keys, *k["id"])
+	}
+	slices.Sort(keys)
+	if got, want := strings.Join(keys, "; "), "since; since, by a clock that was back; was parked"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if x := rows.of("s", "parked"); len(x.keys) != 1 || x.all || !rows.of("s", "heap").all {
+		t.Errorf("parked %+v, heap %+v", x, rows.of("s", "heap"))
 	}
 }

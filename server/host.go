@@ -38,6 +38,7 @@ type host struct {
 
 	proofs    flights // by database: that what is committed is as durable as commits are here
 	positions flights // by database
+	reading   flights // by role: its verifier
 
 	base context.Context // ends with run: of questions that are asked for several at once
 	end  context.CancelFunc
@@ -215,9 +216,13 @@ func sameState(a, b link.SiteState) bool {
 	return same && fmt.Sprint(a) == fmt.Sprint(b)
 }
 
-// Verifier is that of link.Asked.
+// Verifier is that of link.Asked. Logins of a role that come together share a question.
 func (h *host) Verifier(ctx context.Context, role string) (string, error) {
-	return h.verifiers.read(ctx, role)
+	v, err := h.reading.do(ctx, h.base, role, func(ctx context.Context) (any, error) { return h.verifiers.read(ctx, role) })
+	if err != nil {
+		return "", err
+	}
+	return v.(string), nil
 }
 
 // Open is that of link.Gateways.

@@ -16,6 +16,7 @@ import (
 	"github.com/duri-io/duri/config"
 	"github.com/duri-io/duri/gateway"
 	"github.com/duri-io/duri/link"
+	"github.com/duri-io/duri/pgwire"
 	"github.com/duri-io/duri/pgwire/scram"
 )
 
@@ -334,7 +335,7 @@ func (s *sites) homeOf(l *gateway.Login) string {
 
 // Verifier is that of gateway.Verifiers: any site may tell.
 func (s *sites) Verifier(ctx context.Context, user string) (*scram.Verifier, error) {
-	if len(user) > nameMax {
+	if len(user) > pgwire.NameMax {
 		return nil, nil // PostgreSQL would cut it, and find somebody else.
 	}
 	var errs []error

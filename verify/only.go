@@ -96,8 +96,7 @@ func (v *view) hashesSQL(hash string, rows [][]*string) *query {
 		for j, row := range rows {
 			values[j] = "NULL"
 			if row[i] != nil {
-				values[j] = pg.TextArray([]string{*row[i]})
-				values[j] = values[j][1 : len(values[j])-1]
+				values[j] = arrayElement(*row[i])
 			}
 		}
 		arrays[i] = q.param("{"+strings.Join(values, ",")+"}") + "::text[]"

@@ -386,13 +386,27 @@ func (v *view) among(q *query, keys []Key) {
 		for j, key := range keys {
 			values[j] = key[i]
 		}
-		arrays[i] = q.param(pg.TextArray(values)) + "::text[]"
+		arrays[i] = q.param(arrayLiteral(values)) + "::text[]"
 		aliases[i] = "c" + strconv.Itoa(i)
 		equal[i] = fmt.Sprintf("t.%s %s %s", pg.QuoteIdent(k.Name), k.Equal, k.cast("u."+aliases[i]))
 	}
 	q.printf(" AND EXISTS (SELECT FROM unnest(%s) AS u(%s) WHERE %s)",
 		strings.Join(arrays, ", "), strings.Join(aliases, ", "), strings.Join(equal, " AND "))
 }
+
+// arrayLiteral writes a text[] (PostgreSQL manual, "Array Input and Output Syntax").
+func arrayLiteral(values []string) string {
+	quoted := make([]string, len(values))
+	for i, v := range values {
+		quoted[i] = arrayElement(v)
+	}
+	return "{" + strings.Join(quoted, ",") + "}"
+}
+
+// arrayElement writes an element of an array that is not NULL.
+func arrayElement(v string) string { return `"` + inArray.Replace(v) + `"` }
+
+var inArray = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
 // intArray writes an int8[].
 func intArray[T int | int64](values []T) string {

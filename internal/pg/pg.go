@@ -164,17 +164,6 @@ func QuoteLiteral(s string) string {
 	return q
 }
 
-// TextArray writes a text[] for the server to read (PostgreSQL manual, "Array Input and Output Syntax").
-func TextArray(values []string) string {
-	quoted := make([]string, len(values))
-	for i, v := range values {
-		quoted[i] = `"` + inArray.Replace(v) + `"`
-	}
-	return "{" + strings.Join(quoted, ",") + "}"
-}
-
-var inArray = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
-
 // ServerVersion returns server_version_num, for example 150018.
 func ServerVersion(ctx context.Context, c *pgconn.PgConn) (int, error) {
 	rows, err := Rows(ctx, c, "SHOW server_version_num")

@@ -47,16 +47,7 @@ func TestAnAgentIsRestartedUnderItsClients(t *testing.T) {
 	}
 	all = append(all, beside...)
 	tr.waitAt("a", all)
-	ports := map[*client]string{}
-	for _, c := range all {
-		ports[c] = localPort(c.conn)
-	}
-	quiet := tr.one()
-	quietPort := localPort(quiet)
-	tr.run(quiet, "SET work_mem = '7MB'; SET app.me = 'me'")
-	if _, err := quiet.Prepare(t.Context(), "mine", "SELECT $1::int + 1"); err != nil {
-		t.Fatal(err)
-	}
+	lasting := tr.keep(all)
 	const rounds = 2
 	held := false
 	again, longest := tr.writeDuring(all, func(run *run) {
@@ -97,14 +88,7 @@ func TestAnAgentIsRestartedUnderItsClients(t *testing.T) {
 				c.at.Store(nil)
 			}
 			run.waitAt("a")
-			var settings string
-			var sum int
-			if err := errors.Join(
-				quiet.QueryRow(t.Context(), "SELECT current_setting('work_mem') || current_setting('app.me')").Scan(&settings),
-				quiet.QueryRow(t.Context(), "mine", 41).Scan(&sum),
-			); err != nil || settings != "7MBme" || sum != 42 {
-				t.Errorf("%q, %d, %v", settings, sum, err)
-			}
+			lasting.remembers()
 			tr.run(busy, "SELECT 1")
 			fresh := tr.one()
 			tr.cancels(fresh)
@@ -115,14 +99,7 @@ func TestAnAgentIsRestartedUnderItsClients(t *testing.T) {
 		t.Errorf("%d transactions were rolled back; the former agent was held: %t", again, held)
 	}
 	t.Logf("%d takeovers; the longest transaction took %v", rounds, longest)
-	for _, c := range all {
-		if now := localPort(c.conn); now != ports[c] {
-			t.Errorf("client %d came from %s and comes from %s", c.n, ports[c], now)
-		}
-	}
-	if localPort(quiet) != quietPort {
-		t.Error("the client that was quiet has another connection")
-	}
+	lasting.connected()
 	tr.audit(all)
 	rows, err := tr.a.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FROM t WHERE client = 99")
 	if err != nil || rows[0][0] != fmt.Sprint(rounds) {

@@ -24,6 +24,55 @@ import (
 // localPort is by what a client is known to the system.
 func localPort(c *pgx.Conn) string { return c.PgConn().Conn().LocalAddr().String() }
 
+// kept are connections that last, of clients and of one that is quiet most of the time.
+type kept struct {
+	*trial
+	ports     map[*client]string
+	quiet     *pgx.Conn
+	quietPort string
+}
+
+// keep notes the clients' connections, and makes the quiet one, whose session has settings and a prepared statement.
+func (t *trial) keep(all []*client) *kept {
+	t.Helper()
+	k := &kept{trial: t, ports: map[*client]string{}, quiet: t.one()}
+	for _, c := range all {
+		k.ports[c] = localPort(c.conn)
+	}
+	k.quietPort = localPort(k.quiet)
+	t.run(k.quiet, "SET work_mem = '7MB'; SET app.me = 'me'")
+	if _, err := k.quiet.Prepare(t.Context(), "mine", "SELECT $1::int + 1"); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// remembers checks that the quiet session is what it was.
+func (k *kept) remembers() {
+	k.Helper()
+	var settings string
+	var sum int
+	if err := errors.Join(
+		k.quiet.QueryRow(k.Context(), "SELECT current_setting('work_mem') || current_setting('app.me')").Scan(&settings),
+		k.quiet.QueryRow(k.Context(), "mine", 41).Scan(&sum),
+	); err != nil || settings != "7MBme" || sum != 42 {
+		k.Errorf("%q, %d, %v", settings, sum, err)
+	}
+}
+
+// connected checks that all have the connections that they had.
+func (k *kept) connected() {
+	k.Helper()
+	for c, port := range k.ports {
+		if now := localPort(c.conn); now != port {
+			k.Errorf("client %d came from %s and comes from %s", c.n, port, now)
+		}
+	}
+	if localPort(k.quiet) != k.quietPort {
+		k.Error("the client that was quiet has another connection")
+	}
+}
+
 // secured lets the gateway, which is started anew, offer TLS.
 func (t *trial) secured() {
 	t.Helper()
@@ -79,16 +128,7 @@ func TestGatewayIsRestartedUnderItsClients(t *testing.T) {
 	tr.secured()
 	all := tr.clients(10)
 	tr.waitAt("a", all)
-	ports := map[*client]string{}
-	for _, c := range all {
-		ports[c] = localPort(c.conn)
-	}
-	quiet := tr.one()
-	quietPort := localPort(quiet)
-	tr.run(quiet, "SET work_mem = '7MB'; SET app.me = 'me'")
-	if _, err := quiet.Prepare(t.Context(), "mine", "SELECT $1::int + 1"); err != nil {
-		t.Fatal(err)
-	}
+	lasting := tr.keep(all)
 	g := tr.p.Gateway
 	const rounds = 3
 	again, longest := tr.writeDuring(all, func(run *run) {
@@ -126,20 +166,13 @@ func TestGatewayIsRestartedUnderItsClients(t *testing.T) {
 				c.at.Store(nil)
 			}
 			run.waitAt("a")
-			var settings string
-			var sum int
-			if err := errors.Join(
-				quiet.QueryRow(t.Context(), "SELECT current_setting('work_mem') || current_setting('app.me')").Scan(&settings),
-				quiet.QueryRow(t.Context(), "mine", 41).Scan(&sum),
-			); err != nil || settings != "7MBme" || sum != 42 {
-				t.Errorf("%q, %d, %v", settings, sum, err)
-			}
+			lasting.remembers()
 			tr.run(busy, "COMMIT")
 			tr.ends(g, 0)
 			tr.run(busy, "SELECT 1")
 			// New clients come in, and a request to cancel finds them and those that were handed over.
 			fresh := tr.one()
-			for _, conn := range []*pgx.Conn{fresh, quiet} {
+			for _, conn := range []*pgx.Conn{fresh, lasting.quiet} {
 				tr.cancels(conn)
 			}
 			for _, conn := range []*pgx.Conn{fresh, busy} {
@@ -152,14 +185,7 @@ func TestGatewayIsRestartedUnderItsClients(t *testing.T) {
 		t.Errorf("%d transactions were rolled back", again)
 	}
 	t.Logf("%d takeovers; the longest transaction took %v", rounds, longest)
-	for _, c := range all {
-		if now := localPort(c.conn); now != ports[c] {
-			t.Errorf("client %d came from %s and comes from %s", c.n, ports[c], now)
-		}
-	}
-	if localPort(quiet) != quietPort {
-		t.Error("the client that was quiet has another connection")
-	}
+	lasting.connected()
 	rows, err := tr.a.Cluster.QueryText(t.Context(), "app", "SELECT count(*) FROM t WHERE client = 99")
 	if err != nil || rows[0][0] != fmt.Sprint(rounds) {
 		t.Errorf("%v of %d rows of transactions that were open, %v", rows, rounds, err)
