@@ -3,7 +3,6 @@ package gateway
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"slices"
 	"time"
@@ -125,9 +124,7 @@ func (s *session) askLocal(b *backend, t *tainted) error {
 	}
 	t.allLocal, t.local = q.err != nil, map[string]bool{}
 	for _, row := range q.rows {
-		name, err := hex.DecodeString(row[1])
-		t.local[string(name)] = true
-		t.allLocal = t.allLocal || err != nil
+		t.keepHome(row)
 	}
 	if q.err != nil {
 		s.g.cfg.Log.Warn("reads stay at home: what is not replicated cannot be read", "site", b.target.name(), "database", s.who.Database, "error", q.err.Message)

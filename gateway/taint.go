@@ -61,20 +61,31 @@ const taintSQL = `WITH RECURSIVE volatiles AS (
 )
 SELECT kind, pg_catalog.encode(pg_catalog.convert_to(name::text, 'UTF8'), 'hex') FROM named`
 
-// taint notes a row of an answer. Functions that look like one that is called are recognised anyway (text.call), unless they have the
-// name of one that is known to be harmless.
-func (t *tainted) taint(kind, hexed string) error {
-	name, err := hex.DecodeString(hexed)
-	if err != nil {
-		return err
+// namedIn reads a row of an answer to taintSQL or localSQL; what is none says nothing.
+func namedIn(row []string) (kind, name string, ok bool) {
+	if len(row) != 2 {
+		return "", "", false
 	}
-	switch n := string(name); {
-	case kind == "*":
+	b, err := hex.DecodeString(row[1])
+	return row[0], string(b), err == nil
+}
+
+// taint notes a row of an answer to taintSQL. Functions that look like one that is called are recognised anyway (text.call), unless
+// they have the name of one that is known to be harmless.
+func (t *tainted) taint(row []string) {
+	switch kind, name, ok := namedIn(row); {
+	case !ok || kind == "*":
 		t.all = true
-	case kind != "f" || knownCalls[n] || clauses[n]:
-		t.names[n] = true
+	case kind != "f" || knownCalls[name] || clauses[name]:
+		t.names[name] = true
 	}
-	return nil
+}
+
+// keepHome notes a row of an answer to localSQL.
+func (t *tainted) keepHome(row []string) {
+	_, name, ok := namedIn(row)
+	t.local[name] = true
+	t.allLocal = t.allLocal || !ok
 }
 
 // askTaints asks for a database's tainted relations if that was not done of late. mu is held.
@@ -94,7 +105,7 @@ func (s *session) askTaints(b *backend) error {
 	}
 	t := &tainted{asked: now, names: map[string]bool{}, all: q.err != nil}
 	for _, row := range q.rows {
-		t.all = len(row) != 2 || t.taint(row[0], row[1]) != nil || t.all // what is no answer to the question says nothing
+		t.taint(row)
 	}
 	if s.g.cfg.Reads != nil {
 		if err := s.askLocal(b, t); err != nil {
